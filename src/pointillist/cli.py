@@ -1,0 +1,102 @@
+"""The door: `pointillist rl | trainer | orchestrator | inference`.
+
+Every command takes `@ file.toml` and dotted overrides, such as `--trainer.optim.lr 3e-4`; `--help` lists the keys.
+"""
+
+import asyncio
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from pointillist import PointillistError, __version__
+from pointillist.config import InferenceConfig, OrchestratorConfig, RLConfig, TrainerConfig, parse_cli
+from pointillist.logs import set_up_logging
+
+# Arguments go to the config parser as they are.
+_PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+
+@click.group()
+@click.version_option(__version__, prog_name="pointillist")
+def cli() -> None:
+    """Reinforcement learning of vision-language models in which images travel as references."""
+
+
+def _command(name: str, text: str) -> Callable[[Callable[[list[str]], int]], Callable[[list[str]], int]]:
+    def register(function: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
+        @cli.command(name, context_settings=_PASS_THROUGH, help=text, short_help=text)
+        @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+        def command(arguments: tuple[str, ...]) -> None:
+            sys.exit(_guarded(function, list(arguments)))
+
+        return function
+
+    return register
+
+
+@_command("rl", "Run everything: inference server, trainer, orchestrator and environment.")
+def rl(arguments: list[str]) -> int:
+    """Runs everything."""
+    from pointillist.launch.rl import run_rl
+
+    return run_rl(parse_cli(RLConfig, arguments))
+
+
+@_command("inference", "Serve a model: tokens and image references in, tokens and logprobs out.")
+def inference(arguments: list[str]) -> int:
+    """Serves a model."""
+    config = parse_cli(InferenceConfig, arguments)
+    set_up_logging(config.log_level)
+    from pointillist.inference.embedded.server import serve
+
+    serve(config)
+    return 0
+
+
+@_command("orchestrator", "Roll out, compare, pack and ship batches to the trainer.")
+def orchestrator(arguments: list[str]) -> int:
+    """Rolls out and ships."""
+    config = parse_cli(OrchestratorConfig, arguments)
+    set_up_logging(config.log_level)
+    from pointillist.orchestrator.orchestrator import orchestrate
+
+    asyncio.run(orchestrate(config))
+    return 0
+
+
+@_command("trainer", "Train on the orchestrator's batches.")
+def trainer(arguments: list[str]) -> int:
+    """Trains."""
+    config = parse_cli(TrainerConfig, arguments)
+    set_up_logging(config.log_level)
+    from pointillist.trainer.train import train
+
+    train(config)
+    return 0
+
+
+def _guarded(function: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """Errors that Pointillist raises on purpose are one message, not a traceback."""
+    try:
+        return function(arguments)
+    except PointillistError as error:
+        click.echo(f"error: {error}", err=True)
+    except BaseExceptionGroup as group:  # from a TaskGroup
+        expected, unexpected = group.split(PointillistError)
+        if unexpected is not None:
+            raise
+        click.echo(f"error: {_first(expected)}", err=True)
+    return 1
+
+
+def _first(error: Any) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error  # type: ignore[no-any-return]
+
+
+def main() -> Any:
+    """Entry point of the `pointillist` command."""
+    cli()

@@ -1,0 +1,30 @@
+"""Floor 2: configuration. Validates everything that can be known before a process starts."""
+
+from pointillist.config.assets import CARRIER, resolve_image_dir, writer_image_dir
+from pointillist.config.base import Config, load_toml, parse_cli, write_toml
+from pointillist.config.inference import InferenceConfig
+from pointillist.config.orchestrator import EnvConfig, OrchestratorConfig, SamplingConfig
+from pointillist.config.rl import RLConfig
+from pointillist.config.run_paths import RunPaths
+from pointillist.config.shared import LimitsConfig, ModelConfig, MultimodalConfig
+from pointillist.config.trainer import TrainerConfig
+
+__all__ = [
+    "CARRIER",
+    "Config",
+    "EnvConfig",
+    "InferenceConfig",
+    "LimitsConfig",
+    "ModelConfig",
+    "MultimodalConfig",
+    "OrchestratorConfig",
+    "RLConfig",
+    "RunPaths",
+    "SamplingConfig",
+    "TrainerConfig",
+    "load_toml",
+    "parse_cli",
+    "resolve_image_dir",
+    "write_toml",
+    "writer_image_dir",
+]

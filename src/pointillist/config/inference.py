@@ -1,0 +1,56 @@
+"""Config of the inference server."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pointillist.config.base import Config
+from pointillist.config.shared import LogLevel, ModelConfig, MultimodalConfig, ServerConfig
+
+
+class EngineConfig(Config):
+    """The embedded engine: a small continuously batching sampler over the Hugging Face model."""
+
+    max_batch_size: int = Field(256, gt=0)
+    """Sequences that are decoded at once; further ones wait."""
+
+    admission_window: float = Field(0.002, ge=0)
+    """Seconds that an idle engine waits for more requests after the first, so that a burst is one batch."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto takes a GPU if there is one."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of weights and activations; float32 is both faster and exact on a CPU."""
+
+    num_threads: int = Field(1, gt=0)
+    """Threads of torch's CPU operators."""
+
+
+class InferenceConfig(Config):
+    """The inference server: `pointillist inference @ inference.toml`."""
+
+    model: ModelConfig
+    seq_len: int = Field(2048, gt=0)
+    """Longest sequence, prompt and completion together, in tokens."""
+
+    seed: int = 0
+    """Seeds sampling of requests that bring no seed of their own."""
+
+    output_dir: Path = Path("outputs/run")
+    """The run's folder; weights are taken from below it only."""
+
+    multimodal: MultimodalConfig = MultimodalConfig()
+    server: ServerConfig = ServerConfig()
+    engine: EngineConfig = EngineConfig()
+    log_level: LogLevel = "info"
+
+    @model_validator(mode="after")
+    def _key_beyond_loopback(self) -> "InferenceConfig":
+        if not self.server.is_loopback and self.server.api_key_var is None:
+            raise ValueError(
+                f"server.host = {self.server.host!r} is reachable from other machines: set server.api_key_var to the "
+                "name of an environment variable that holds an API key, or bind 127.0.0.1"
+            )
+        return self

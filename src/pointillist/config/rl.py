@@ -1,0 +1,89 @@
+"""Config of a whole run: `pointillist rl @ rl.toml`.
+
+What several components need is set once, at the top, and copied into each before validation. A component that sets
+another value is one error that names both keys.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from pointillist.config.assets import CARRIER
+from pointillist.config.base import Config, share
+from pointillist.config.inference import InferenceConfig
+from pointillist.config.orchestrator import EnvConfig, OrchestratorConfig
+from pointillist.config.shared import LogLevel, ModelConfig, MultimodalConfig
+from pointillist.config.trainer import TrainerConfig
+
+# Key at the top -> the components' keys that hold the same value.
+SHARED: Final[Mapping[str, tuple[str, ...]]] = {
+    "model": ("trainer.model", "orchestrator.model", "inference.model"),
+    "env": ("orchestrator.env",),
+    "seq_len": ("trainer.seq_len", "orchestrator.seq_len", "inference.seq_len"),
+    "max_steps": ("trainer.max_steps", "orchestrator.max_steps"),
+    "seed": ("trainer.seed", "orchestrator.seed", "inference.seed"),
+    "output_dir": ("trainer.output_dir", "orchestrator.output_dir", "inference.output_dir"),
+    "multimodal": ("trainer.multimodal", "orchestrator.multimodal", "inference.multimodal"),
+    "log_level": ("trainer.log_level", "orchestrator.log_level", "inference.log_level"),
+}
+
+
+class RLConfig(Config):
+    """A run: environment, inference server, orchestrator and trainer."""
+
+    model: ModelConfig
+    env: EnvConfig
+    seq_len: int = Field(2048, gt=0)
+    """Longest sample and length of a packed row, in tokens."""
+
+    max_steps: int = Field(100, gt=0)
+    """Optimiser steps."""
+
+    seed: int = 0
+    output_dir: Path = Path("outputs/run")
+    """The run's folder; must not hold another run unless `resume` is set."""
+
+    multimodal: MultimodalConfig = MultimodalConfig()
+    log_level: LogLevel = "info"
+    env_vars: dict[str, str] = {}
+    """Environment variables of every process."""
+
+    trainer: TrainerConfig
+    orchestrator: OrchestratorConfig
+    inference: InferenceConfig
+    resume: bool = False
+    """Continue the run in `output_dir` from its last checkpoint."""
+
+    dry_run: bool = False
+    """Validate, write the resolved configs to `<output_dir>/configs`, and exit."""
+
+    startup_timeout: float = Field(600.0, gt=0)
+    """Seconds that the inference server may take to become healthy."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _share(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        defaults = {
+            key: cls.model_fields[key].get_default(call_default_factory=True)
+            for key in ("seq_len", "max_steps", "seed", "output_dir", "log_level")
+        }
+        data = {**defaults, **data}
+        for component in ("trainer", "orchestrator", "inference"):
+            data.setdefault(component, {})
+        data = share(data, SHARED)
+        workers = data["trainer"].get("num_workers") if isinstance(data["trainer"], dict) else None
+        if workers is not None and isinstance(data["orchestrator"], dict):
+            data = share({**data, "_": workers}, {"_": ("orchestrator.num_train_workers",)})
+            del data["_"]
+        return data
+
+    @field_validator("env_vars")
+    @classmethod
+    def _carrier_is_the_launchers(cls, value: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        if CARRIER in value:
+            raise ValueError(f"env_vars may not contain {CARRIER}: set multimodal.offload_dir instead")
+        return value

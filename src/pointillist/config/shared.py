@@ -1,0 +1,79 @@
+"""Config that several components share; set once at the top of an `rl` config."""
+
+from pathlib import Path
+from typing import Literal, get_args
+
+from pydantic import Field, field_validator
+
+from pointillist.config.base import Config
+from pointillist.images.decode import ImageFormat, ImageLimits
+
+
+class ModelConfig(Config):
+    """Which model."""
+
+    name: str
+    """A folder as `save_pretrained` writes it, or a hub name."""
+
+
+class LimitsConfig(Config):
+    """What an image may be at most; checked before it is decoded."""
+
+    max_bytes: int = Field(32 * 1024 * 1024, gt=0)
+    """Size of an image file, in bytes."""
+
+    max_pixels: int = Field(64_000_000, gt=0)
+    """Width times height."""
+
+    max_side: int = Field(16_384, gt=0)
+    """The longer side, in pixels."""
+
+    formats: list[ImageFormat] = Field(list(get_args(ImageFormat)), min_length=1)
+    """Formats that are accepted."""
+
+    max_images_per_request: int = Field(256, gt=0)
+    """Images in one prompt."""
+
+    def image_limits(self) -> ImageLimits:
+        """The limits on one image."""
+        return ImageLimits(self.max_bytes, self.max_pixels, self.max_side, tuple(self.formats))
+
+
+class MultimodalConfig(Config):
+    """Images: where they lie, who may read them, what they may be."""
+
+    offload_dir: str | None = None
+    """Folder of the run's image store; may contain ~, $VAR and ${VAR}. Default: see docs/contract.md, section 7."""
+
+    allowed_roots: list[Path] = []
+    """Further folders that references may point into; the run's own image store always is one."""
+
+    limits: LimitsConfig = LimitsConfig()
+
+    @field_validator("offload_dir")
+    @classmethod
+    def _not_empty(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("offload_dir is empty, expected a folder")
+        return value
+
+
+class ServerConfig(Config):
+    """Where the inference server listens."""
+
+    host: str = "127.0.0.1"
+    """Address to bind; anything but loopback needs an API key."""
+
+    port: int = Field(0, ge=0, le=65_535)
+    """Port to bind; 0 lets the launcher choose a free one."""
+
+    api_key_var: str | None = None
+    """Name of the environment variable that holds the API key; clients send it as a bearer token."""
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        return self.host in ("127.0.0.1", "::1", "localhost")
+
+
+LogLevel = Literal["debug", "info", "warning"]

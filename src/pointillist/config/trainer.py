@@ -1,0 +1,98 @@
+"""Config of the trainer."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pointillist.config.base import Config
+from pointillist.config.shared import LogLevel, ModelConfig, MultimodalConfig
+
+
+class SchedulerConfig(Config):
+    """Learning rate over the run: linear warm-up, then constant, linear or cosine decay."""
+
+    type: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warm-up."""
+
+    warmup_steps: int = Field(0, ge=0)
+    """Steps in which the rate rises from 0."""
+
+    min_ratio: float = Field(0.0, ge=0, le=1)
+    """Rate at the last step, as a fraction of `optim.lr`."""
+
+
+class OptimConfig(Config):
+    """AdamW."""
+
+    lr: float = Field(1e-6, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+
+    scheduler: SchedulerConfig = SchedulerConfig()
+
+
+class LossConfig(Config):
+    """Token-level policy gradient; see `pointillist.trainer.loss`."""
+
+    ratio_low: float = Field(0.5, ge=0, lt=1)
+    """Tokens whose importance ratio (trainer over sampler) is below this are masked."""
+
+    ratio_high: float = Field(2.0, gt=1)
+    """Tokens whose importance ratio is above this are masked."""
+
+    kl_coef: float = Field(0.0, ge=0)
+    """Weight of the KL divergence from the initial model; above 0 a frozen copy of it is held."""
+
+
+class CheckpointConfig(Config):
+    """Checkpoints to resume from."""
+
+    interval: int | None = Field(None, gt=0)
+    """Steps between checkpoints; none by default but the last."""
+
+    keep_last: int = Field(2, gt=0)
+    """Checkpoints kept."""
+
+
+class TrainerConfig(Config):
+    """The trainer: `pointillist trainer @ trainer.toml`, under torchrun for several ranks."""
+
+    model: ModelConfig
+    seq_len: int = Field(2048, gt=0)
+    """Length of a packed row, in tokens."""
+
+    max_steps: int = Field(100, gt=0)
+    """Optimiser steps."""
+
+    seed: int = 0
+    output_dir: Path = Path("outputs/run")
+    multimodal: MultimodalConfig = MultimodalConfig()
+    num_workers: int = Field(1, gt=0)
+    """Data-parallel ranks; above 1 the model is sharded by FSDP2."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations; weights and optimiser state are always float32."""
+
+    num_threads: int = Field(1, gt=0)
+    """Threads of torch's CPU operators, a rank."""
+
+    resume_step: int | None = Field(None, ge=1)
+    """Step of the checkpoint to continue from; the launcher sets it."""
+
+    optim: OptimConfig = OptimConfig()
+    loss: LossConfig = LossConfig()
+    ckpt: CheckpointConfig = CheckpointConfig()
+    log_level: LogLevel = "info"
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> "TrainerConfig":
+        if self.optim.scheduler.warmup_steps >= self.max_steps and self.optim.scheduler.warmup_steps > 0:
+            raise ValueError(
+                f"optim.scheduler.warmup_steps = {self.optim.scheduler.warmup_steps} leaves no step of "
+                f"max_steps = {self.max_steps}"
+            )
+        return self

@@ -1,0 +1,1 @@
+"""Environments in the box, each small and documented."""

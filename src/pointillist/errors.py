@@ -1,0 +1,57 @@
+"""The one error tree. Every error Pointillist raises on purpose descends from `PointillistError`.
+
+Messages say what was expected, what came, and where. Messages that can reach a client never say what a file
+contains (no actual hashes) and never tell whether a path outside the allowed roots exists.
+"""
+
+
+class PointillistError(Exception):
+    """Root of all errors that Pointillist raises on purpose."""
+
+
+class ConfigError(PointillistError):
+    """A configuration that can not work; raised before any process starts."""
+
+
+class ImageError(PointillistError):
+    """Bytes that can not be accepted as an image: undecodable, animated, or over a limit."""
+
+
+class SourceError(PointillistError):
+    """An image part of a message that names its image in a way that is not accepted."""
+
+
+class RefError(PointillistError):
+    """A reference that is malformed or does not fit what it points to (corruption, never absence)."""
+
+
+class MissingImageError(PointillistError):
+    """A well-formed reference whose file is not there."""
+
+
+class LayoutError(PointillistError):
+    """An image whose size has no layout in the model's family, or a layout that does not fit the tokens."""
+
+
+class RenderError(PointillistError):
+    """A conversation that can not be turned into tokens."""
+
+
+class InferenceError(PointillistError):
+    """The inference server refused or failed a request."""
+
+
+class EnvironmentLoadError(PointillistError):
+    """An environment that can not be found, imported or built."""
+
+
+class TransportError(PointillistError):
+    """A message between processes that is malformed or not allowed on the wire."""
+
+
+class TrainingError(PointillistError):
+    """A trainer that can not go on: a packing leak, non-finite loss, an unusable checkpoint."""
+
+
+class LaunchError(PointillistError):
+    """A run that can not start, or one of whose processes died."""

@@ -1,0 +1,18 @@
+"""Floor 2: what differs between model families, and the one function that turns references into tensors."""
+
+from pointillist.families.base import Expansion, Family, ForwardPolicy, ImageLayout
+from pointillist.families.materializer import Materialized, RawImageMaterializer
+from pointillist.families.model_files import ModelFiles, resolve_model_dir
+from pointillist.families.registry import load_family
+
+__all__ = [
+    "Expansion",
+    "Family",
+    "ForwardPolicy",
+    "ImageLayout",
+    "Materialized",
+    "ModelFiles",
+    "RawImageMaterializer",
+    "load_family",
+    "resolve_model_dir",
+]

@@ -1,0 +1,140 @@
+"""What a model family has to say about images: the protocol that every adapter fulfils.
+
+An adapter owns one family of models. It is built from the model folder's own configuration and answers, without
+torch and without an image processor: how many placeholder tokens an image of a given size takes (`layout`), how a
+token stream with one placeholder an image grows to the real one (`expand`), and which tensors the model wants
+(`materialize`). A third-party adapter registers its class in the entry point group `pointillist.families`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pointillist.errors import LayoutError
+from pointillist.families.model_files import ModelFiles
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLayout:
+    """How one image lies in the token stream and in the vision tower."""
+
+    grid_thw: tuple[int, int, int]
+    """Patches in time, height and width."""
+    num_tokens: int
+    """Placeholder tokens in the language model."""
+    resized_height: int
+    """Pixels after the resize that the family prescribes."""
+    resized_width: int
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardPolicy:
+    """What a model's `forward` wants beside the tensors."""
+
+    pass_position_ids_with_mm: bool
+    """Whether 1-D position ids are passed when images are (False: the model builds its own, as MRoPE does)."""
+    requires_mm_token_type_ids: bool
+    """Whether `mm_token_type_ids` must be passed when images are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expansion:
+    """A logical token stream (one placeholder an image) grown to the effective one."""
+
+    token_ids: list[int]
+    source: list[int]
+    """Per effective token: the index of the logical token it came from."""
+    spans: list[tuple[int, int]]
+    """Per image: offset and length of its placeholder tokens in `token_ids`."""
+
+
+class Family(Protocol):
+    """Adapter of one model family; see the module's docstring."""
+
+    name: ClassVar[str]
+    """The `family` of descriptors and references."""
+    model_types: ClassVar[frozenset[str]]
+    """`model_type` values of `config.json` that this adapter serves."""
+    forward_policy: ClassVar[ForwardPolicy]
+
+    image_token_id: int
+    """The placeholder."""
+    vision_token_ids: frozenset[int]
+    """All special tokens of images and videos: the policy may not sample them."""
+    renderer_name: str
+    """Name of the chat-template renderer in the `renderers` package."""
+    layout_fields: Mapping[str, Any]
+    """Everything that decides layout and pixels; its digest is the fingerprint."""
+    layout_fingerprint: str
+
+    def __init__(self, files: ModelFiles) -> None: ...
+
+    def layout(self, width: int, height: int) -> ImageLayout:
+        """Layout of an image of this upright size, in pixels.
+
+        Raises:
+            LayoutError: The family has no layout for such a size.
+        """
+        ...
+
+    def payload(self, layout: ImageLayout) -> dict[str, Any]:
+        """The JSON-safe `payload` of a descriptor."""
+        ...
+
+    def check_payload(self, payload: Mapping[str, Any], layout: ImageLayout) -> None:
+        """Checks a descriptor's payload against the layout that the image itself has.
+
+        Raises:
+            LayoutError: Malformed, or it differs.
+        """
+        ...
+
+    def expand(self, logical_ids: Sequence[int], layouts: Sequence[ImageLayout]) -> Expansion:
+        """Replaces the one placeholder of each image by as many as its layout says.
+
+        Raises:
+            LayoutError: As many layouts as placeholders were expected.
+        """
+        ...
+
+    def materialize(
+        self, images: Sequence[NDArray[np.uint8]], layouts: Sequence[ImageLayout]
+    ) -> dict[str, NDArray[Any]]:
+        """The model's image tensors, as numpy arrays.
+
+        Args:
+            images: Decoded pixels, uint8, `(height, width, 3)` each.
+            layouts: Their layouts.
+
+        Returns:
+            Keyword arguments of the model's `forward`.
+        """
+        ...
+
+
+def expand_one_placeholder(
+    logical_ids: Sequence[int], placeholder_id: int, layouts: Sequence[ImageLayout]
+) -> Expansion:
+    """Expansion for families whose image is a run of one repeated token: each placeholder becomes `num_tokens` ones.
+
+    Raises:
+        LayoutError: As many layouts as placeholders were expected.
+    """
+    found = sum(1 for token in logical_ids if token == placeholder_id)
+    if found != len(layouts):
+        raise LayoutError(f"{found} image placeholders in the tokens, but {len(layouts)} images")
+    token_ids: list[int] = []
+    source: list[int] = []
+    spans: list[tuple[int, int]] = []
+    remaining = iter(layouts)
+    for index, token in enumerate(logical_ids):
+        count = 1
+        if token == placeholder_id:
+            count = next(remaining).num_tokens
+            spans.append((len(token_ids), count))
+        token_ids.extend([token] * count)
+        source.extend([index] * count)
+    return Expansion(token_ids, source, spans)

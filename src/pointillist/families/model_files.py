@@ -1,0 +1,89 @@
+"""A model folder's own configuration files, read without transformers."""
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pointillist.errors import ConfigError
+
+
+def resolve_model_dir(name: str) -> Path:
+    """Folder of a model: a local folder, or the hub snapshot of `organisation/model` (configuration files only).
+
+    Raises:
+        ConfigError: Neither a folder nor to be had from the hub.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
+    if not looks_local:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.txt", "*.model", "*.py"]))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise ConfigError(
+                f"model {name!r} is neither a folder nor could it be fetched from the hub ({type(error).__name__})"
+            ) from None
+    raise ConfigError(f"model folder {name!r} does not exist (expected a folder with config.json, tokenizer.json, ...)")
+
+
+class ModelFiles:
+    """Configuration files of one model folder; each is read when first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """`config.json`.
+
+        Raises:
+            ConfigError: Missing or not a JSON object.
+        """
+        return self._json("config.json")
+
+    @cached_property
+    def model_type(self) -> str:
+        """`model_type` of `config.json`.
+
+        Raises:
+            ConfigError: Missing.
+        """
+        value = self.config.get("model_type")
+        if not isinstance(value, str):
+            raise ConfigError(f"{self.folder / 'config.json'} has no model_type")
+        return value
+
+    @cached_property
+    def image_processor(self) -> dict[str, Any]:
+        """The image processor's settings, wherever this folder keeps them.
+
+        Raises:
+            ConfigError: Neither `preprocessor_config.json` nor an `image_processor` in `processor_config.json`.
+        """
+        if (self.folder / "preprocessor_config.json").is_file():
+            return self._json("preprocessor_config.json")
+        if (self.folder / "processor_config.json").is_file():
+            nested = self._json("processor_config.json").get("image_processor")
+            if isinstance(nested, dict):
+                return nested
+        raise ConfigError(
+            f"model folder {self.folder} has no image processor settings (expected preprocessor_config.json, or "
+            "processor_config.json with an image_processor)"
+        )
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = self.folder / name
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"model folder {self.folder} has no {name}") from None
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path} can not be read as JSON ({error})") from None
+        if not isinstance(value, dict):
+            raise ConfigError(f"{path} holds a JSON {type(value).__name__}, expected an object")
+        return value

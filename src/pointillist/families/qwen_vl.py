@@ -1,0 +1,193 @@
+"""The Qwen-VL family: any resolution, cut into patches whose 2x2 blocks become one token each.
+
+An image is resized so that both sides are multiples of `patch_size * merge_size` and its area lies between the
+limits; then it is cut into patches, ordered block by block so that the four patches that merge into one token are
+neighbours; each patch is repeated in time (a still image is a film of `temporal_patch_size` equal frames).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pointillist.errors import ConfigError, LayoutError
+from pointillist.families.base import Expansion, ForwardPolicy, ImageLayout, expand_one_placeholder
+from pointillist.families.model_files import ModelFiles
+from pointillist.images.decode import PIXEL_RULES
+from pointillist.refs.descriptor import fingerprint_of
+
+_ALGORITHM: Final = 1
+_MAX_ASPECT_RATIO: Final = 200
+# Defaults of `Qwen2VLImageProcessor` for what a model folder leaves out.
+_DEFAULTS: Final[dict[str, Any]] = {
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+_DEFAULT_SIZE: Final = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
+_RENDERERS: Final = {"qwen3_vl": "qwen3-vl", "qwen3_vl_moe": "qwen3-vl"}
+
+
+class QwenVLFamily:
+    """Adapter for Qwen3-VL."""
+
+    name: ClassVar[str] = "qwen_vl"
+    model_types: ClassVar[frozenset[str]] = frozenset(_RENDERERS)
+    # Qwen builds its own three-dimensional positions (MRoPE) and finds the images by their token types.
+    forward_policy: ClassVar[ForwardPolicy] = ForwardPolicy(
+        pass_position_ids_with_mm=False, requires_mm_token_type_ids=True
+    )
+
+    def __init__(self, files: ModelFiles) -> None:
+        """Reads the model folder's settings.
+
+        Raises:
+            ConfigError: Settings are missing or ask for something that this adapter does not do.
+        """
+        settings = {**_DEFAULTS, **files.image_processor}
+        for key in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+            if settings.get(key, True) is not True:
+                raise ConfigError(f"image processor of {files.folder} has {key} = {settings[key]!r}, expected true")
+        if settings["resample"] != Image.Resampling.BICUBIC:
+            raise ConfigError(f"image processor of {files.folder} has resample = {settings['resample']!r}, expected 3 (bicubic)")
+        size = {**_DEFAULT_SIZE, **(settings.get("size") or {})}
+        self.min_pixels = int(settings.get("min_pixels") or size["shortest_edge"])
+        self.max_pixels = int(settings.get("max_pixels") or size["longest_edge"])
+        self.patch_size = int(settings["patch_size"])
+        self.temporal_patch_size = int(settings["temporal_patch_size"])
+        self.merge_size = int(settings["merge_size"])
+        self.layout_fields: Mapping[str, Any] = {
+            "family": self.name,
+            "algorithm": _ALGORITHM,
+            "patch_size": self.patch_size,
+            "temporal_patch_size": self.temporal_patch_size,
+            "merge_size": self.merge_size,
+            "min_pixels": self.min_pixels,
+            "max_pixels": self.max_pixels,
+            "resample": "bicubic-pillow",
+            "rescale_factor": float(settings["rescale_factor"]),
+            "image_mean": [float(value) for value in settings["image_mean"]],
+            "image_std": [float(value) for value in settings["image_std"]],
+            "pixel_rules": PIXEL_RULES,
+        }
+        self.layout_fingerprint = fingerprint_of(self.layout_fields)
+        self.renderer_name = _RENDERERS[files.model_type]
+        self.image_token_id = _token_id(files, "image_token_id")
+        self.vision_token_ids = frozenset(
+            _token_id(files, key)
+            for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        )
+        self._table = self._normalization_table()
+
+    def layout(self, width: int, height: int) -> ImageLayout:
+        """Layout of an image of this size; equal to `smart_resize` of the Hugging Face processor for every size.
+
+        The arithmetic is that of `smart_resize`, IEEE doubles included: their roots and quotients are correctly
+        rounded on every machine, and where a size falls exactly on a boundary they decide differently from exact
+        integers.
+
+        Raises:
+            LayoutError: One side is more than 200 times the other.
+        """
+        if max(width, height) > _MAX_ASPECT_RATIO * min(width, height):
+            raise LayoutError(f"image is {width}x{height}: one side is more than {_MAX_ASPECT_RATIO} times the other")
+        factor = self.patch_size * self.merge_size
+        # round() takes halves to the even neighbour, as the processor does; an image smaller than half a block
+        # would round to nothing and always falls under min_pixels.
+        rows, columns = round(height / factor), round(width / factor)
+        if rows * columns * factor**2 > self.max_pixels:
+            shrink = math.sqrt(height * width / self.max_pixels)
+            rows = max(1, math.floor(height / shrink / factor))
+            columns = max(1, math.floor(width / shrink / factor))
+        elif rows * columns * factor**2 < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / (height * width))
+            rows = math.ceil(height * grow / factor)
+            columns = math.ceil(width * grow / factor)
+        if rows < 1 or columns < 1:
+            raise LayoutError(f"image is {width}x{height}: too small for blocks of {factor} pixels under these limits")
+        return ImageLayout(
+            grid_thw=(1, rows * self.merge_size, columns * self.merge_size),
+            num_tokens=rows * columns,
+            resized_height=rows * factor,
+            resized_width=columns * factor,
+        )
+
+    def payload(self, layout: ImageLayout) -> dict[str, Any]:
+        """`{"image_grid_thw": [t, h, w]}`, in patches."""
+        return {"image_grid_thw": list(layout.grid_thw)}
+
+    def check_payload(self, payload: Mapping[str, Any], layout: ImageLayout) -> None:
+        """Checks that a payload is the one that an image of this layout has.
+
+        Raises:
+            LayoutError: Malformed, or another grid.
+        """
+        grid = payload.get("image_grid_thw")
+        if payload.keys() != {"image_grid_thw"} or not (
+            isinstance(grid, list) and len(grid) == 3 and all(type(value) is int and value > 0 for value in grid)
+        ):
+            raise LayoutError(f"payload has keys {sorted(payload)}, expected image_grid_thw with three integers > 0")
+        if tuple(grid) != layout.grid_thw:
+            raise LayoutError(f"payload has image_grid_thw {grid}, the image has {list(layout.grid_thw)}")
+
+    def expand(self, logical_ids: Sequence[int], layouts: Sequence[ImageLayout]) -> Expansion:
+        """Each `<|image_pad|>` becomes as many as its image has tokens; its neighbours stay."""
+        return expand_one_placeholder(logical_ids, self.image_token_id, layouts)
+
+    def materialize(
+        self, images: Sequence[NDArray[np.uint8]], layouts: Sequence[ImageLayout]
+    ) -> dict[str, NDArray[Any]]:
+        """Patches of all images, one after the other.
+
+        Returns:
+            `pixel_values` float32 `(patches, 3 * temporal_patch_size * patch_size**2)` and `image_grid_thw` int64
+            `(images, 3)`, bit for bit what `Qwen2VLImageProcessorPil` makes of the same RGB pixels.
+        """
+        counts = [math.prod(layout.grid_thw) for layout in layouts]
+        values = np.empty((sum(counts), 3, self.temporal_patch_size, self.patch_size**2), dtype=np.float32)
+        start = 0
+        for pixels, layout, count in zip(images, layouts, counts, strict=True):
+            self._write_patches(pixels, layout, values[start : start + count])
+            start += count
+        return {
+            "pixel_values": values.reshape(values.shape[0], -1),
+            "image_grid_thw": np.array([layout.grid_thw for layout in layouts], dtype=np.int64).reshape(-1, 3),
+        }
+
+    def _write_patches(self, pixels: NDArray[np.uint8], layout: ImageLayout, out: NDArray[np.float32]) -> None:
+        """Fills `out` of shape `(patches, 3, time, patch_size**2)`; the pixels stay uint8 until the last step."""
+        height, width = layout.resized_height, layout.resized_width
+        if pixels.shape[:2] != (height, width):
+            pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+        patch, merge = self.patch_size, self.merge_size
+        blocks = pixels.reshape(height // (patch * merge), merge, patch, width // (patch * merge), merge, patch, 3)
+        # (block row, block column, row in block, column in block, channel, y, x)
+        patches = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, patch * patch)
+        for channel in range(3):
+            out[:, channel] = self._table[channel][patches[:, channel]][:, None]
+
+    def _normalization_table(self) -> NDArray[np.float32]:
+        """Normalised value of each of the 256 levels, per channel: the processor's own steps, in its own precision.
+
+        Source: `rescale` (in float64, rounded to float32) and `normalize` (in float32) of transformers.image_transforms.
+        """
+        fields = self.layout_fields
+        levels = (np.arange(256, dtype=np.float64) * fields["rescale_factor"]).astype(np.float32)
+        mean = np.array(fields["image_mean"], dtype=np.float32)
+        std = np.array(fields["image_std"], dtype=np.float32)
+        table: NDArray[np.float32] = (levels[None, :] - mean[:, None]) / std[:, None]
+        return table
+
+
+def _token_id(files: ModelFiles, key: str) -> int:
+    value = files.config.get(key)
+    if not isinstance(value, int):
+        raise ConfigError(f"{files.folder / 'config.json'} has no {key}")
+    return value

@@ -1,0 +1,191 @@
+"""The content-addressed image store: `<root>/<hh>/<sha256>.<ext>`.
+
+An image is written once, as the bytes it came in, under the name of its own hash. That makes three promises cheap:
+a `put` of known bytes writes nothing; a name can not lie about its content without being found out; and a
+reference (the file's URL) can never point at an arbitrary file, because the path below the root has a grammar
+that only stored images match.
+
+Writers are atomic: a temporary file in the same folder, flushed to disk, then renamed. Readers open every path
+component without following symbolic links and verify the hash of what they read.
+"""
+
+import errno
+import hashlib
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from urllib.parse import quote, unquote, urlsplit
+
+from pointillist.errors import ImageError, MissingImageError, RefError
+from pointillist.images.decode import ImageHeader, ImageLimits, decode_rgb, read_header
+
+SHA256_HEX: Final = re.compile(r"[0-9a-f]{64}")
+_STORED_NAME: Final = re.compile(r"(?P<hh>[0-9a-f]{2})/(?P<sha256>(?P=hh)[0-9a-f]{62})\.(?:png|jpg|webp|gif|bmp|tiff)")
+TEMPORARY_SUFFIX: Final = ".tmp"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    """An image that lies in a store."""
+
+    sha256: str
+    """64 hex digits of the hash of the file's bytes."""
+    uri: str
+    """`file://` URL of the file."""
+    header: ImageHeader
+    num_bytes: int
+
+
+class ImageStore:
+    """One run's image folder, for writing.
+
+    Example:
+        >>> store = ImageStore(tmp_path, ImageLimits())
+        >>> stored = store.put(png_bytes)
+        >>> stored.uri
+        'file:///.../3a/3a52...e1.png'
+    """
+
+    def __init__(self, root: Path, limits: ImageLimits) -> None:
+        """Opens the store, making its folder if it is not there.
+
+        Args:
+            root: The folder. Symbolic links in its own path are resolved once, here.
+            limits: What `put` accepts.
+        """
+        root.mkdir(parents=True, exist_ok=True)
+        self.root = root.resolve()
+        self.limits = limits
+
+    def put(self, data: bytes) -> StoredImage:
+        """Stores an encoded image under its hash; storing the same bytes again writes nothing.
+
+        Safe from any number of processes at once: a reader never sees half a file. Returns once the file is on disk.
+
+        Raises:
+            ImageError: Not a decodable still image within the limits; nothing was written.
+        """
+        sha256 = hashlib.sha256(data).hexdigest()
+        header = read_header(data, self.limits)
+        path = self.root / sha256[:2] / f"{sha256}.{header.format}"
+        if not _holds(path, data):
+            decode_rgb(data, self.limits)  # refuses what has a good header and broken pixels
+            _write_atomically(path, data)
+        return StoredImage(sha256=sha256, uri=file_uri(path), header=header, num_bytes=len(data))
+
+
+def file_uri(path: Path) -> str:
+    """`file://` URL of an absolute path."""
+    return "file://" + quote(str(path))
+
+
+def local_path(uri: str) -> Path:
+    """Absolute path that a `file://` URL names.
+
+    Raises:
+        RefError: Another scheme, a host, a query, a relative path, or dots in the path.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme != "file":
+        raise RefError(f"expected a file:// URL of the image store, got scheme {parts.scheme!r}")
+    if parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
+        raise RefError("expected file:///absolute/path, got a URL with a host, query or fragment")
+    path = unquote(parts.path)
+    if not path.startswith("/") or "\0" in path or any(part in ("", ".", "..") for part in path[1:].split("/")):
+        raise RefError("expected file:///absolute/path without empty or dotted components")
+    return Path(path)
+
+
+def resolve_roots(roots: Iterable[Path]) -> tuple[Path, ...]:
+    """The folders that references may point into, absolute and free of symbolic links in their own path."""
+    return tuple(Path(root).expanduser().resolve() for root in roots)
+
+
+def stored_name(uri: str, allowed_roots: Iterable[Path]) -> tuple[Path, str, str]:
+    """Splits a reference's URL into `(root, name below it, sha256)` without touching the file system.
+
+    Raises:
+        RefError: Not under one of `allowed_roots`, or not the name of a stored image.
+    """
+    path = local_path(uri)
+    for root in allowed_roots:
+        if path.is_relative_to(root):
+            name = path.relative_to(root).as_posix()
+            if match := _STORED_NAME.fullmatch(name):
+                return root, name, match["sha256"]
+    raise RefError("raw_image_uri is not an image under an allowed root")
+
+
+def read_verified(uri: str, sha256: str, allowed_roots: Iterable[Path], limits: ImageLimits) -> bytes:
+    """Bytes of a stored image, after checking that it is the image that `sha256` says.
+
+    Args:
+        uri: `file://` URL of the stored image.
+        sha256: 64 hex digits that the caller expects.
+        allowed_roots: Resolved folders (`resolve_roots`) that may be read.
+        limits: `max_bytes` is enforced before reading.
+
+    Raises:
+        RefError: Outside the allowed roots, not a stored image's name, a link, not a regular file, over
+            `max_bytes`, or other bytes than the hash says.
+        MissingImageError: The name is good, the file is not there.
+    """
+    root, name, named_sha256 = stored_name(uri, allowed_roots)
+    if named_sha256 != sha256:
+        raise RefError("hash differs from the name of the image that raw_image_uri points to")
+    try:
+        descriptor = _open_without_links(root, name)
+    except FileNotFoundError:
+        raise MissingImageError(f"image {sha256} is not in the store") from None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EMLINK):
+            raise RefError("raw_image_uri leads through a symbolic link") from None
+        raise RefError(f"image {sha256} can not be read ({errno.errorcode.get(error.errno or 0, 'error')})") from None
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise RefError("raw_image_uri is not a regular file")
+        if status.st_size > limits.max_bytes:
+            raise RefError(f"image has {status.st_size} bytes, at most {limits.max_bytes} are accepted")
+        data = file.read(limits.max_bytes + 1)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise RefError(f"bytes of image {sha256} are not what its hash says: the file is corrupt")
+    return data
+
+
+def _open_without_links(root: Path, name: str) -> int:
+    folder_name, file_name = name.split("/")
+    folder = os.open(root / folder_name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        # O_NONBLOCK: opening a FIFO that someone put there must not hang.
+        return os.open(file_name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    finally:
+        os.close(folder)
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    """Whether `path` is a regular file with exactly these bytes; a damaged file is thus written anew by a put."""
+    try:
+        status = path.lstat()
+        return stat.S_ISREG(status.st_mode) and status.st_size == len(data) and path.read_bytes() == data
+    except FileNotFoundError:
+        return False
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ImageError(f"image could not be stored in {path.parent} ({error.strerror})") from error

@@ -1,0 +1,335 @@
+"""The embedded engine: one thread that owns the model, admits requests, decodes, and takes new weights in between.
+
+Requests come from any thread (`submit`) and are answered through futures. The loop is: take commands (weights,
+aborts), admit waiting requests, decode one token for every running sequence, repeat. A group's completions (`n`) and
+equal prompts that are admitted together share one prefill, vision tower included. New weights are loaded between two
+decoding steps: requests in flight go on, and each completion says which version sampled which of its tokens.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from pointillist.config.inference import EngineConfig
+from pointillist.inference.embedded.batch import Prompt, RunningBatch, decode, prefill
+from pointillist.inference.embedded.metrics import EngineMetrics
+from pointillist.inference.embedded.sampling import Sampled, sample
+from pointillist.inference.protocol import (
+    Choice,
+    LogProb,
+    LogProbs,
+    LogProbsContent,
+    SamplingParams,
+    WeightVersionSpan,
+)
+from pointillist.models import LoadedModel, copy_weights, read_weights
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class EngineRequest:
+    """One prompt and its `n` completions."""
+
+    prompt: Prompt
+    share_key: tuple[Any, ...]
+    """Requests with equal keys have equal prompts and images."""
+    params: SamplingParams
+    max_tokens: int
+    future: Future[list[Choice]] = field(default_factory=Future)
+    choices: dict[int, Choice] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class _Sequence:
+    """One completion in the making: a row of the running batch."""
+
+    request: EngineRequest
+    index: int
+    generator: torch.Generator
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[LogProbsContent] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+
+
+class Engine:
+    """Continuously batching sampler; `start` it, `submit` requests, `stop` it."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        config: EngineConfig,
+        *,
+        eos_token_ids: frozenset[int],
+        seed: int,
+        metrics: EngineMetrics,
+        on_failure: Callable[[], None],
+    ) -> None:
+        """Takes over the model.
+
+        Args:
+            loaded: The model; nobody else may use it from now on.
+            config: Batch size and admission.
+            eos_token_ids: Tokens that end every completion.
+            seed: For requests without a seed.
+            metrics: Counters to keep.
+            on_failure: Called once if the engine's thread dies, after all requests have failed.
+        """
+        self._loaded = loaded
+        self._config = config
+        self._eos_token_ids = eos_token_ids
+        self._metrics = metrics
+        self._on_failure = on_failure
+        self._seeds = torch.Generator().manual_seed(seed)
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._waiting: deque[EngineRequest] = deque()
+        self._rows: list[_Sequence] = []
+        self._batch: RunningBatch | None = None
+        self._paused = False
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.weight_version = 0
+        self.failure: BaseException | None = None
+        """Why the engine thread died; None while it lives."""
+
+    def start(self) -> None:
+        """Starts the engine's thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the engine's thread; requests in flight are aborted."""
+        self._command(self._stop).result()
+        self._thread.join()
+
+    def submit(self, request: EngineRequest) -> Future[list[Choice]]:
+        """Queues a request; its future gives the choices in order of index."""
+        self._put(lambda: self._waiting.append(request))
+        return request.future
+
+    def abort(self, request: EngineRequest) -> None:
+        """Gives up on a request; nobody waits for it any more."""
+        request.future.cancel()
+        self._put(lambda: self._drop(request))
+
+    def pause(self) -> None:
+        """Stops decoding after the current step; requests are kept."""
+        self._command(lambda: setattr(self, "_paused", True)).result()
+
+    def resume(self) -> None:
+        """Goes on decoding."""
+        self._command(lambda: setattr(self, "_paused", False)).result()
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether decoding is paused."""
+        return self._paused
+
+    def update_weights(self, folder: Path, version: int) -> None:
+        """Loads a weight version between two decoding steps.
+
+        Raises:
+            InferenceError: The weights do not fit; the old ones serve on.
+        """
+        weights = read_weights(folder)  # in the caller's thread: the engine only copies
+
+        def swap() -> None:
+            copy_weights(self._loaded.model, weights)
+            self.weight_version = version
+            self._metrics.weight_version.set(version)
+
+        self._command(swap).result()
+
+    # The engine's thread -----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        torch.set_num_threads(self._config.num_threads)
+        try:
+            while not self._stopping:
+                self._take_commands()
+                if self._paused or not (self._waiting or self._rows):
+                    self._wait_for_command()
+                    continue
+                self._admit()
+                self._step()
+        except BaseException as error:  # whatever it was, nobody must wait for ever
+            logger.exception("engine thread died")
+            self.failure = error
+            self._fail_all(error)
+            self._on_failure()
+
+    def _command(self, action: Callable[[], None]) -> Future[None]:
+        """Runs something in the engine's thread."""
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                action()
+            except Exception as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        self._put(run)
+        return done
+
+    def _put(self, command: Callable[[], None]) -> None:
+        self._commands.put(command)
+        if self.failure is not None:  # nobody reads the queue any more
+            self._fail_all(self.failure)
+
+    def _take_commands(self) -> None:
+        while not self._commands.empty():
+            self._commands.get()()
+
+    def _wait_for_command(self) -> None:
+        self._commands.get()()
+        # A burst of requests is on its way together: one prefill for all of them.
+        time.sleep(self._config.admission_window)
+
+    def _stop(self) -> None:
+        self._stopping = True
+        for request in [*self._waiting, *{sequence.request for sequence in self._rows}]:
+            request.future.cancel()
+
+    def _drop(self, request: EngineRequest) -> None:
+        if request in self._waiting:
+            self._waiting.remove(request)
+        self._keep([row for row, sequence in enumerate(self._rows) if sequence.request is not request])
+
+    def _fail_all(self, error: BaseException) -> None:
+        for request in [*self._waiting, *{sequence.request for sequence in self._rows}]:
+            if not request.future.done():
+                request.future.set_exception(RuntimeError(f"engine died: {error!r}"))
+        self._waiting.clear()
+        self._rows.clear()
+        while not self._commands.empty():
+            self._commands.get()()
+
+    def _admit(self) -> None:
+        """Moves waiting requests into the batch, in order, while there is room; equal prompts are read once."""
+        admitted: list[EngineRequest] = []
+        room = self._config.max_batch_size - len(self._rows)
+        while self._waiting and self._waiting[0].params.n <= room:
+            request = self._waiting.popleft()
+            if request.future.cancelled():
+                continue
+            admitted.append(request)
+            room -= request.params.n
+        if not admitted:
+            return
+        unique: dict[tuple[Any, ...], int] = {}
+        prompts: list[Prompt] = []
+        rows: list[int] = []
+        for request in admitted:
+            if request.share_key not in unique:
+                unique[request.share_key] = len(prompts)
+                prompts.append(request.prompt)
+            rows += [unique[request.share_key]] * request.params.n
+            self._rows += [_Sequence(request, i, self._generator(request.params, i)) for i in range(request.params.n)]
+        new = prefill(self._loaded, prompts).select(rows)
+        self._batch = new if self._batch is None else self._batch.join(new)
+        self._metrics.prefilled(len(prompts), sum(len(p.token_ids) for p in prompts), len(rows))
+
+    def _step(self) -> None:
+        """Samples one token for every row, ends those that are done, and reads the others' tokens."""
+        if self._batch is None:
+            return
+        sampled = sample(
+            self._batch.logits,
+            self._loaded.unsampleable,
+            [sequence.request.params for sequence in self._rows],
+            [sequence.generator for sequence in self._rows],
+        )
+        going: list[int] = []
+        for row, sequence in enumerate(self._rows):
+            self._append(sequence, row, sampled)
+            finish = self._finish_of(sequence)
+            if finish is None:
+                going.append(row)
+            else:
+                self._finish(sequence, *finish)
+        self._metrics.sampled(len(self._rows))
+        tokens = sampled.token_ids[going]
+        self._keep(going)
+        if self._batch is not None:
+            self._batch = decode(self._loaded, self._batch, tokens)
+        self._metrics.queues(len(self._rows), len(self._waiting))
+
+    def _keep(self, rows: list[int]) -> None:
+        if len(rows) == len(self._rows):
+            return
+        self._rows = [self._rows[row] for row in rows]
+        self._batch = self._batch.select(rows) if rows and self._batch is not None else None
+
+    def _append(self, sequence: _Sequence, row: int, sampled: Sampled) -> None:
+        token = int(sampled.token_ids[row])
+        sequence.token_ids.append(token)
+        sequence.versions.append(self.weight_version)
+        if (count := sequence.request.params.logprobs) is not None:
+            sequence.logprobs.append(_logprobs_content(token, sampled.logprobs[row], count))
+
+    def _finish_of(self, sequence: _Sequence) -> tuple[Literal["stop", "length"], int | None] | None:
+        token, params = sequence.token_ids[-1], sequence.request.params
+        if token in params.stop_token_ids:
+            return "stop", token
+        if token in self._eos_token_ids and not params.ignore_eos:
+            return "stop", None
+        if len(sequence.token_ids) >= sequence.request.max_tokens:
+            return "length", None
+        return None
+
+    def _finish(self, sequence: _Sequence, reason: Literal["stop", "length"], stop_reason: int | None) -> None:
+        request = sequence.request
+        request.choices[sequence.index] = Choice(
+            index=sequence.index,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            token_ids=sequence.token_ids,
+            logprobs=LogProbs(content=sequence.logprobs) if request.params.logprobs is not None else None,
+            weight_versions=_spans(sequence.versions),
+        )
+        if len(request.choices) == request.params.n and not request.future.cancelled():
+            request.future.set_result([request.choices[index] for index in range(request.params.n)])
+
+    def _generator(self, params: SamplingParams, index: int) -> torch.Generator:
+        if params.seed is None:
+            seed = int(torch.randint(2**62, (1,), generator=self._seeds))
+        else:
+            seed = (params.seed + index) % 2**63
+        return torch.Generator().manual_seed(seed)
+
+
+def _logprobs_content(token: int, logprobs: torch.Tensor, count: int) -> LogProbsContent:
+    own = float(logprobs[token])
+    rank = int((logprobs > own).sum()) + 1
+    top = logprobs.topk(count) if count else None
+    alternatives = [] if top is None else zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return LogProbsContent(
+        token_id=token,
+        logprob=own,
+        rank=rank,
+        top_logprobs=[
+            LogProb(token_id=other, logprob=value, rank=place)
+            for place, (other, value) in enumerate(alternatives, start=1)
+            if value > float("-inf")
+        ],
+    )
+
+
+def _spans(versions: list[int]) -> list[WeightVersionSpan]:
+    spans: list[WeightVersionSpan] = []
+    for index, version in enumerate(versions):
+        if spans and spans[-1].version == str(version):
+            spans[-1].end = index + 1
+        else:
+            spans.append(WeightVersionSpan(version=str(version), start=index, end=index + 1))
+    return spans

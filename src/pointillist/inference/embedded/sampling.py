@@ -1,0 +1,66 @@
+"""From logits to tokens, a batch of sequences at once, each with its own parameters and random stream."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pointillist.inference.protocol import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One decoding step of a batch. Tensors are on the CPU, first dimension `batch`."""
+
+    token_ids: torch.Tensor
+    """int64 `(batch,)`."""
+    logprobs: torch.Tensor
+    """float32 `(batch, vocab)`: of the whole distribution at the sampling temperature, mask applied, before top-p and
+    top-k; this is what the trainer computes again."""
+
+
+@torch.inference_mode()
+def sample(
+    logits: torch.Tensor,
+    unsampleable: torch.Tensor,
+    params: Sequence[SamplingParams],
+    generators: Sequence[torch.Generator],
+) -> Sampled:
+    """Samples one token a sequence.
+
+    Args:
+        logits: `(batch, vocab)`.
+        unsampleable: int64 token ids that are masked.
+        params: One a sequence.
+        generators: One a sequence, on the CPU; each gives one number a step, so a sequence's tokens do not depend on
+            what shares its batch.
+    """
+    logits = logits.float().index_fill(1, unsampleable, float("-inf"))
+    temperatures = torch.tensor([p.temperature or 1.0 for p in params], device=logits.device)[:, None]
+    logprobs = (logits / temperatures).log_softmax(-1).cpu()
+    noise = torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
+    drawn = _draw(_truncate(logprobs, params).double().exp(), noise)
+    greedy = torch.tensor([p.temperature == 0 for p in params])
+    return Sampled(torch.where(greedy, logprobs.argmax(-1), drawn), logprobs)
+
+
+def _draw(weights: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Inverts the cumulative distribution: the first token whose running sum exceeds a uniform number."""
+    running = weights.cumsum(-1)
+    total = running[:, -1:]
+    # Rounding must not lift the number to the total itself: no token's sum exceeds that.
+    threshold = torch.minimum(noise * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(running, threshold, right=True)[:, 0]
+
+
+def _truncate(logprobs: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Minus infinity for what top-k and top-p leave out."""
+    if all(p.top_p >= 1 and p.top_k <= 0 for p in params):
+        return logprobs
+    ordered, order = logprobs.sort(-1, descending=True)
+    mass_before = ordered.exp().cumsum(-1) - ordered.exp()
+    top_p = torch.tensor([p.top_p for p in params])[:, None]
+    top_k = torch.tensor([p.top_k if p.top_k > 0 else logprobs.shape[-1] for p in params])[:, None]
+    # At top_p = 1 nothing is left out, whatever rounding makes of the running sum.
+    keep = ((mass_before < top_p) | (top_p >= 1)) & (torch.arange(logprobs.shape[-1]) < top_k)
+    return logprobs.masked_fill(~torch.zeros_like(keep).scatter(-1, order, keep), float("-inf"))

@@ -1,0 +1,317 @@
+"""The embedded server: vLLM's token-in, token-out endpoint over the embedded engine.
+
+| route | effect |
+| --- | --- |
+| `POST /inference/v1/generate` | tokens and references in, tokens and logprobs out |
+| `POST /update_weights` | loads `{"weight_dir", "weight_version"}` between two decoding steps |
+| `POST /pause`, `POST /resume` | stops and goes on; requests are kept |
+| `GET /health`, `/v1/models`, `/metrics` | |
+
+Image work runs in worker threads, never on the event loop. Errors are `{"error": {message, type, param, code}}`.
+"""
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+
+from pointillist.config import InferenceConfig, RunPaths, resolve_image_dir
+from pointillist.errors import InferenceError, PointillistError
+from pointillist.families import RawImageMaterializer
+from pointillist.inference.embedded.batch import Prompt
+from pointillist.inference.embedded.engine import Engine, EngineRequest
+from pointillist.inference.embedded.metrics import EngineMetrics
+from pointillist.inference.features import invalid, refs_of, request_error
+from pointillist.inference.protocol import (
+    Choice,
+    ErrorInfo,
+    ErrorResponse,
+    GenerateRequest,
+    GenerateResponse,
+    RequestError,
+    UpdateWeightsRequest,
+    Usage,
+)
+from pointillist.models import LoadedModel, load_model
+from pointillist.refs.mm_refs import mm_token_type_ids
+from pointillist.refs.wire import ImageRef
+from pointillist.rollouts.client import api_key
+
+logger = logging.getLogger(__name__)
+
+
+class Server:
+    """What the routes share."""
+
+    def __init__(
+        self,
+        config: InferenceConfig,
+        loaded: LoadedModel,
+        materializer: RawImageMaterializer,
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.config = config
+        self.loaded = loaded
+        self.materializer = materializer
+        self.metrics = EngineMetrics()
+        self.engine = Engine(
+            loaded,
+            config.engine,
+            eos_token_ids=_eos_token_ids(loaded),
+            seed=config.seed,
+            metrics=self.metrics,
+            on_failure=on_failure,
+        )
+
+    async def generate(self, request: GenerateRequest, http: Request) -> GenerateResponse:
+        """Answers one generate request.
+
+        Raises:
+            RequestError: It can not be served.
+        """
+        if request.model not in (None, self.config.model.name):
+            raise RequestError(f"model is {request.model!r}, this server has {self.config.model.name!r}", code=404)
+        max_tokens = self._max_tokens(request)
+        engine_request = await self._prepare(request, max_tokens)
+        choices = await self._await_choices(engine_request, http)
+        sampled = sum(len(choice.token_ids) for choice in choices)
+        return GenerateResponse(
+            request_id=request.request_id or uuid.uuid4().hex,
+            model=self.config.model.name,
+            choices=choices,
+            usage=Usage(
+                prompt_tokens=len(request.token_ids),
+                completion_tokens=sampled,
+                total_tokens=len(request.token_ids) + sampled,
+            ),
+            prompt_token_ids=request.token_ids if request.return_token_ids else None,
+            mm_placeholders=request.features.mm_placeholders if request.features and request.return_token_ids else None,
+        )
+
+    async def update_weights(self, request: UpdateWeightsRequest) -> None:
+        """Loads a weight version.
+
+        Raises:
+            RequestError: Not a folder of this run's broadcasts, or weights that do not fit; the old ones serve on.
+        """
+        broadcasts = RunPaths(self.config.output_dir.resolve()).broadcasts
+        folder = Path(request.weight_dir).resolve()
+        if not folder.is_relative_to(broadcasts):
+            raise RequestError(f"weight_dir is not below {broadcasts}", param="weight_dir")
+        try:
+            await run_in_threadpool(self.engine.update_weights, folder, request.weight_version)
+        except InferenceError as error:
+            raise RequestError(f"{error}; version {self.engine.weight_version} serves on", param="weight_dir") from None
+
+    def _max_tokens(self, request: GenerateRequest) -> int:
+        params, prompt = request.sampling_params, len(request.token_ids)
+        vocab_size = self.loaded.model.get_input_embeddings().weight.shape[0]
+        if not all(0 <= token < vocab_size for token in request.token_ids):
+            raise RequestError(f"token_ids must be from 0 to {vocab_size - 1}", param="token_ids")
+        if params.n > self.config.engine.max_batch_size:
+            raise RequestError(
+                f"n is {params.n}, at most {self.config.engine.max_batch_size} completions are decoded at once",
+                param="sampling_params.n",
+            )
+        room = self.config.seq_len - prompt
+        if room < (params.max_tokens or 1):
+            raise RequestError(
+                f"prompt has {prompt} tokens, max_tokens is {params.max_tokens or 1}, together at most "
+                f"{self.config.seq_len} are accepted",
+                param="token_ids",
+            )
+        return params.max_tokens or room
+
+    async def _prepare(self, request: GenerateRequest, max_tokens: int) -> EngineRequest:
+        family = self.loaded.family
+        refs, lengths = refs_of(request, family.image_token_id, self.config.multimodal.limits.max_images_per_request)
+        tensors = await run_in_threadpool(self._materialize, refs, lengths) if refs else {}
+        prompt = Prompt(
+            token_ids=torch.tensor(request.token_ids),
+            mm_token_type_ids=torch.tensor(mm_token_type_ids(request.token_ids, family.image_token_id)),
+            tensors=tensors,
+        )
+        share_key = (tuple(request.token_ids), tuple(ref.hash for ref in refs))
+        return EngineRequest(prompt, share_key, request.sampling_params, max_tokens)
+
+    def _materialize(self, refs: list[ImageRef], lengths: list[int]) -> dict[str, torch.Tensor]:
+        """Runs in a worker thread."""
+        started = time.perf_counter()
+        try:
+            arrays = self.materializer.materialize(refs, lengths).tensors
+        except PointillistError as error:
+            raise request_error(error, refs) from None
+        self.metrics.images.inc(len(refs))
+        self.metrics.materialize_seconds.inc(time.perf_counter() - started)
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    async def _await_choices(self, request: EngineRequest, http: Request) -> list[Choice]:
+        """Waits for the engine; a client that hangs up frees its rows."""
+        answer = asyncio.wrap_future(self.engine.submit(request))
+        hung_up = asyncio.ensure_future(_disconnected(http))
+        await asyncio.wait({answer, hung_up}, return_when=asyncio.FIRST_COMPLETED)
+        hung_up.cancel()
+        if not answer.done():
+            self.engine.abort(request)
+            raise RequestError("client closed the connection", code=499)
+        return answer.result()
+
+
+def create_app(server: Server, key: str | None) -> FastAPI:
+    """The web application.
+
+    Args:
+        server: State of the routes.
+        key: API key that requests must bring as a bearer token; None on loopback.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        server.engine.start()
+        yield
+        if server.engine.failure is None:
+            await run_in_threadpool(server.engine.stop)
+
+    app = FastAPI(title="Pointillist inference", lifespan=lifespan, openapi_url=None)
+    _add_error_handlers(app, server)
+    if key is not None:
+        _require_key(app, key)
+
+    @app.post("/inference/v1/generate")
+    async def generate(request: GenerateRequest, http: Request) -> Response:
+        answer = await server.generate(request, http)
+        return Response(answer.model_dump_json(), media_type="application/json")
+
+    @app.post("/update_weights")
+    async def update_weights(request: UpdateWeightsRequest) -> dict[str, Any]:
+        await server.update_weights(request)
+        return {"weight_version": server.engine.weight_version}
+
+    @app.post("/pause")
+    async def pause() -> dict[str, str]:
+        await run_in_threadpool(server.engine.pause)
+        return {"status": "paused"}
+
+    @app.post("/resume")
+    async def resume() -> dict[str, str]:
+        await run_in_threadpool(server.engine.resume)
+        return {"status": "resumed"}
+
+    @app.get("/is_paused")
+    async def is_paused() -> dict[str, bool]:
+        return {"is_paused": server.engine.is_paused}
+
+    @app.get("/health")
+    async def health() -> Response:
+        if server.engine.failure is not None:
+            raise RequestError(f"engine died: {server.engine.failure!r}", type="InternalServerError", code=503)
+        return JSONResponse({"status": "ok", "weight_version": server.engine.weight_version})
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        card = {"id": server.config.model.name, "object": "model", "max_model_len": server.config.seq_len}
+        return {"object": "list", "data": [card]}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(server.metrics.exposition(), media_type="text/plain; version=0.0.4")
+
+    return app
+
+
+def serve(config: InferenceConfig) -> None:
+    """Loads the model and serves until the process is told to stop.
+
+    Raises:
+        ConfigError: No such model, or a missing API key.
+        InferenceError: The engine died.
+    """
+    key = api_key(config.server.api_key_var) if config.server.api_key_var else None
+    torch.set_num_threads(config.engine.num_threads)
+    loaded = load_model(config.model.name, device=config.engine.device, dtype=config.engine.dtype)
+
+    def end_process() -> None:
+        """A server without an engine must not look alive."""
+        http_server.should_exit = http_server.force_exit = True
+
+    server = Server(config, loaded, build_materializer(config, loaded), end_process)
+    http_server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(server, key),
+            host=config.server.host,
+            port=config.server.port,
+            log_level="warning",
+            timeout_graceful_shutdown=2,
+        )
+    )
+    http_server.run()
+    if server.engine.failure is not None:
+        raise InferenceError(f"engine died: {server.engine.failure!r}")
+
+
+def build_materializer(config: InferenceConfig, loaded: LoadedModel) -> RawImageMaterializer:
+    """The materialiser of a server: it may read the run's image store and the configured roots."""
+    own = resolve_image_dir(config.multimodal, config.output_dir, os.environ)
+    return RawImageMaterializer(loaded.family, [own, *config.multimodal.allowed_roots], config.multimodal.limits.image_limits())
+
+
+def _eos_token_ids(loaded: LoadedModel) -> frozenset[int]:
+    value = loaded.model.generation_config.eos_token_id
+    ids = value if isinstance(value, list) else [value, loaded.tokenizer.eos_token_id]
+    return frozenset(token for token in ids if token is not None)
+
+
+async def _disconnected(http: Request) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _add_error_handlers(app: FastAPI, server: Server) -> None:
+    def answer(info: ErrorInfo) -> JSONResponse:
+        server.metrics.refused.inc()
+        return JSONResponse(ErrorResponse(error=info).model_dump(), status_code=info.code)
+
+    @app.exception_handler(RequestError)
+    async def refused(_: Request, error: RequestError) -> JSONResponse:
+        return answer(error.info)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        message = f"{where or 'body'}: {first['msg']}"
+        if where.startswith("features"):
+            return answer(invalid(message, where).info)
+        return answer(ErrorInfo(message=message, type="BadRequestError", param=where or None, code=400))
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> JSONResponse:
+        logger.error("request failed", exc_info=error)
+        return answer(ErrorInfo(message=type(error).__name__, type="InternalServerError", code=500))
+
+
+def _require_key(app: FastAPI, key: str) -> None:
+    expected = f"Bearer {key}".encode()
+
+    @app.middleware("http")
+    async def check(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        given = request.headers.get("authorization", "").encode()
+        if request.url.path == "/health" or secrets.compare_digest(given, expected):
+            return await call_next(request)
+        info = ErrorInfo(message="expected Authorization: Bearer <API key>", type="AuthenticationError", code=401)
+        return JSONResponse(ErrorResponse(error=info).model_dump(), status_code=401)
+
+

@@ -1,0 +1,78 @@
+"""From a request's `features` to checked references; every fault is named by the image it belongs to."""
+
+from collections.abc import Sequence
+
+from pointillist.errors import MissingImageError, PointillistError, RefError
+from pointillist.inference.protocol import GenerateRequest, RequestError
+from pointillist.refs.mm_refs import IMAGE, check_spans, MMImageRef, mm_token_type_ids
+from pointillist.refs.wire import ImageRef, decode_ref
+
+_FIELD = "features.kwargs_data.image"
+
+
+def refs_of(request: GenerateRequest, image_token_id: int, max_images: int) -> tuple[list[ImageRef], list[int]]:
+    """References of a request's images and the lengths of their placeholders.
+
+    Raises:
+        RequestError: 400, by the contract's section 4.
+    """
+    token_types = mm_token_type_ids(request.token_ids, image_token_id)
+    features = request.features
+    if features is None:
+        if IMAGE in token_types:
+            raise invalid("token_ids hold image placeholders, but the request has no features", _FIELD)
+        return [], []
+    for name in ("mm_hashes", "mm_placeholders", "kwargs_data"):
+        if foreign := sorted((getattr(features, name) or {}).keys() - {"image"}):
+            raise invalid(f"features.{name} has modality {foreign[0][:32]!r}, expected 'image'", f"features.{name}")
+    hashes = features.mm_hashes.get("image", [])
+    placeholders = features.mm_placeholders.get("image", [])
+    data = (features.kwargs_data or {}).get("image", [])
+    if not len(hashes) == len(placeholders) == len(data):
+        raise invalid(
+            f"{len(hashes)} mm_hashes, {len(placeholders)} mm_placeholders and {len(data)} kwargs_data entries: expected "
+            "one of each for every image, in every request",
+            _FIELD,
+        )
+    if len(data) > max_images:
+        raise invalid(f"{len(data)} images, at most {max_images} are accepted", _FIELD)
+    refs = [_ref(entry, sha256, index) for index, (entry, sha256) in enumerate(zip(data, hashes, strict=True))]
+    spans = [
+        MMImageRef({}, ref.hash, ref.raw_image_uri, place.offset, place.length)
+        for ref, place in zip(refs, placeholders, strict=True)
+    ]
+    try:
+        check_spans(spans, token_types)
+    except RefError as error:
+        raise invalid(str(error), _param_of(error)) from None
+    return refs, [place.length for place in placeholders]
+
+
+def request_error(error: PointillistError, refs: Sequence[ImageRef]) -> RequestError:
+    """The structured 400 for what materialising a request's references raised."""
+    if isinstance(error, MissingImageError):
+        index = next((i for i, ref in enumerate(refs) if ref.hash in str(error)), 0)
+        return RequestError(str(error), type="missing_mm_image", param=f"{_FIELD}[{index}]")
+    return invalid(str(error), _param_of(error))
+
+
+def invalid(message: str, param: str) -> RequestError:
+    """A structured 400 for a reference."""
+    return RequestError(message, type="invalid_mm_image_ref", param=param)
+
+
+def _ref(entry: object, sha256: object, index: int) -> ImageRef:
+    try:
+        ref = decode_ref(entry)
+    except RefError as error:
+        raise invalid(str(error), f"{_FIELD}[{index}]") from None
+    if sha256 != ref.hash:
+        raise invalid("mm_hashes and the reference name different hashes", f"{_FIELD}[{index}]")
+    return ref
+
+
+def _param_of(error: Exception) -> str:
+    """`features.kwargs_data.image[i]` if the message begins with `image[i]`."""
+    message = str(error)
+    prefix, bracket, _ = message.partition("]")
+    return f"features.kwargs_data.{prefix}]" if bracket and prefix.startswith("image[") else _FIELD

@@ -1,0 +1,74 @@
+"""What a run looks like while it goes: one live line on a terminal, a line now and then elsewhere."""
+
+import time
+from types import TracebackType
+from typing import Any, Final
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from pointillist.config.run_paths import RunPaths, read_jsonl
+
+_PLAIN_SECONDS: Final = 10.0
+_REFRESH_SECONDS: Final = 0.5
+
+
+class Progress:
+    """Reads the metrics that the processes write."""
+
+    def __init__(self, console: Console, paths: RunPaths, max_steps: int) -> None:
+        self._console = console
+        self._paths = paths
+        self._max_steps = max_steps
+        self._next_read = 0.0
+        self._next_line = 0.0
+        self._shown = ""
+        self._bar = Bar(
+            TextColumn("training"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("training", total=max_steps, status="starting")
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._next_read = self._next_line = 0.0
+        self.update()
+        self._bar.stop()
+
+    def update(self) -> None:
+        """Shows what is new; cheap to call often."""
+        now = time.monotonic()
+        if now < self._next_read:
+            return
+        self._next_read = now + _REFRESH_SECONDS
+        metrics = self._paths.metrics
+        step, status = _status(*(read_jsonl(metrics / f"{name}.jsonl")[-1:] for name in ("trainer", "orchestrator", "eval")))
+        self._bar.update(self._task, completed=step, status=status)
+        line = f"step {step}/{self._max_steps}  {status}"
+        if not self._console.is_terminal and now >= self._next_line and line != self._shown and status:
+            self._console.print(line, highlight=False)
+            self._shown = line
+            self._next_line = now + _PLAIN_SECONDS
+
+
+def _status(trainer: list[dict[str, Any]], orchestrator: list[dict[str, Any]], evals: list[dict[str, Any]]) -> tuple[int, str]:
+    """Last finished step, and the numbers that matter."""
+    parts = []
+    if orchestrator:
+        parts.append(f"reward {orchestrator[0]['reward/mean']:.3f}")
+    if evals:
+        parts.append(f"held-out {evals[0]['eval/accuracy']:.3f} (step {evals[0]['step']})")
+    if orchestrator:
+        parts.append(f"{orchestrator[0]['rollouts/per_second']:.0f} rollouts/s")
+    if trainer:
+        parts.append(f"mismatch {trainer[0]['mismatch/mean_abs']:.0e}")
+    return (int(trainer[0]["step"]) if trainer else 0), "  ".join(parts)

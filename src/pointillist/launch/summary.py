@@ -1,0 +1,53 @@
+"""What came of a run: `summary.json`, a table on the terminal, and the learning curve."""
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pointillist.config import RLConfig, RunPaths
+from pointillist.config.run_paths import read_jsonl, write_atomically
+from pointillist.view.curve import draw_curve
+
+
+def summarize(config: RLConfig, paths: RunPaths, console: Console) -> None:
+    """Writes and shows the summary of a finished run."""
+    trainer = read_jsonl(paths.metrics / "trainer.jsonl")
+    orchestrator = read_jsonl(paths.metrics / "orchestrator.jsonl")
+    evals = read_jsonl(paths.metrics / "eval.jsonl")
+    summary = build_summary(trainer, orchestrator, evals)
+    write_atomically(paths.output_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    curve = paths.output_dir / "curve.png"
+    draw_curve(orchestrator, evals, curve, title=f"{config.env.id}: {config.model.name}")
+    table = Table(title="summary", show_header=False)
+    for key, value in summary.items():
+        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+    console.print(table)
+    console.print(f"learning curve: {curve}", highlight=False)
+    console.print(f"trained model:  {paths.model}", highlight=False)
+
+
+def build_summary(
+    trainer: list[dict[str, Any]], orchestrator: list[dict[str, Any]], evals: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The summary's numbers, each as measured in this run.
+
+    Args:
+        trainer: Records of `metrics/trainer.jsonl`.
+        orchestrator: Records of `metrics/orchestrator.jsonl`.
+        evals: Records of `metrics/eval.jsonl`.
+    """
+    images = [record for record in orchestrator if record["mm/images"]]
+    return {
+        "initial_accuracy": evals[0]["eval/accuracy"] if evals else None,
+        "final_accuracy": evals[-1]["eval/accuracy"] if evals else None,
+        "steps": trainer[-1]["step"] if trainer else 0,
+        "train_seconds": sum(record["time/step"] for record in trainer),
+        "rollouts": sum(record["rollouts/total"] for record in orchestrator),
+        "rollouts_dropped": sum(record["errors/dropped"] for record in orchestrator),
+        "images_materialized": int(sum(record["mm/images_materialized"] for record in trainer)),
+        "max_logprob_mismatch": max((record["mismatch/mean_abs"] for record in trainer), default=None),
+        "mm_bytes_per_image": max((record["mm/bytes_per_image"] for record in images), default=None),
+        "torch_in_orchestrator": any(record["torch_imported"] for record in evals),
+    }

@@ -1,0 +1,269 @@
+"""The orchestrator: for every step, roll out groups, compare, pack, ship.
+
+    wait until the server has weights new enough -> groups of rollouts -> advantages -> samples -> packed rows -> trainer
+
+At `max_off_policy_steps = 0` a step's rollouts wait for the weights of the step before; above it they may begin that
+many versions earlier, and new weights reach the server while they run. Held-out tasks are evaluated greedily, through
+the same renderer and the same wire, before the first step, every `eval.interval` steps and after the last.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pointillist.config import OrchestratorConfig, RunPaths, writer_image_dir
+from pointillist.config.run_paths import ORCHESTRATOR_STATE, append_jsonl
+from pointillist.errors import InferenceError, PointillistError
+from pointillist.families import load_family, resolve_model_dir
+from pointillist.images import ImageStore, Sources
+from pointillist.images.blank import blank_image
+from pointillist.orchestrator.advantages import group_advantages
+from pointillist.orchestrator.packing import pack
+from pointillist.orchestrator.runner import Rollout, RolloutErrors, RolloutRunner
+from pointillist.orchestrator.samples import make_sample
+from pointillist.orchestrator.tasks import TaskOrder
+from pointillist.orchestrator.weights import WeightWatcher
+from pointillist.render import FolderTokenizer, RawRenderer
+from pointillist.rollouts import InferenceClient, Task, load_environment
+from pointillist.transport import FilesystemSender, RankBatch, TrainingSample
+from pointillist.transport.types import encoded_image_bytes
+
+logger = logging.getLogger(__name__)
+
+_EMPTY_ROUNDS = 10
+"""Rounds without a single group to learn from after which the run stops."""
+
+
+async def orchestrate(config: OrchestratorConfig) -> None:
+    """Runs until `max_steps` are shipped and the last weights are evaluated.
+
+    Raises:
+        ConfigError: The model folder is unusable.
+        EnvironmentLoadError: The environment can not be had.
+        InferenceError: The server refused weights, or no group could be rolled out.
+    """
+    orchestrator = Orchestrator(config)
+    try:
+        await orchestrator.run()
+    finally:
+        await orchestrator.client.aclose()
+
+
+class Orchestrator:
+    """State of the loop."""
+
+    def __init__(self, config: OrchestratorConfig) -> None:
+        self.config = config
+        self.paths = RunPaths(config.output_dir.resolve())
+        self.family = load_family(config.model.name)
+        renderer = RawRenderer(self.family, FolderTokenizer(resolve_model_dir(config.model.name)))
+        environment = load_environment(config.env.id, config.env.args)
+        store = ImageStore(
+            writer_image_dir(config.multimodal, self.paths.output_dir, os.environ), config.multimodal.limits.image_limits()
+        )
+        self.client = InferenceClient(
+            config.client.base_url, api_key_var=config.client.api_key_var, timeout=config.client.timeout
+        )
+        self.runner = RolloutRunner(
+            config, environment, renderer, Sources(store, blank_image if config.env.blank_images else None), self.client
+        )
+        self.start = config.resume_step or 0
+        self.tasks = TaskOrder(_tasks_of(environment.train_tasks, "train"), config.seed, self._resume_position())
+        self.eval_tasks = _tasks_of(environment.eval_tasks, "eval")[: config.eval.max_tasks]
+        self.weights = WeightWatcher(self.paths, self.client, self.start)
+        self.sender = FilesystemSender(self.paths)
+
+    async def run(self) -> None:
+        """The loop of this module's docstring."""
+        config = self.config
+        await self.weights.wait_for(self.start)
+        if self.start == 0:
+            await self._evaluate(0)
+        async with asyncio.TaskGroup() as group:
+            follower = group.create_task(self.weights.follow()) if config.max_off_policy_steps else None
+            for step in range(self.start + 1, config.max_steps + 1):
+                await self._step(step)
+                if step % config.eval.interval == 0 and step < config.max_steps:
+                    await self.weights.wait_for(step)
+                    await self._evaluate(step)
+            await self.weights.wait_for(config.max_steps)
+            if follower is not None:
+                follower.cancel()
+        await self._evaluate(config.max_steps)
+
+    async def _step(self, step: int) -> None:
+        started = time.perf_counter()
+        await self.weights.wait_for(step - 1 - self.config.max_off_policy_steps)
+        waited = time.perf_counter() - started
+        batch = await self._collect(step)
+        packing = time.perf_counter()
+        ranks = pack(batch.samples, seq_len=self.config.seq_len, num_workers=self.config.num_train_workers)
+        state = json.dumps({"step": step, "task_position": self.tasks.position}).encode()
+        self.sender.send(
+            [
+                RankBatch(step=step, micro_batches=rows, num_tokens=batch.num_tokens, orchestrator_state=state)
+                for rows in ranks
+            ]
+        )
+        ended = time.perf_counter()
+        batch.record(self.paths.rollout_step(step) / "rollouts.jsonl")
+        errors, self.runner.errors = self.runner.errors, RolloutErrors()
+        metrics = {
+            "step": step,
+            **batch.metrics(),
+            "errors/dropped": sum(errors.counts.values()),
+            "errors/retried": errors.retried,
+            **{f"errors/{name}": count for name, count in errors.counts.items()},
+            "weights/version": self.weights.version,
+            "rollouts/per_second": len(batch.rollouts) / max(1e-9, packing - started - waited),
+            "time/wait_for_weights": waited,
+            "time/rollouts": packing - started - waited,
+            "time/pack_and_send": ended - packing,
+        }
+        append_jsonl(self.paths.metrics / "orchestrator.jsonl", metrics)
+        logger.info("step %d: reward %.3f, %d samples", step, metrics["reward/mean"], len(batch.samples))
+
+    async def _collect(self, step: int) -> "_Batch":
+        """Groups until there is something to learn from."""
+        config = self.config
+        batch = _Batch(self._sample_of)
+        for attempt in range(_EMPTY_ROUNDS):
+            tasks = self.tasks.take(config.batch_size // config.group_size)
+            groups = await asyncio.gather(
+                *(
+                    self.runner.run_group(task, step, attempt * config.batch_size + index, config.group_size)
+                    for index, task in enumerate(tasks)
+                )
+            )
+            for rollouts in groups:
+                batch.add_group(rollouts, normalize_std=config.advantage.normalize_std)
+            if batch.samples:
+                return batch
+            if not batch.rollouts:
+                raise InferenceError(f"step {step}: no rollout succeeded; the last failed on {self.runner.errors.last}")
+            logger.warning("step %d: all groups have the same reward throughout, rolling out others", step)
+        raise PointillistError(
+            f"step {step}: {_EMPTY_ROUNDS} rounds of groups without any difference in reward: nothing to learn from"
+        )
+
+    async def _evaluate(self, version: int) -> None:
+        if not self.eval_tasks:
+            return
+        started = time.perf_counter()
+        rollouts = await self.runner.run_greedy(self.eval_tasks)
+        rewards = [rollout.reward for rollout in rollouts if rollout is not None]
+        mean = sum(rewards) / len(rewards) if rewards else 0.0
+        metrics = {
+            "step": version,
+            "eval/accuracy": mean,
+            "eval/tasks": len(rewards),
+            "eval/failed": len(rollouts) - len(rewards),
+            "time/eval": time.perf_counter() - started,
+            # The promise of the environment side, checked where it counts: in the process itself.
+            "torch_imported": "torch" in sys.modules,
+        }
+        append_jsonl(self.paths.metrics / "eval.jsonl", metrics)
+        logger.info("version %d: held-out accuracy %.3f on %d tasks", version, mean, len(rewards))
+
+    def _sample_of(self, rollout: Rollout, branch: int, advantage: float) -> TrainingSample:
+        return make_sample(
+            rollout.session.branches[branch],
+            advantage,
+            image_token_id=self.family.image_token_id,
+            temperature=rollout.session.temperature,
+            sample_id=f"{rollout.id}.{branch}",
+        )
+
+    def _resume_position(self) -> int:
+        if not self.start:
+            return 0
+        state = json.loads((self.paths.checkpoint_step(self.start) / ORCHESTRATOR_STATE).read_bytes())
+        return int(state["task_position"])
+
+
+class _Batch:
+    """Rollouts of one step, as they come in."""
+
+    def __init__(self, sample_of: Callable[[Rollout, int, float], TrainingSample]) -> None:
+        self._sample_of = sample_of
+        self.rollouts: list[Rollout] = []
+        self.samples: list[TrainingSample] = []
+        self.num_tokens = 0
+        self._records: list[dict[str, Any]] = []
+        self._groups = 0
+        self._flat = 0
+        self._image_bytes = 0
+        self._images = 0
+
+    def add_group(self, rollouts: list[Rollout], *, normalize_std: bool) -> None:
+        """Adds the rollouts of one task; a group that is too small or all the same gives no samples."""
+        self._groups += 1
+        self.rollouts += rollouts
+        self.num_tokens += sum(sum(branch.sampled) for rollout in rollouts for branch in rollout.session.branches)
+        comparable = len(rollouts) > 1
+        advantages = (
+            group_advantages([rollout.reward for rollout in rollouts], normalize_std=normalize_std) if comparable else None
+        )
+        if advantages is None:
+            self._flat += 1
+        for index, rollout in enumerate(rollouts):
+            advantage = advantages[index] if advantages is not None else None
+            self._records.append(_record(rollout, advantage))
+            if advantage is not None:
+                self._add_samples(rollout, advantage)
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the batch."""
+        rewards = [rollout.reward for rollout in self.rollouts]
+        turns = [len(rollout.session.turns) for rollout in self.rollouts]
+        return {
+            "reward/mean": sum(rewards) / len(rewards),
+            "rollouts/total": len(self.rollouts),
+            "rollouts/turns": sum(turns) / len(turns),
+            "groups/total": self._groups,
+            "groups/dropped_zero_variance": self._flat,
+            "samples": len(self.samples),
+            "tokens/sampled": self.num_tokens,
+            "mm/images": self._images,
+            "mm/bytes_per_image": self._image_bytes / self._images if self._images else 0.0,
+        }
+
+    def record(self, path: Path) -> None:
+        """Writes the rollouts, one JSON a line; pictures are URLs of the store."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in self._records)
+
+    def _add_samples(self, rollout: Rollout, advantage: float) -> None:
+        for branch in range(len(rollout.session.branches)):
+            sample = self._sample_of(rollout, branch, advantage)
+            self.samples.append(sample)
+            if sample.mm_refs is not None:
+                self._images += len(sample.mm_refs.images)
+                self._image_bytes += encoded_image_bytes(sample.mm_refs)
+
+
+def _record(rollout: Rollout, advantage: float | None) -> dict[str, Any]:
+    return {
+        "id": rollout.id,
+        "task": rollout.task.id,
+        "reward": rollout.reward,
+        "advantage": advantage,
+        "messages": rollout.session.messages,
+        "tokens": [len(branch.token_ids) for branch in rollout.session.branches],
+    }
+
+
+def _tasks_of(method: Callable[[], Any], split: str) -> list[Task]:
+    tasks = list(method())
+    if not tasks and split == "train":
+        raise PointillistError("environment has no training tasks")
+    if len({task.id for task in tasks}) != len(tasks):
+        raise PointillistError(f"environment has {split} tasks with the same id, expected unique ids")
+    return tasks

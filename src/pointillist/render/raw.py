@@ -1,0 +1,203 @@
+"""The raw renderer: messages with stored images in, tokens and descriptors out; no pixel is touched.
+
+The chat template is `renderers`' affair: with `process_multimodal=False` it writes one placeholder an image. Growing
+each placeholder to its image's token count is then a list operation that the family does from the image's header.
+
+Two streams are kept apart. The **logical** stream has one placeholder an image; turns are bridged in it, because the
+template counts placeholders. The **effective** stream is what the model reads; it is always expanded as a whole.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from renderers import create_renderer
+from renderers.configs import config_from_name
+
+from pointillist.errors import ConfigError, RenderError
+from pointillist.families.base import Family, ImageLayout
+from pointillist.images.store import StoredImage
+from pointillist.refs.descriptor import RawImageDescriptor
+from pointillist.refs.mm_refs import mm_token_type_ids
+from pointillist.refs.wire import ImageRef, encode_ref
+from pointillist.render.tokenizer import FolderTokenizer
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptImage:
+    """One image of a prompt and the tokens that stand for it."""
+
+    sha256: str
+    descriptor: RawImageDescriptor
+    offset: int
+    """Index of its first placeholder token in the effective stream."""
+    length: int
+
+    @property
+    def placeholder(self) -> dict[str, int]:
+        """`{"offset", "length"}` as the wires write it."""
+        return {"offset": self.offset, "length": self.length}
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedPrompt:
+    """A conversation as tokens. Lists without another word run along `token_ids`."""
+
+    logical_ids: list[int]
+    """One placeholder an image; bridge from these."""
+    token_ids: list[int]
+    """What the model reads."""
+    message_indices: list[int]
+    """Index of the message that each token came from, -1 for the template's own."""
+    sampled_mask: list[bool]
+    """Tokens that a model samples when it writes the conversation's assistant messages."""
+    is_content: list[bool]
+    """Tokens of message bodies, not of the template around them."""
+    mm_token_type_ids: list[int]
+    """0 text, 1 image."""
+    images: list[PromptImage]
+
+    def features(self) -> dict[str, Any] | None:
+        """The `features` of a generate request, or None for a prompt without images."""
+        if not self.images:
+            return None
+        return {
+            "mm_hashes": {"image": [image.sha256 for image in self.images]},
+            "mm_placeholders": {"image": [image.placeholder for image in self.images]},
+            "kwargs_data": {
+                "image": [encode_ref(ImageRef.of(image.descriptor, image.sha256)) for image in self.images]
+            },
+        }
+
+
+class RawRenderer:
+    """Renders conversations of one model."""
+
+    def __init__(self, family: Family, tokenizer: FolderTokenizer) -> None:
+        """Finds the chat-template renderer of the family.
+
+        Raises:
+            ConfigError: The tokenizer lacks the template's special tokens.
+        """
+        self.family = family
+        self.tokenizer = tokenizer
+        try:
+            self._renderer = create_renderer(tokenizer, config_from_name(family.renderer_name))
+        except (AssertionError, ValueError) as error:
+            raise ConfigError(
+                f"tokenizer of {tokenizer.name_or_path} does not fit the {family.renderer_name} chat template: {error}"
+            ) from None
+        self.stop_token_ids: list[int] = list(self._renderer.get_stop_token_ids())
+        self._media_tokens = [tokenizer.decode(token) for token in sorted(family.vision_token_ids)]
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[StoredImage],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> RenderedPrompt:
+        """Renders a whole conversation.
+
+        Args:
+            messages: OpenAI chat messages whose images are already stored (`normalize_images`).
+            images: Those images, in order.
+            tools: OpenAI tool specifications.
+            add_generation_prompt: Whether the tokens end where an assistant's answer begins.
+
+        Raises:
+            RenderError: A message that the template has no place for, or text with a media token in it.
+        """
+        self._refuse_media_tokens(messages)
+        try:
+            rendered = self._renderer.render(
+                list(messages),
+                tools=list(tools) if tools else None,
+                add_generation_prompt=add_generation_prompt,
+                process_multimodal=False,
+            )
+        except (ValueError, TypeError, KeyError, NotImplementedError) as error:
+            raise RenderError(f"conversation can not be rendered: {error}") from error
+        return self._expand(rendered, images)
+
+    def bridge(
+        self,
+        prompt: RenderedPrompt,
+        completion_ids: Sequence[int],
+        new_messages: Sequence[Message],
+        images: Sequence[StoredImage],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> RenderedPrompt | None:
+        """Extends a turn by new messages without touching the tokens that were read and sampled.
+
+        Args:
+            prompt: The last turn's prompt.
+            completion_ids: What was sampled from it.
+            new_messages: User or tool messages that follow, images already stored.
+            images: All images of the conversation, old and new, in order.
+            tools: OpenAI tool specifications.
+
+        Returns:
+            The next prompt, or None where the template can not be extended (render the whole conversation instead).
+
+        Raises:
+            RenderError: A message that the template has no place for, or text with a media token in it.
+        """
+        self._refuse_media_tokens(new_messages)
+        try:
+            rendered = self._renderer.bridge_to_next_turn(
+                prompt.logical_ids,
+                list(completion_ids),
+                list(new_messages),
+                tools=list(tools) if tools else None,
+                process_multimodal=False,
+            )
+        except (ValueError, TypeError, KeyError, NotImplementedError) as error:
+            raise RenderError(f"messages can not be rendered: {error}") from error
+        return None if rendered is None else self._expand(rendered, images)
+
+    def parse(self, completion_ids: Sequence[int], prompt: RenderedPrompt) -> Any:
+        """The assistant message in a completion: a `renderers.ParsedResponse`."""
+        return self._renderer.parse_response(list(completion_ids), prompt_ids=prompt.logical_ids)
+
+    def _expand(self, rendered: Any, images: Sequence[StoredImage]) -> RenderedPrompt:
+        layouts = [self.family.layout(image.header.width, image.header.height) for image in images]
+        expansion = self.family.expand(rendered.token_ids, layouts)
+        content = rendered.is_content or [False] * len(rendered.token_ids)
+        return RenderedPrompt(
+            logical_ids=list(rendered.token_ids),
+            token_ids=expansion.token_ids,
+            message_indices=[rendered.message_indices[index] for index in expansion.source],
+            sampled_mask=[rendered.sampled_mask[index] for index in expansion.source],
+            is_content=[content[index] for index in expansion.source],
+            mm_token_type_ids=mm_token_type_ids(expansion.token_ids, self.family.image_token_id),
+            images=[
+                PromptImage(image.sha256, self._descriptor(image, layout), offset, length)
+                for image, layout, (offset, length) in zip(images, layouts, expansion.spans, strict=True)
+            ],
+        )
+
+    def _descriptor(self, image: StoredImage, layout: ImageLayout) -> RawImageDescriptor:
+        return RawImageDescriptor(
+            family=self.family.name,
+            raw_image_uri=image.uri,
+            layout_fingerprint=self.family.layout_fingerprint,
+            payload=self.family.payload(layout),
+        )
+
+    def _refuse_media_tokens(self, value: Any) -> None:
+        """A media token written as text would become a placeholder without an image."""
+        if isinstance(value, str):
+            for token in self._media_tokens:
+                if token in value:
+                    raise RenderError(f"message text contains the media token {token!r}: send an image part instead")
+        elif isinstance(value, Mapping):
+            for item in value.values():
+                self._refuse_media_tokens(item)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                self._refuse_media_tokens(item)

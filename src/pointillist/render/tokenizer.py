@@ -1,0 +1,98 @@
+"""A model folder's fast tokenizer, loaded in milliseconds and without transformers.
+
+`renderers` accepts any object with a small set of methods; this is that set over the `tokenizers` library, which is
+what the Hugging Face fast tokenizers are made of.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+
+from pointillist.errors import ConfigError
+
+
+class FolderTokenizer:
+    """The tokenizer of a model folder, as `renderers.Tokenizer` wants it."""
+
+    def __init__(self, folder: Path) -> None:
+        """Loads `tokenizer.json` and the special tokens of `tokenizer_config.json`.
+
+        Raises:
+            ConfigError: The folder has no readable `tokenizer.json`.
+        """
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ConfigError(f"model folder {folder} has no tokenizer.json (a fast tokenizer is needed)")
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # `tokenizers` raises bare Exception
+            raise ConfigError(f"{path} can not be read as a tokenizer ({error})") from None
+        self.name_or_path = str(folder)
+        settings = _settings(folder / "tokenizer_config.json")
+        self._add_missing_tokens(settings.get("added_tokens_decoder", {}))
+        self.eos_token_id = self._named(settings, "eos_token")
+        self.unk_token_id = self._named(settings, "unk_token")
+
+    def __len__(self) -> int:
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True, return_offsets_mapping: bool = False) -> dict[str, Any]:
+        """Encodes one text; with character offsets if asked."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        result: dict[str, Any] = {"input_ids": encoding.ids}
+        if return_offsets_mapping:
+            result["offset_mapping"] = encoding.offsets
+        return result
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, token_ids: Any, *, skip_special_tokens: bool = False, **_: object) -> str:
+        """Text of one token id or several."""
+        ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
+        return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    def convert_tokens_to_ids(self, tokens: str | list[str]) -> Any:
+        """Id of a token, or ids of a list of tokens; None for an unknown one."""
+        if isinstance(tokens, str):
+            return self._tokenizer.token_to_id(tokens)
+        return [self._tokenizer.token_to_id(token) for token in tokens]
+
+    def _named(self, settings: dict[str, Any], key: str) -> int | None:
+        token = settings.get(key)
+        if isinstance(token, dict):  # older folders write the token with its flags
+            token = token.get("content")
+        return self._tokenizer.token_to_id(token) if isinstance(token, str) else None
+
+    def _add_missing_tokens(self, added: dict[str, Any]) -> None:
+        """Older folders list special tokens in tokenizer_config.json only; Hugging Face adds them in order of id."""
+        missing = [
+            token
+            for _, token in sorted(added.items(), key=lambda item: int(item[0]))
+            if self._tokenizer.token_to_id(token["content"]) is None
+        ]
+        self._tokenizer.add_tokens(
+            [
+                AddedToken(
+                    token["content"],
+                    special=token.get("special", False),
+                    normalized=token.get("normalized", True),
+                    lstrip=token.get("lstrip", False),
+                    rstrip=token.get("rstrip", False),
+                    single_word=token.get("single_word", False),
+                )
+                for token in missing
+            ]
+        )
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ConfigError(f"{path} can not be read as JSON ({error})") from None

@@ -1,0 +1,17 @@
+"""Floor 3: one conversation with the policy, the environments that hold it, and what is recorded of it."""
+
+from pointillist.rollouts.client import Completion, InferenceClient
+from pointillist.rollouts.environment import Environment, Task, load_environment
+from pointillist.rollouts.session import Branch, Sampling, Session, Turn
+
+__all__ = [
+    "Branch",
+    "Completion",
+    "Environment",
+    "InferenceClient",
+    "Sampling",
+    "Session",
+    "Task",
+    "Turn",
+    "load_environment",
+]

@@ -1,0 +1,193 @@
+"""The environment side's client of the inference server.
+
+Rollouts of one group begin with the same prompt. Requests for the same prompt that are made within a moment of each
+other and whose seeds follow one another are sent as one request with `n` completions: choice `i` is sampled with
+`seed + i`, as vLLM defines it, so what a rollout gets does not depend on whether it was sent alone.
+"""
+
+import asyncio
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import httpx
+import tenacity
+
+from pointillist.errors import ConfigError, InferenceError
+
+_GATHER_SECONDS: Final = 0.001
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What the server sampled."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    """Per token, at the sampling temperature."""
+    weight_versions: list[int]
+    """Per token."""
+    finish_reason: str
+    """`stop` or `length`."""
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """Requests for one prompt that are about to be sent."""
+
+    body: dict[str, Any]
+    requests: list[tuple[int, asyncio.Future[Completion]]] = field(default_factory=list)
+
+
+class InferenceClient:
+    """Asynchronous client; one an event loop, closed with `aclose`."""
+
+    def __init__(self, base_url: str, *, api_key_var: str | None = None, timeout: float = 600.0) -> None:
+        """Opens the connection pool.
+
+        Args:
+            base_url: Address of the server.
+            api_key_var: Name of the environment variable that holds the API key.
+            timeout: Seconds that one request may take.
+
+        Raises:
+            ConfigError: The variable is not set.
+        """
+        headers = {"Authorization": f"Bearer {api_key(api_key_var)}"} if api_key_var else {}
+        self._http = httpx.AsyncClient(
+            base_url=base_url,
+            headers=headers,
+            timeout=httpx.Timeout(timeout, connect=10.0),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+        )
+        self._waiting: dict[str, _Waiting] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def generate(
+        self, token_ids: list[int], features: Mapping[str, Any] | None, sampling_params: Mapping[str, Any], seed: int
+    ) -> Completion:
+        """Samples one completion.
+
+        Args:
+            token_ids: The effective prompt.
+            features: References of its images, None for a prompt without any.
+            sampling_params: As vLLM names them, without `n` and `seed`.
+            seed: Of this completion.
+
+        Raises:
+            InferenceError: The server refused or failed the request, or can not be reached.
+        """
+        body = {"token_ids": token_ids, "features": features, "sampling_params": dict(sampling_params)}
+        key = json.dumps(body, sort_keys=True)
+        future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
+        if key not in self._waiting:
+            self._waiting[key] = _Waiting(body)
+            self._start(self._send_gathered(key))
+        self._waiting[key].requests.append((seed, future))
+        return await future
+
+    async def update_weights(self, weight_dir: str, version: int) -> None:
+        """Tells the server to load a weight version from a folder.
+
+        Raises:
+            InferenceError: The server kept its old weights; the message says why.
+        """
+        await self._post("/update_weights", {"weight_dir": weight_dir, "weight_version": version})
+
+    async def aclose(self) -> None:
+        """Closes all connections."""
+        for task in self._tasks:
+            task.cancel()
+        await self._http.aclose()
+
+    def _start(self, coroutine: Any) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _send_gathered(self, key: str) -> None:
+        await asyncio.sleep(_GATHER_SECONDS)
+        waiting = self._waiting.pop(key)
+        waiting.requests.sort(key=lambda request: request[0])
+        run: list[tuple[int, asyncio.Future[Completion]]] = []
+        for request in waiting.requests:
+            if run and request[0] != run[-1][0] + 1:
+                self._start(self._send(waiting.body, run))
+                run = []
+            run.append(request)
+        await self._send(waiting.body, run)
+
+    async def _send(self, body: dict[str, Any], run: list[tuple[int, asyncio.Future[Completion]]]) -> None:
+        sampling = {**body["sampling_params"], "seed": run[0][0], "n": len(run)}
+        try:
+            answer = await self._post("/inference/v1/generate", {**body, "sampling_params": sampling})
+            completions = [_completion(choice) for choice in sorted(answer["choices"], key=lambda c: c["index"])]
+            if len(completions) != len(run):
+                raise InferenceError(f"asked for {len(run)} completions, got {len(completions)}")
+        except (InferenceError, KeyError, TypeError, ValueError) as error:
+            failure = error if isinstance(error, InferenceError) else InferenceError(f"unexpected answer: {error!r}")
+            for _, future in run:
+                if not future.done():
+                    future.set_exception(failure)
+            return
+        except asyncio.CancelledError:
+            for _, future in run:
+                future.cancel()
+            raise
+        for (_, future), completion in zip(run, completions, strict=True):
+            if not future.done():  # the rollout may have been cancelled meanwhile
+                future.set_result(completion)
+
+    async def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            response = await self._send_with_retries(path, body)
+        except httpx.HTTPError as error:
+            raise InferenceError(
+                f"inference server at {self._http.base_url} did not answer {path} ({type(error).__name__})"
+            ) from None
+        if response.status_code != httpx.codes.OK:
+            raise InferenceError(_refusal(path, response))
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    @tenacity.retry(
+        retry=tenacity.retry_if_exception_type(httpx.ConnectError),
+        stop=tenacity.stop_after_attempt(4),
+        wait=tenacity.wait_exponential(multiplier=0.2, max=2.0),
+        reraise=True,
+    )
+    async def _send_with_retries(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
+        return await self._http.post(path, json=body)
+
+
+def api_key(variable: str) -> str:
+    """The API key in an environment variable.
+
+    Raises:
+        ConfigError: The variable is not set or empty.
+    """
+    value = os.environ.get(variable, "")
+    if not value:
+        raise ConfigError(f"environment variable {variable} should hold the inference server's API key, it is not set")
+    return value
+
+
+def _refusal(path: str, response: httpx.Response) -> str:
+    try:
+        error = response.json()["error"]
+        return f"{path} answered {response.status_code} ({error.get('type')}): {error.get('message')}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{path} answered {response.status_code}: {response.text[:200]}"
+
+
+def _completion(choice: Mapping[str, Any]) -> Completion:
+    token_ids: list[int] = choice["token_ids"]
+    logprobs = [float(entry["logprob"]) for entry in choice["logprobs"]["content"]]
+    versions = [int(span["version"]) for span in choice["weight_versions"] for _ in range(span["start"], span["end"])]
+    if not len(token_ids) == len(logprobs) == len(versions):
+        raise InferenceError(
+            f"answer has {len(token_ids)} tokens, {len(logprobs)} logprobs and weight versions of {len(versions)} tokens"
+        )
+    return Completion(token_ids, logprobs, versions, choice["finish_reason"])

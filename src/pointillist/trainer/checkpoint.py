@@ -1,0 +1,76 @@
+"""Checkpoints: everything that a resumed run needs, in one folder that appears whole or not at all.
+
+`checkpoints/step_<n>/` holds the trainer's weights, optimiser, schedule and random state (torch.distributed
+checkpoint, so the number of ranks may change) and the orchestrator's state after the same step, which came with the
+step's batch. There is one writer, so there is no step of which only a half exists.
+"""
+
+import shutil
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from pointillist.config.run_paths import ORCHESTRATOR_STATE, RunPaths, steps_in
+from pointillist.errors import TrainingError
+from pointillist.trainer.parallel import Ranks
+
+class Checkpoints:
+    """Writes and reads the checkpoints of one run."""
+
+    def __init__(self, paths: RunPaths, ranks: Ranks, keep_last: int) -> None:
+        self._paths = paths
+        self._ranks = ranks
+        self._keep_last = keep_last
+
+    def save(
+        self, step: int, policy: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, orchestrator_state: bytes
+    ) -> None:
+        """Writes the checkpoint of a step and removes the oldest ones."""
+        final = self._paths.checkpoint_step(step)
+        temporary = final.with_name(f".{final.name}.tmp")
+        if self._ranks.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        self._ranks.barrier()
+        model_state, optimizer_state = get_state_dict(policy, optimizer)
+        state = {
+            "model": model_state,
+            "optimizer": optimizer_state,
+            "scheduler": scheduler.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+        dcp.save(state, checkpoint_id=temporary / "trainer", no_dist=self._ranks.world_size == 1)
+        if self._ranks.is_main:
+            (temporary / ORCHESTRATOR_STATE).write_bytes(orchestrator_state)
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            for old in steps_in(self._paths.checkpoints)[: -self._keep_last]:
+                shutil.rmtree(self._paths.checkpoint_step(old))
+        self._ranks.barrier()
+
+    def load(self, step: int, policy: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+        """Restores the state after a step.
+
+        Raises:
+            TrainingError: No such checkpoint, or one of another model.
+        """
+        folder = self._paths.checkpoint_step(step)
+        if not (folder / ORCHESTRATOR_STATE).is_file():
+            raise TrainingError(f"no checkpoint at {folder}")
+        model_state, optimizer_state = get_state_dict(policy, optimizer)
+        state: dict[str, Any] = {
+            "model": model_state,
+            "optimizer": optimizer_state,
+            "scheduler": scheduler.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+        try:
+            dcp.load(state, checkpoint_id=folder / "trainer", no_dist=self._ranks.world_size == 1)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise TrainingError(f"checkpoint {folder} does not fit this model ({error})") from None
+        set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        torch.set_rng_state(state["random"])

@@ -1,0 +1,73 @@
+r"""Token-level policy gradient with masked importance sampling.
+
+For every sampled token, with trainer logprob $\ell$, sampler logprob $\ell_s$, advantage $A$ and importance ratio
+$\rho = \exp(\ell - \ell_s)$:
+
+$$ L = \frac{1}{N} \sum_t -\,[\rho_{low} \le \rho_t \le \rho_{high}]\; \rho_t A_t \; + \; \beta\, k_3(\ell_{ref,t} - \ell_t) $$
+
+- The ratio corrects for the sampler's policy being another one (older weights, other kernels). Tokens whose ratio is
+  outside the band are masked on both sides: double-sided masking as in IcePop (Ling team, "Every Step Evolves",
+  arXiv 2510.18855). On policy the ratio is 1 and this is REINFORCE.
+- $N$ is the number of sampled tokens of the whole step over all ranks (token-level normalisation as in DAPO,
+  arXiv 2503.14476), so long and short answers weigh by their tokens.
+- $k_3(x) = e^x - x - 1$ estimates the KL divergence from the reference (Schulman, "Approximating KL divergence", 2020).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from pointillist.config.trainer import LossConfig
+
+
+@dataclass(frozen=True, slots=True)
+class LossTerms:
+    """Loss of one row and what to report of it. Sums run over the row's trained tokens."""
+
+    loss: torch.Tensor
+    """Scalar, with a gradient; the sum of the tokens' losses over `num_tokens`."""
+    mismatch_sum: torch.Tensor
+    """Sum of |trainer logprob - sampler logprob|."""
+    mismatch_kl_sum: torch.Tensor
+    """Sum of `k3` of the same difference: an estimate of KL(sampler || trainer)."""
+    masked_sum: torch.Tensor
+    """Tokens whose ratio was outside the band."""
+    kl_sum: torch.Tensor
+    """Sum of `k3` against the reference; 0 without one."""
+
+
+def policy_gradient_loss(
+    logprobs: torch.Tensor,
+    sampler_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    num_tokens: int,
+    config: LossConfig,
+    reference_logprobs: torch.Tensor | None = None,
+) -> LossTerms:
+    """The loss of this module's docstring.
+
+    Args:
+        logprobs: Trainer's, `(trained,)`, with a gradient.
+        sampler_logprobs: Sampler's, `(trained,)`.
+        advantages: `(trained,)`.
+        num_tokens: What the sum is divided by.
+        config: Band of the ratio and weight of the KL term.
+        reference_logprobs: Reference model's, `(trained,)`; None without a KL term.
+    """
+    log_ratio = logprobs - sampler_logprobs
+    ratio = log_ratio.exp()
+    inside = ((ratio >= config.ratio_low) & (ratio <= config.ratio_high)).detach()
+    per_token = -torch.where(inside, ratio * advantages, torch.zeros_like(ratio))
+    kl = torch.zeros_like(ratio) if reference_logprobs is None else _k3(reference_logprobs - logprobs)
+    detached = log_ratio.detach()
+    return LossTerms(
+        loss=(per_token + config.kl_coef * kl).sum() / num_tokens,
+        mismatch_sum=detached.abs().sum(),
+        mismatch_kl_sum=_k3(detached).sum(),
+        masked_sum=(~inside).sum(),
+        kl_sum=kl.detach().sum(),
+    )
+
+
+def _k3(x: torch.Tensor) -> torch.Tensor:
+    return x.exp() - x - 1

@@ -1,0 +1,96 @@
+"""Proof, before the first step, that packed samples do not see each other.
+
+The wrong ways to pack leak across samples without any error, and a library update can turn a right way into a wrong
+one. So the trainer packs two made-up samples with images into one row and compares with each alone. A row whose
+samples are meant to see each other is the control: what it differs by is what a leak looks like in this model.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from pointillist.errors import TrainingError
+from pointillist.models import LoadedModel
+from pointillist.refs import MMImageRef, MMRefs, mm_token_type_ids
+from pointillist.trainer.data import RowTensors, assemble_row
+from pointillist.trainer.policy import Policy
+from pointillist.transport import MicroBatch
+
+_IMAGE_SIDE = 96
+_TEXT_TOKENS = 12
+# A right packing differs by rounding, at most this part of what a leak does.
+_ROUNDING_PART = 0.1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PackingProof:
+    """What the check saw; logprobs, maximum absolute difference from each sample alone."""
+
+    packed: float
+    leaking: float
+    """Of the control, where the second sample reads the first."""
+
+
+@torch.no_grad()
+def check_packing(policy: Policy, loaded: LoadedModel) -> PackingProof:
+    """Packs two samples and compares them with each alone.
+
+    Raises:
+        TrainingError: Samples in one row see each other.
+    """
+    both = _row(loaded, [0, 1])
+    alone = torch.cat([policy(_row(loaded, [seed])).logprobs for seed in (0, 1)])
+    proof = PackingProof(
+        packed=float((policy(both).logprobs - alone).abs().max()),
+        leaking=float((policy(_made_to_leak(both)).logprobs - alone).abs().max()),
+    )
+    if not proof.packed <= _ROUNDING_PART * proof.leaking:
+        raise TrainingError(
+            f"packed samples may see each other: logprobs differ by {proof.packed:.2e} from those of each sample alone, "
+            f"a deliberate leak by {proof.leaking:.2e}. This model, or this version of transformers, can not be packed "
+            "this way."
+        )
+    return proof
+
+
+def _row(loaded: LoadedModel, seeds: Sequence[int]) -> RowTensors:
+    """Made-up samples in one row: text, one image, text, all text trained."""
+    family = loaded.family
+    layout = family.layout(_IMAGE_SIDE, _IMAGE_SIDE)
+    ids: list[int] = []
+    refs: list[MMImageRef] = []
+    pixels = []
+    length = _TEXT_TOKENS + layout.num_tokens
+    for seed in seeds:
+        random = np.random.default_rng(seed)
+        text = random.integers(0, len(loaded.tokenizer), _TEXT_TOKENS).tolist()
+        text = [token if token not in family.vision_token_ids else 0 for token in text]
+        half = _TEXT_TOKENS // 2
+        refs.append(MMImageRef({}, "", "", len(ids) + half, layout.num_tokens))
+        ids += [*text[:half], *[family.image_token_id] * layout.num_tokens, *text[half:]]
+        pixels.append(random.integers(0, 256, (_IMAGE_SIDE, _IMAGE_SIDE, 3), dtype=np.uint8))
+    types = mm_token_type_ids(ids, family.image_token_id)
+    micro_batch = MicroBatch(
+        input_ids=ids,
+        loss_mask=[kind == 0 and index % length > 0 for index, kind in enumerate(types)],
+        advantages=[0.0] * len(ids),
+        inference_logprobs=[0.0] * len(ids),
+        weight_versions=[0] * len(ids),
+        temperatures=[1.0] * len(ids),
+        mm_token_type_ids=types,
+        seq_lens=[length] * len(seeds),
+        mm_refs=MMRefs(refs),
+    )
+    tensors = {
+        name: torch.from_numpy(array) for name, array in family.materialize(pixels, [layout] * len(seeds)).items()
+    }
+    return assemble_row(loaded, micro_batch, tensors, list(range(len(seeds))))
+
+
+def _made_to_leak(row: RowTensors) -> RowTensors:
+    """The same row with text positions that do not restart: one sample to the model."""
+    positions = row.position_ids.clone()
+    positions[0] = torch.arange(positions.shape[-1], device=positions.device)
+    return dataclasses.replace(row, position_ids=positions)

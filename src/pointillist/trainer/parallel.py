@@ -1,0 +1,72 @@
+"""Data-parallel ranks: process group, FSDP2 sharding, and the few collectives that training needs.
+
+With one rank nothing here does anything: the same training loop runs on a laptop.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+
+class Ranks:
+    """This process among its peers, as torchrun's environment variables say."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Joins the process group if there is more than one rank."""
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.device = device
+        if self.world_size > 1:
+            if device.type == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.rank == 0
+
+    def shard(self, policy: nn.Module, dtype: torch.dtype) -> None:
+        """Shards weights, gradients and optimiser state over the ranks: one unit a layer, the rest in the root.
+
+        Weights and the reduction of gradients stay float32; activations have `dtype`.
+        """
+        if self.world_size == 1:
+            return
+        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        for module in policy.modules():
+            if type(module).__name__.endswith(("DecoderLayer", "VisionBlock")):
+                fully_shard(module, mp_policy=precision)
+        fully_shard(policy, mp_policy=precision)
+
+    def sum(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sums of each value over all ranks."""
+        if self.world_size == 1:
+            return dict(values)
+        tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return dict(zip(values, tensor.tolist(), strict=True))
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def full_state_dict(self, policy: nn.Module) -> dict[str, torch.Tensor]:
+        """The model's weights, whole, under the model's own names; empty on all ranks but the main one."""
+        if self.world_size == 1:
+            return dict(policy.model.state_dict())  # type: ignore[operator, union-attr]
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state: dict[str, Any] = get_model_state_dict(policy, options=options)
+        return {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
+
+    def close(self) -> None:
+        """Leaves the process group."""
+        if self.world_size > 1:
+            dist.destroy_process_group()

@@ -1,0 +1,64 @@
+"""The policy as the loss sees it: a packed row in, logprobs and entropies of its trained tokens out."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pointillist.models import LoadedModel
+from pointillist.trainer.data import RowTensors
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStats:
+    """Of each trained token of a row, float32 `(trained,)`."""
+
+    logprobs: torch.Tensor
+    """At the sampling temperature, with the sampler's mask."""
+    entropy: torch.Tensor
+    """Of the distribution it was drawn from, in nats."""
+
+
+class Policy(nn.Module):
+    """Wraps the model so that one `forward` does everything a row needs (sharded training hooks into `forward`)."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        super().__init__()
+        self.model: Any = loaded.model
+        self.register_buffer("unsampleable", loaded.unsampleable, persistent=False)
+
+    def forward(self, row: RowTensors) -> TokenStats:
+        """Logprobs and entropies of the trained tokens.
+
+        The row is packed: `attention_mask=None`, `use_cache=False` and positions that restart per sample make the
+        model build a block-diagonal causal mask. With a cache, or with a mask of ones, samples would see each other.
+        """
+        kwargs: dict[str, Any] = {}
+        if row.images:
+            kwargs["mm_encoder_outputs"] = {"image": self._encode_images(row)}
+        logits = self.model(
+            input_ids=row.input_ids,
+            position_ids=row.position_ids,
+            attention_mask=None,
+            use_cache=False,
+            logits_to_keep=row.predict_from,
+            **kwargs,
+        ).logits[0]
+        # The lowest finite number, not minus infinity: 0 * -inf would make the entropy NaN.
+        logits = logits.float().index_fill(1, self.unsampleable, torch.finfo(torch.float32).min)
+        logprobs = (logits / row.temperatures[:, None]).log_softmax(-1)
+        return TokenStats(
+            logprobs=logprobs.gather(1, row.targets[:, None])[:, 0],
+            entropy=-(logprobs.exp() * logprobs).sum(-1),
+        )
+
+    def _encode_images(self, row: RowTensors) -> Any:
+        """Features of the row's spans; each distinct image goes through the vision tower once."""
+        features = self.model.model.get_image_features(**row.images, return_dict=True)
+        features.pooler_output = [features.pooler_output[index] for index in row.image_index]
+        if getattr(features, "deepstack_features", None) is not None:
+            features.deepstack_features = [
+                [layer[index] for index in row.image_index] for layer in features.deepstack_features
+            ]
+        return features

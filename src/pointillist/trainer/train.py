@@ -1,0 +1,243 @@
+"""The training loop.
+
+    receive a step's rows -> materialise -> forward, loss, backward per row -> clip, step -> broadcast weights
+
+Before the first step the trainer proves that its packing does not leak and broadcasts the weights it starts from, so
+that the path of the weights is known to work before any rollout is spent on it.
+"""
+
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from pointillist.config import RunPaths, TrainerConfig, resolve_image_dir
+from pointillist.config.run_paths import append_jsonl, steps_in
+from pointillist.config.trainer import SchedulerConfig
+from pointillist.errors import TrainingError
+from pointillist.families import RawImageMaterializer, resolve_model_dir
+from pointillist.models import LoadedModel, load_model, write_weights
+from pointillist.trainer.checkpoint import Checkpoints
+from pointillist.trainer.data import RowLoader
+from pointillist.trainer.loss import LossTerms, policy_gradient_loss
+from pointillist.trainer.packing_check import check_packing
+from pointillist.trainer.parallel import Ranks
+from pointillist.trainer.policy import Policy, TokenStats
+from pointillist.transport import FilesystemReceiver, MicroBatch, RankBatch
+
+logger = logging.getLogger(__name__)
+
+_BROADCASTS_KEPT = 2
+
+
+def train(config: TrainerConfig) -> None:
+    """Trains until `max_steps`.
+
+    Raises:
+        ConfigError: The model can not be loaded.
+        TrainingError: Packing leaks, the loss is not finite, or a checkpoint is unusable.
+        TransportError: A batch that must not be trained.
+        RefError: A reference that does not fit its image.
+        MissingImageError: A referenced image that is not there.
+    """
+    torch.set_num_threads(config.num_threads)
+    torch.manual_seed(config.seed)
+    trainer = Trainer(config)
+    try:
+        trainer.run()
+    finally:
+        trainer.ranks.close()
+
+
+class Trainer:
+    """One rank of the trainer."""
+
+    def __init__(self, config: TrainerConfig) -> None:
+        self.config = config
+        self.paths = RunPaths(config.output_dir.resolve())
+        # Weights and optimiser state are float32 whatever the activations are: small updates vanish in bfloat16.
+        loaded = load_model(config.model.name, device=config.device, dtype="float32")
+        self.loaded: LoadedModel = loaded
+        self.ranks = Ranks(loaded.device)
+        self.policy = Policy(loaded)
+        self.activations = getattr(torch, config.dtype)
+        self.ranks.shard(self.policy, self.activations)
+        self.reference = self._frozen_copy() if config.loss.kl_coef > 0 else None
+        self.optimizer = torch.optim.AdamW(
+            self.policy.parameters(), lr=config.optim.lr, betas=config.optim.betas, weight_decay=config.optim.weight_decay
+        )
+        self.scheduler = LambdaLR(self.optimizer, _schedule(config.optim.scheduler, config.max_steps))
+        self.checkpoints = Checkpoints(self.paths, self.ranks, config.ckpt.keep_last)
+        self.loader = RowLoader(loaded, self._materializer())
+        self.receiver = FilesystemReceiver(self.paths, self.ranks.rank)
+        self.phases: dict[str, float] = {}
+
+    def run(self) -> None:
+        """The loop of this module's docstring."""
+        start = self.config.resume_step or 0
+        if start:
+            self.checkpoints.load(start, self.policy, self.optimizer, self.scheduler)
+            logger.info("resumed from step %d", start)
+        with self._autocast():
+            proof = check_packing(self.policy, self.loaded)
+        logger.info("packing: logprobs differ by %.1e (a leak would by %.1e)", proof.packed, proof.leaking)
+        self._broadcast(start)
+        for step in range(start + 1, self.config.max_steps + 1):
+            self._step(step)
+        self._export()
+
+    def _step(self, step: int) -> None:
+        self.phases = {}
+        started = time.perf_counter()
+        images_before, seconds_before = self.loader.images_materialized, self.loader.materialize_seconds
+        with self._phase("wait_for_batch"):
+            batch = self.receiver.receive(step)
+        with self._phase("forward_backward"):
+            sums = self._accumulate(batch)
+        with self._phase("optimizer"):
+            grad_norm = self._update()
+        with self._phase("broadcast_weights"):
+            self._broadcast(step)
+        if step == self.config.max_steps or (self.config.ckpt.interval and step % self.config.ckpt.interval == 0):
+            with self._phase("checkpoint"):
+                self.checkpoints.save(step, self.policy, self.optimizer, self.scheduler, batch.orchestrator_state)
+        self.phases["mm_materialize"] = self.loader.materialize_seconds - seconds_before
+        self.phases["step"] = time.perf_counter() - started
+        sums["images"] = float(self.loader.images_materialized - images_before)
+        self._report(step, batch, sums, grad_norm)
+        self.receiver.discard_before(step)
+
+    def _accumulate(self, batch: RankBatch) -> dict[str, float]:
+        """Gradients of all rows; returns sums over this rank's trained tokens."""
+        self.optimizer.zero_grad()
+        sums: dict[str, float] = dict.fromkeys(
+            ("loss", "entropy", "mismatch", "mismatch_kl", "masked", "kl", "trained", "tokens", "stale"), 0.0
+        )
+        for micro_batch in batch.micro_batches:
+            stats, terms, staleness = self._row(micro_batch, batch)
+            # FSDP averages gradients over the ranks; the loss is a sum over all of them.
+            (terms.loss * self.ranks.world_size).backward()
+            for name, value in (
+                ("loss", terms.loss),
+                ("entropy", stats.entropy.sum()),
+                ("mismatch", terms.mismatch_sum),
+                ("mismatch_kl", terms.mismatch_kl_sum),
+                ("masked", terms.masked_sum),
+                ("kl", terms.kl_sum),
+                ("stale", staleness),
+            ):
+                sums[name] += float(value)
+            sums["trained"] += len(stats.logprobs)
+            sums["tokens"] += len(micro_batch.input_ids)
+        if not all(map(math.isfinite, sums.values())):
+            raise TrainingError(f"step {batch.step}: loss is not finite ({sums})")
+        return sums
+
+    def _row(self, micro_batch: MicroBatch, batch: RankBatch) -> tuple[TokenStats, LossTerms, torch.Tensor]:
+        row = self.loader.load(micro_batch)
+        with self._autocast():
+            stats: TokenStats = self.policy(row)
+            reference = None
+            if self.reference is not None:
+                with torch.no_grad():
+                    reference = self.reference(row).logprobs
+        terms = policy_gradient_loss(
+            stats.logprobs, row.sampler_logprobs, row.advantages, batch.num_tokens, self.config.loss, reference
+        )
+        return stats, terms, (batch.step - 1 - row.weight_versions).sum()
+
+    def _update(self) -> float:
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.optim.max_grad_norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if not bool(torch.isfinite(norm)):
+            raise TrainingError(f"gradient norm is {float(norm)}")
+        self.optimizer.step()
+        self.scheduler.step()
+        return float(norm)
+
+    def _broadcast(self, version: int) -> None:
+        weights = self.ranks.full_state_dict(self.policy)
+        if self.ranks.is_main:
+            write_weights(weights, self.paths.broadcast_step(version))
+            for old in steps_in(self.paths.broadcasts)[:-_BROADCASTS_KEPT]:
+                shutil.rmtree(self.paths.broadcast_step(old))
+
+    def _export(self) -> None:
+        """The trained model as a folder that `from_pretrained` loads."""
+        weights = self.ranks.full_state_dict(self.policy)
+        if self.ranks.is_main:
+            self.loaded.model.save_pretrained(self.paths.model, state_dict=weights)
+            for file in resolve_model_dir(self.config.model.name).glob("*"):
+                if file.suffix in (".json", ".jinja", ".txt", ".model") and not (self.paths.model / file.name).exists():
+                    shutil.copy(file, self.paths.model / file.name)
+
+    def _report(self, step: int, batch: RankBatch, sums: dict[str, float], grad_norm: float) -> None:
+        total = self.ranks.sum(sums)
+        if not self.ranks.is_main:
+            return
+        trained = max(total["trained"], 1.0)
+        metrics = {
+            "step": step,
+            "loss": total["loss"],
+            "entropy": total["entropy"] / trained,
+            "mismatch/mean_abs": total["mismatch"] / trained,
+            "mismatch/kl": total["mismatch_kl"] / trained,
+            "ratio/masked": total["masked"] / trained,
+            "kl": total["kl"] / trained,
+            "off_policy/mean": total["stale"] / trained,
+            "optim/grad_norm": grad_norm,
+            "optim/lr": self.scheduler.get_last_lr()[0],
+            "tokens/trained": total["trained"],
+            "tokens/total": total["tokens"],
+            "tokens/per_second": total["tokens"] / self.phases["step"],
+            "mm/images_materialized": total["images"],
+            **{f"time/{name}": seconds for name, seconds in self.phases.items()},
+        }
+        append_jsonl(self.paths.metrics / "trainer.jsonl", metrics)
+        logger.info(
+            "step %d: loss %.4f, entropy %.3f, mismatch %.1e, grad norm %.2f, %.2f s",
+            step, metrics["loss"], metrics["entropy"], metrics["mismatch/mean_abs"], grad_norm, metrics["time/step"],
+        )  # fmt: skip
+
+    def _materializer(self) -> RawImageMaterializer:
+        multimodal = self.config.multimodal
+        own = resolve_image_dir(multimodal, self.config.output_dir, os.environ)
+        return RawImageMaterializer(self.loaded.family, [own, *multimodal.allowed_roots], multimodal.limits.image_limits())
+
+    def _frozen_copy(self) -> Policy:
+        """The initial model, for the KL term; whole on every rank."""
+        loaded = load_model(self.config.model.name, device=self.config.device, dtype="float32")
+        return Policy(loaded).requires_grad_(False)
+
+    def _autocast(self) -> Any:
+        on = self.activations != torch.float32 and self.ranks.world_size == 1
+        return torch.autocast(self.loaded.device.type, dtype=self.activations, enabled=on)
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.phases[name] = time.perf_counter() - started
+
+
+def _schedule(config: SchedulerConfig, max_steps: int) -> Any:
+    """Factor of the learning rate at each step, counted from 0."""
+    def factor(step: int) -> float:
+        if step < config.warmup_steps:
+            return (step + 1) / (config.warmup_steps + 1)
+        done = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
+        if config.type == "linear":
+            return 1 - (1 - config.min_ratio) * done
+        if config.type == "cosine":
+            return config.min_ratio + (1 - config.min_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+        return 1.0
+
+    return factor
+

@@ -1,0 +1,42 @@
+"""The learning curve of a run as a picture."""
+
+from pathlib import Path
+from typing import Any
+
+
+def draw_curve(orchestrator: list[dict[str, Any]], evals: list[dict[str, Any]], path: Path, *, title: str) -> None:
+    """Draws training reward and held-out accuracy over steps.
+
+    Args:
+        orchestrator: Records of `metrics/orchestrator.jsonl`.
+        evals: Records of `metrics/eval.jsonl`.
+        path: PNG to write.
+        title: Above the picture.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
+    axes.plot(
+        [record["step"] for record in orchestrator],
+        [record["reward/mean"] for record in orchestrator],
+        color="#9ab8d8",
+        linewidth=1,
+        label="training reward (sampled)",
+    )
+    axes.plot(
+        [record["step"] for record in evals],
+        [record["eval/accuracy"] for record in evals],
+        color="#c2410c",
+        linewidth=2,
+        marker="o",
+        label="held-out accuracy (greedy)",
+    )
+    axes.set(xlabel="optimiser step", ylabel="mean reward", title=title, ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
