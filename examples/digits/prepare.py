@@ -55,7 +55,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     bpe.decoder = decoders.ByteLevel()
     corpus = [QUESTION, "system user assistant tool\n"] * 50
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator(corpus, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
@@ -88,7 +90,8 @@ def write_processor(folder: Path) -> None:
     """The image processor's settings."""
     settings = {
         "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 16, "temporal_patch_size": 2, "merge_size": 2,
-        "size": {"shortest_edge": 32 * 32, "longest_edge": 1024 * 1024}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+        "size": {"shortest_edge": 32 * 32, "longest_edge": 1024 * 1024},
+        "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
     }  # fmt: skip
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2))
 
@@ -100,7 +103,9 @@ def warm_up_format(model: Qwen3VLForConditionalGeneration, folder: Path, data: P
     tokenizer, family = AutoTokenizer.from_pretrained(folder), load_family(str(folder))
     layout = family.layout(IMAGE_SIDE, IMAGE_SIDE)
     pictures = [np.asarray(Image.open(data / f"{index:04d}.png").convert("RGB")) for index in range(256)]
-    prompt = tokenizer.encode(f"<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{QUESTION}<|im_end|>\n<|im_start|>assistant\n")
+    prompt = tokenizer.encode(
+        f"<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+    )
     prompt = family.expand(prompt, [layout]).token_ids
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     answers = torch.tensor([[tokenizer.encode(str(digit))[0], end] for digit in range(10)])

@@ -90,7 +90,7 @@ def share(data: dict[str, Any], shared: Mapping[str, tuple[str, ...]]) -> dict[s
     Raises:
         ValueError: A component sets another value; the message names both keys.
     """
-    result = _copy_tables(data)
+    result: dict[str, Any] = _copy_tables(data)
     conflicts = []
     for key, targets in shared.items():
         at_top = dict(_leaves(data[key], ())) if key in data else {}
@@ -101,7 +101,9 @@ def share(data: dict[str, Any], shared: Mapping[str, tuple[str, ...]]) -> dict[s
             for path, value in at_top.items():
                 conflict = _fill(result, (*target.split("."), *path), value)
                 if conflict is not None:
-                    conflicts.append(f"{_dotted(key, path)} = {value!r} contradicts {_dotted(target, path)} = {conflict[0]!r}")
+                    conflicts.append(
+                        f"{_dotted(key, path)} = {value!r} contradicts {_dotted(target, path)} = {conflict[0]!r}"
+                    )
     if conflicts:
         raise ValueError("set it once, at the top: " + "; ".join(conflicts))
     return result

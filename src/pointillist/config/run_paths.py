@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-
 ORCHESTRATOR_STATE: Final = "orchestrator.json"
 """File of a checkpoint with the orchestrator's state; its being there says that the checkpoint is complete."""
 
@@ -124,5 +123,7 @@ def latest_checkpoint(paths: RunPaths) -> int | None:
 
 def latest_broadcast(paths: RunPaths) -> int | None:
     """Newest weight version that is there whole; None if there is none."""
-    ready = [version for version in steps_in(paths.broadcasts) if (paths.broadcast_step(version) / WEIGHTS_FILE).is_file()]
+    ready = [
+        version for version in steps_in(paths.broadcasts) if (paths.broadcast_step(version) / WEIGHTS_FILE).is_file()
+    ]
     return ready[-1] if ready else None

@@ -1,7 +1,7 @@
 """`digits`: name the handwritten digit in a picture. One turn, one token, exact match.
 
-The pictures are the 1,797 real scans of the UCI optical-recognition set as scikit-learn ships them, written as PNG files
-by `examples/digits/prepare.py`: a folder with `train.jsonl`, `heldout.jsonl` and the pictures they name.
+The pictures are the 1,797 real scans of the UCI optical-recognition set as scikit-learn ships them, written as PNG
+files by `examples/digits/prepare.py`: a folder with `train.jsonl`, `heldout.jsonl` and the pictures they name.
 """
 
 import json
@@ -45,7 +45,10 @@ class DigitsEnvironment:
             [
                 {
                     "role": "user",
-                    "content": [{"type": "image", "image": task.data["image"]}, {"type": "text", "text": QUESTION}],
+                    "content": [
+                        {"type": "image", "image": task.data["image"]},
+                        {"type": "text", "text": QUESTION},
+                    ],
                 }
             ]
         )
@@ -57,7 +60,9 @@ def _read_tasks(folder: Path, split: str) -> list[Task]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise EnvironmentLoadError(f"digits: no task list {path} ({error.strerror}); run examples/digits/prepare.py") from None
+        raise EnvironmentLoadError(
+            f"digits: no task list {path} ({error.strerror}); run examples/digits/prepare.py"
+        ) from None
     tasks = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -56,7 +56,9 @@ class QwenVLFamily:
             if settings.get(key, True) is not True:
                 raise ConfigError(f"image processor of {files.folder} has {key} = {settings[key]!r}, expected true")
         if settings["resample"] != Image.Resampling.BICUBIC:
-            raise ConfigError(f"image processor of {files.folder} has resample = {settings['resample']!r}, expected 3 (bicubic)")
+            raise ConfigError(
+                f"image processor of {files.folder} has resample = {settings['resample']!r}, expected 3 (bicubic)"
+            )
         size = {**_DEFAULT_SIZE, **(settings.get("size") or {})}
         self.min_pixels = int(settings.get("min_pixels") or size["shortest_edge"])
         self.max_pixels = int(settings.get("max_pixels") or size["longest_edge"])
@@ -176,7 +178,7 @@ class QwenVLFamily:
     def _normalization_table(self) -> NDArray[np.float32]:
         """Normalised value of each of the 256 levels, per channel: the processor's own steps, in its own precision.
 
-        Source: `rescale` (in float64, rounded to float32) and `normalize` (in float32) of transformers.image_transforms.
+        Source: `rescale` (float64, rounded to float32) and `normalize` (float32) of transformers.image_transforms.
         """
         fields = self.layout_fields
         levels = (np.arange(256, dtype=np.float64) * fields["rescale_factor"]).astype(np.float32)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from pointillist.errors import MissingImageError, PointillistError, RefError
 from pointillist.inference.protocol import GenerateRequest, RequestError
-from pointillist.refs.mm_refs import IMAGE, check_spans, MMImageRef, mm_token_type_ids
+from pointillist.refs.mm_refs import IMAGE, MMImageRef, check_spans, mm_token_type_ids
 from pointillist.refs.wire import ImageRef, decode_ref
 
 _FIELD = "features.kwargs_data.image"
@@ -30,8 +30,8 @@ def refs_of(request: GenerateRequest, image_token_id: int, max_images: int) -> t
     data = (features.kwargs_data or {}).get("image", [])
     if not len(hashes) == len(placeholders) == len(data):
         raise invalid(
-            f"{len(hashes)} mm_hashes, {len(placeholders)} mm_placeholders and {len(data)} kwargs_data entries: expected "
-            "one of each for every image, in every request",
+            f"{len(hashes)} mm_hashes, {len(placeholders)} mm_placeholders and {len(data)} kwargs_data entries: "
+            "expected one of each for every image, in every request",
             _FIELD,
         )
     if len(data) > max_images:

@@ -180,6 +180,8 @@ class ErrorResponse(BaseModel):
 class RequestError(Exception):
     """A request that is answered by an `ErrorResponse`."""
 
-    def __init__(self, message: str, *, type: str = "BadRequestError", param: str | None = None, code: int = 400) -> None:  # noqa: A002
+    def __init__(
+        self, message: str, *, type: str = "BadRequestError", param: str | None = None, code: int = 400
+    ) -> None:
         super().__init__(message)
         self.info = ErrorInfo(message=message, type=type, param=param, code=code)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -37,7 +38,9 @@ class Child:
 
     def last_lines(self, count: int) -> list[str]:
         """The end of its log."""
-        return self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:] if self.log.is_file() else []
+        return (
+            self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:] if self.log.is_file() else []
+        )
 
 
 def start(name: str, command: Sequence[str], environ: Mapping[str, str], log: Path) -> Child:
@@ -70,10 +73,8 @@ def stop_all(children: Sequence[Child]) -> None:
 
 
 def _signal_group(child: Child, number: signal.Signals) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(child.process.pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def _die_with_launcher() -> None:

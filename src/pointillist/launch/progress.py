@@ -39,7 +39,9 @@ class Progress:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._next_read = self._next_line = 0.0
         self.update()
         self._bar.stop()
@@ -51,7 +53,9 @@ class Progress:
             return
         self._next_read = now + _REFRESH_SECONDS
         metrics = self._paths.metrics
-        step, status = _status(*(read_jsonl(metrics / f"{name}.jsonl")[-1:] for name in ("trainer", "orchestrator", "eval")))
+        step, status = _status(
+            *(read_jsonl(metrics / f"{name}.jsonl")[-1:] for name in ("trainer", "orchestrator", "eval"))
+        )
         self._bar.update(self._task, completed=step, status=status)
         line = f"step {step}/{self._max_steps}  {status}"
         if not self._console.is_terminal and now >= self._next_line and line != self._shown and status:
@@ -60,7 +64,9 @@ class Progress:
             self._next_line = now + _PLAIN_SECONDS
 
 
-def _status(trainer: list[dict[str, Any]], orchestrator: list[dict[str, Any]], evals: list[dict[str, Any]]) -> tuple[int, str]:
+def _status(
+    trainer: list[dict[str, Any]], orchestrator: list[dict[str, Any]], evals: list[dict[str, Any]]
+) -> tuple[int, str]:
     """Last finished step, and the numbers that matter."""
     parts = []
     if orchestrator:

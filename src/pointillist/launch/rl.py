@@ -112,7 +112,12 @@ class _Died(Exception):
 def _start(name: str, config: RLConfig, paths: RunPaths, environ: Mapping[str, str]) -> Child:
     command = [sys.executable, "-m"]
     if name == "trainer" and config.trainer.num_workers > 1:
-        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={config.trainer.num_workers}", "-m"]
+        command += [
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={config.trainer.num_workers}",
+            "-m",
+        ]
     command += ["pointillist", name, "@", str(paths.configs / f"{name}.toml")]
     return start(name, command, environ, paths.logs / f"{name}.log")
 
@@ -215,5 +220,3 @@ def _signals_as_exceptions() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-

@@ -24,8 +24,8 @@ def check_fresh(paths: RunPaths) -> None:
     found = sorted(path.name for path in paths.output_dir.iterdir() if path != paths.configs)
     if found:
         raise LaunchError(
-            f"output_dir {paths.output_dir} already holds {', '.join(found[:4])}: choose another output_dir, or continue "
-            "that run with --resume"
+            f"output_dir {paths.output_dir} already holds {', '.join(found[:4])}: choose another output_dir, or "
+            "continue that run with --resume"
         )
 
 

@@ -1,4 +1,4 @@
-"""Weights between trainer and server: one safetensors file a version, written atomically, loaded whole or not at all."""
+"""Weights between trainer and server: one safetensors file a version, written atomically, loaded whole or not."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save
 
 from pointillist.config.run_paths import WEIGHTS_FILE, write_atomically
 from pointillist.errors import InferenceError
+
 
 def write_weights(weights: Mapping[str, torch.Tensor], folder: Path) -> None:
     """Writes a full state dict; tensors that share memory (tied embeddings) are written once."""

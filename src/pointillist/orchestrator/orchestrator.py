@@ -1,6 +1,6 @@
 """The orchestrator: for every step, roll out groups, compare, pack, ship.
 
-    wait until the server has weights new enough -> groups of rollouts -> advantages -> samples -> packed rows -> trainer
+    wait for weights that are new enough -> groups of rollouts -> advantages -> samples -> packed rows -> trainer
 
 At `max_off_policy_steps = 0` a step's rollouts wait for the weights of the step before; above it they may begin that
 many versions earlier, and new weights reach the server while they run. Held-out tasks are evaluated greedily, through
@@ -65,13 +65,18 @@ class Orchestrator:
         renderer = RawRenderer(self.family, FolderTokenizer(resolve_model_dir(config.model.name)))
         environment = load_environment(config.env.id, config.env.args)
         store = ImageStore(
-            writer_image_dir(config.multimodal, self.paths.output_dir, os.environ), config.multimodal.limits.image_limits()
+            writer_image_dir(config.multimodal, self.paths.output_dir, os.environ),
+            config.multimodal.limits.image_limits(),
         )
         self.client = InferenceClient(
             config.client.base_url, api_key_var=config.client.api_key_var, timeout=config.client.timeout
         )
         self.runner = RolloutRunner(
-            config, environment, renderer, Sources(store, blank_image if config.env.blank_images else None), self.client
+            config,
+            environment,
+            renderer,
+            Sources(store, blank_image if config.env.blank_images else None),
+            self.client,
         )
         self.start = config.resume_step or 0
         self.tasks = TaskOrder(_tasks_of(environment.train_tasks, "train"), config.seed, self._resume_position())
@@ -208,7 +213,9 @@ class _Batch:
         self.num_tokens += sum(sum(branch.sampled) for rollout in rollouts for branch in rollout.session.branches)
         comparable = len(rollouts) > 1
         advantages = (
-            group_advantages([rollout.reward for rollout in rollouts], normalize_std=normalize_std) if comparable else None
+            group_advantages([rollout.reward for rollout in rollouts], normalize_std=normalize_std)
+            if comparable
+            else None
         )
         if advantages is None:
             self._flat += 1

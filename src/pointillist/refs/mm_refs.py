@@ -108,9 +108,13 @@ def check_spans(images: Sequence[MMImageRef], token_type_ids: Sequence[int]) -> 
     end = 0
     for index, image in enumerate(images):
         if image.offset < end:
-            raise RefError(f"image[{index}]: placeholder at {image.offset} begins before {end}: unsorted or overlapping")
+            raise RefError(
+                f"image[{index}]: placeholder at {image.offset} begins before {end}: unsorted or overlapping"
+            )
         if IMAGE in token_type_ids[end : image.offset]:
-            raise RefError(f"image tokens between {end} and {image.offset} have no image: no image token without an image")
+            raise RefError(
+                f"image tokens between {end} and {image.offset} have no image: no image token without an image"
+            )
         end = image.offset + image.length
         if end > len(token_type_ids):
             raise RefError(f"image[{index}]: placeholder ends at {end}, the sample has {len(token_type_ids)} tokens")

@@ -68,7 +68,9 @@ def decode_ref(text: object) -> ImageRef:
     if not isinstance(text, str):
         raise RefError(f"reference is a {type(text).__name__}, expected an mmraw: string")
     if not text.startswith(PREFIX):
-        what = "an inline data: URL" if text[:5].lower() == "data:" else "a string of another kind (a processed tensor?)"
+        what = (
+            "an inline data: URL" if text[:5].lower() == "data:" else "a string of another kind (a processed tensor?)"
+        )
         raise RefError(f"reference is {what}, expected an mmraw: string")
     if len(text) > _MAX_CHARACTERS:
         raise RefError(f"reference has {len(text)} characters, at most {_MAX_CHARACTERS} are accepted")

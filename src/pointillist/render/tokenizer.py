@@ -38,7 +38,9 @@ class FolderTokenizer:
     def __len__(self) -> int:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
-    def __call__(self, text: str, *, add_special_tokens: bool = True, return_offsets_mapping: bool = False) -> dict[str, Any]:
+    def __call__(
+        self, text: str, *, add_special_tokens: bool = True, return_offsets_mapping: bool = False
+    ) -> dict[str, Any]:
         """Encodes one text; with character offsets if asked."""
         encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         result: dict[str, Any] = {"input_ids": encoding.ids}

@@ -66,7 +66,11 @@ class InferenceClient:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def generate(
-        self, token_ids: list[int], features: Mapping[str, Any] | None, sampling_params: Mapping[str, Any], seed: int
+        self,
+        token_ids: list[int],
+        features: Mapping[str, Any] | None,
+        sampling_params: Mapping[str, Any],
+        seed: int,
     ) -> Completion:
         """Samples one completion.
 
@@ -188,6 +192,6 @@ def _completion(choice: Mapping[str, Any]) -> Completion:
     versions = [int(span["version"]) for span in choice["weight_versions"] for _ in range(span["start"], span["end"])]
     if not len(token_ids) == len(logprobs) == len(versions):
         raise InferenceError(
-            f"answer has {len(token_ids)} tokens, {len(logprobs)} logprobs and weight versions of {len(versions)} tokens"
+            f"answer has {len(token_ids)} tokens, {len(logprobs)} logprobs and versions of {len(versions)} tokens"
         )
     return Completion(token_ids, logprobs, versions, choice["finish_reason"])

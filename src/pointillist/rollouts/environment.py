@@ -69,9 +69,15 @@ def load_environment(name: str, arguments: Mapping[str, Any]) -> Environment:
         raise EnvironmentLoadError(
             f"environment {name!r} could not be built with {dict(arguments)!r}: {type(error).__name__}: {error}"
         ) from error
-    missing = [method for method in ("train_tasks", "eval_tasks", "rollout") if not callable(getattr(environment, method, None))]
+    missing = [
+        method
+        for method in ("train_tasks", "eval_tasks", "rollout")
+        if not callable(getattr(environment, method, None))
+    ]
     if missing:
-        raise EnvironmentLoadError(f"environment {name!r} has no method {missing[0]!r}, expected the three of Environment")
+        raise EnvironmentLoadError(
+            f"environment {name!r} has no method {missing[0]!r}, expected the three of Environment"
+        )
     return cast(Environment, environment)
 
 
@@ -90,4 +96,6 @@ def _find(name: str) -> Any:
     try:
         return getattr(importlib.import_module(module_name), attribute)
     except Exception as error:
-        raise EnvironmentLoadError(f"environment {name!r} can not be imported: {type(error).__name__}: {error}") from error
+        raise EnvironmentLoadError(
+            f"environment {name!r} can not be imported: {type(error).__name__}: {error}"
+        ) from error

@@ -129,7 +129,10 @@ class Session:
         if room < 1:
             raise RenderError(f"conversation has {len(prompt.token_ids)} tokens, seq_len is {self._seq_len}")
         completion = await self._client.generate(
-            prompt.token_ids, prompt.features(), self._sampling_params(room), self._seed + _SEEDS_PER_TURN * len(self.turns)
+            prompt.token_ids,
+            prompt.features(),
+            self._sampling_params(room),
+            self._seed + _SEEDS_PER_TURN * len(self.turns),
         )
         self._refuse_sampled_media(completion)
         self.messages += new
@@ -187,7 +190,11 @@ def _assistant_message(parsed: Any) -> Message:
     calls = [call for call in parsed.tool_calls if call.status == "ok"]
     if calls:
         message["tool_calls"] = [
-            {"id": call.id or f"call_{index}", "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            {
+                "id": call.id or f"call_{index}",
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
             for index, call in enumerate(calls)
         ]
     return message

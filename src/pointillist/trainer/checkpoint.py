@@ -17,6 +17,7 @@ from pointillist.config.run_paths import ORCHESTRATOR_STATE, RunPaths, steps_in
 from pointillist.errors import TrainingError
 from pointillist.trainer.parallel import Ranks
 
+
 class Checkpoints:
     """Writes and reads the checkpoints of one run."""
 
@@ -26,7 +27,12 @@ class Checkpoints:
         self._keep_last = keep_last
 
     def save(
-        self, step: int, policy: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, orchestrator_state: bytes
+        self,
+        step: int,
+        policy: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any,
+        orchestrator_state: bytes,
     ) -> None:
         """Writes the checkpoint of a step and removes the oldest ones."""
         final = self._paths.checkpoint_step(step)

@@ -13,6 +13,7 @@ import torch
 
 from pointillist.families import RawImageMaterializer
 from pointillist.models import LoadedModel, sample_positions
+from pointillist.refs import ImageRef
 from pointillist.transport import MicroBatch
 
 
@@ -65,7 +66,8 @@ class RowLoader:
             return assemble_row(self._loaded, micro_batch, {}, [])
         started = time.perf_counter()
         distinct: dict[tuple[str, int], int] = {}
-        refs, lengths, image_index = [], [], []
+        refs: list[ImageRef] = []
+        lengths, image_index = [], []
         for image in micro_batch.mm_refs.images:
             key = (image.hash, image.length)
             if key not in distinct:

@@ -3,7 +3,7 @@ r"""Token-level policy gradient with masked importance sampling.
 For every sampled token, with trainer logprob $\ell$, sampler logprob $\ell_s$, advantage $A$ and importance ratio
 $\rho = \exp(\ell - \ell_s)$:
 
-$$ L = \frac{1}{N} \sum_t -\,[\rho_{low} \le \rho_t \le \rho_{high}]\; \rho_t A_t \; + \; \beta\, k_3(\ell_{ref,t} - \ell_t) $$
+$$ L = \frac{1}{N} \sum_t -\,[\rho_{low} \le \rho_t \le \rho_{high}] \rho_t A_t + \beta\, k_3(\ell_{ref,t} - \ell_t) $$
 
 - The ratio corrects for the sampler's policy being another one (older weights, other kernels). Tokens whose ratio is
   outside the band are masked on both sides: double-sided masking as in IcePop (Ling team, "Every Step Evolves",

@@ -48,7 +48,7 @@ def check_packing(policy: Policy, loaded: LoadedModel) -> PackingProof:
     )
     if not proof.packed <= _ROUNDING_PART * proof.leaking:
         raise TrainingError(
-            f"packed samples may see each other: logprobs differ by {proof.packed:.2e} from those of each sample alone, "
+            f"packed samples may see each other: logprobs differ by {proof.packed:.2e} from each sample alone, "
             f"a deliberate leak by {proof.leaking:.2e}. This model, or this version of transformers, can not be packed "
             "this way."
         )

@@ -61,7 +61,7 @@ class Ranks:
     def full_state_dict(self, policy: nn.Module) -> dict[str, torch.Tensor]:
         """The model's weights, whole, under the model's own names; empty on all ranks but the main one."""
         if self.world_size == 1:
-            return dict(policy.model.state_dict())  # type: ignore[operator, union-attr]
+            return dict(policy.model.state_dict())
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state: dict[str, Any] = get_model_state_dict(policy, options=options)
         return {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}

@@ -71,7 +71,10 @@ class Trainer:
         self.ranks.shard(self.policy, self.activations)
         self.reference = self._frozen_copy() if config.loss.kl_coef > 0 else None
         self.optimizer = torch.optim.AdamW(
-            self.policy.parameters(), lr=config.optim.lr, betas=config.optim.betas, weight_decay=config.optim.weight_decay
+            self.policy.parameters(),
+            lr=config.optim.lr,
+            betas=config.optim.betas,
+            weight_decay=config.optim.weight_decay,
         )
         self.scheduler = LambdaLR(self.optimizer, _schedule(config.optim.scheduler, config.max_steps))
         self.checkpoints = Checkpoints(self.paths, self.ranks, config.ckpt.keep_last)
@@ -149,7 +152,12 @@ class Trainer:
                 with torch.no_grad():
                     reference = self.reference(row).logprobs
         terms = policy_gradient_loss(
-            stats.logprobs, row.sampler_logprobs, row.advantages, batch.num_tokens, self.config.loss, reference
+            stats.logprobs,
+            row.sampler_logprobs,
+            row.advantages,
+            batch.num_tokens,
+            self.config.loss,
+            reference,
         )
         return stats, terms, (batch.step - 1 - row.weight_versions).sum()
 
@@ -209,12 +217,16 @@ class Trainer:
     def _materializer(self) -> RawImageMaterializer:
         multimodal = self.config.multimodal
         own = resolve_image_dir(multimodal, self.config.output_dir, os.environ)
-        return RawImageMaterializer(self.loaded.family, [own, *multimodal.allowed_roots], multimodal.limits.image_limits())
+        return RawImageMaterializer(
+            self.loaded.family, [own, *multimodal.allowed_roots], multimodal.limits.image_limits()
+        )
 
     def _frozen_copy(self) -> Policy:
         """The initial model, for the KL term; whole on every rank."""
         loaded = load_model(self.config.model.name, device=self.config.device, dtype="float32")
-        return Policy(loaded).requires_grad_(False)
+        reference = Policy(loaded)
+        reference.requires_grad_(False)
+        return reference
 
     def _autocast(self) -> Any:
         on = self.activations != torch.float32 and self.ranks.world_size == 1
@@ -229,6 +241,7 @@ class Trainer:
 
 def _schedule(config: SchedulerConfig, max_steps: int) -> Any:
     """Factor of the learning rate at each step, counted from 0."""
+
     def factor(step: int) -> float:
         if step < config.warmup_steps:
             return (step + 1) / (config.warmup_steps + 1)
@@ -240,4 +253,3 @@ def _schedule(config: SchedulerConfig, max_steps: int) -> Any:
         return 1.0
 
     return factor
-

@@ -116,8 +116,21 @@ def check_sample(sample: TrainingSample) -> None:
     Raises:
         TransportError: As `decode_rank_batch` for a micro batch.
     """
-    per_token = (sample.loss_mask, sample.logprobs, sample.advantages, sample.weight_versions, sample.mm_token_type_ids)
-    _check(sample.token_ids, per_token, sample.mm_kwargs, sample.mm_refs, sample.mm_token_type_ids, sample.sample_id)
+    per_token = (
+        sample.loss_mask,
+        sample.logprobs,
+        sample.advantages,
+        sample.weight_versions,
+        sample.mm_token_type_ids,
+    )
+    _check(
+        sample.token_ids,
+        per_token,
+        sample.mm_kwargs,
+        sample.mm_refs,
+        sample.mm_token_type_ids,
+        sample.sample_id,
+    )
 
 
 def check_micro_batch(micro_batch: MicroBatch) -> None:
@@ -127,7 +140,14 @@ def check_micro_batch(micro_batch: MicroBatch) -> None:
         TransportError: As `decode_rank_batch`.
     """
     m = micro_batch
-    per_token = (m.loss_mask, m.advantages, m.inference_logprobs, m.weight_versions, m.temperatures, m.mm_token_type_ids)
+    per_token = (
+        m.loss_mask,
+        m.advantages,
+        m.inference_logprobs,
+        m.weight_versions,
+        m.temperatures,
+        m.mm_token_type_ids,
+    )
     where = f"micro batch of {', '.join(m.sample_ids[:4])}"
     _check(m.input_ids, per_token, m.mm_kwargs, m.mm_refs, m.mm_token_type_ids, where)
     if sum(m.seq_lens) != len(m.input_ids) or min(m.seq_lens, default=0) < 1:

@@ -1,1 +1,1 @@
-"""The embedded engine and its server: the default on a machine without vLLM, and the reference for what vLLM must do."""
+"""The embedded engine and its server: the default on a machine without vLLM, and the measure of what vLLM must do."""

@@ -89,7 +89,11 @@ def prefill(loaded: LoadedModel, prompts: Sequence[Prompt]) -> RunningBatch:
     for prompt in prompts:
         left = longest - len(prompt.token_ids)
         rows = sample_positions(
-            loaded.model, policy, prompt.token_ids, prompt.mm_token_type_ids, prompt.tensors.get("image_grid_thw")
+            loaded.model,
+            policy,
+            prompt.token_ids,
+            prompt.mm_token_type_ids,
+            prompt.tensors.get("image_grid_thw"),
         )
         ids.append(pad(prompt.token_ids, (left, 0)))
         types.append(pad(prompt.mm_token_type_ids, (left, 0)))

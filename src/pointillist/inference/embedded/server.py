@@ -107,14 +107,17 @@ class Server:
         Raises:
             RequestError: Not a folder of this run's broadcasts, or weights that do not fit; the old ones serve on.
         """
+        try:
+            await run_in_threadpool(self._update_weights, request)
+        except InferenceError as error:
+            raise RequestError(f"{error}; version {self.engine.weight_version} serves on", param="weight_dir") from None
+
+    def _update_weights(self, request: UpdateWeightsRequest) -> None:
         broadcasts = RunPaths(self.config.output_dir.resolve()).broadcasts
         folder = Path(request.weight_dir).resolve()
         if not folder.is_relative_to(broadcasts):
             raise RequestError(f"weight_dir is not below {broadcasts}", param="weight_dir")
-        try:
-            await run_in_threadpool(self.engine.update_weights, folder, request.weight_version)
-        except InferenceError as error:
-            raise RequestError(f"{error}; version {self.engine.weight_version} serves on", param="weight_dir") from None
+        self.engine.update_weights(folder, request.weight_version)
 
     def _max_tokens(self, request: GenerateRequest) -> int:
         params, prompt = request.sampling_params, len(request.token_ids)
@@ -160,9 +163,10 @@ class Server:
 
     async def _await_choices(self, request: EngineRequest, http: Request) -> list[Choice]:
         """Waits for the engine; a client that hangs up frees its rows."""
-        answer = asyncio.wrap_future(self.engine.submit(request))
-        hung_up = asyncio.ensure_future(_disconnected(http))
-        await asyncio.wait({answer, hung_up}, return_when=asyncio.FIRST_COMPLETED)
+        answer: asyncio.Future[list[Choice]] = asyncio.wrap_future(self.engine.submit(request))
+        hung_up: asyncio.Future[None] = asyncio.ensure_future(_disconnected(http))
+        watched: set[asyncio.Future[Any]] = {answer, hung_up}
+        await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
         hung_up.cancel()
         if not answer.done():
             self.engine.abort(request)
@@ -265,7 +269,9 @@ def serve(config: InferenceConfig) -> None:
 def build_materializer(config: InferenceConfig, loaded: LoadedModel) -> RawImageMaterializer:
     """The materialiser of a server: it may read the run's image store and the configured roots."""
     own = resolve_image_dir(config.multimodal, config.output_dir, os.environ)
-    return RawImageMaterializer(loaded.family, [own, *config.multimodal.allowed_roots], config.multimodal.limits.image_limits())
+    return RawImageMaterializer(
+        loaded.family, [own, *config.multimodal.allowed_roots], config.multimodal.limits.image_limits()
+    )
 
 
 def _eos_token_ids(loaded: LoadedModel) -> frozenset[int]:
@@ -313,5 +319,3 @@ def _require_key(app: FastAPI, key: str) -> None:
             return await call_next(request)
         info = ErrorInfo(message="expected Authorization: Bearer <API key>", type="AuthenticationError", code=401)
         return JSONResponse(ErrorResponse(error=info).model_dump(), status_code=401)
-
-
