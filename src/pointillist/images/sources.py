@@ -18,7 +18,6 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 from PIL import Image
 
@@ -27,6 +26,7 @@ from pointillist.images.store import ImageStore, StoredImage, local_path
 
 _IMAGE_TYPES: Final = frozenset({"image", "image_url", "input_image"})
 _DATA_URL: Final = re.compile(r"data:image/[\w.+-]+(?:;[\w=.+-]+)*;base64,", re.IGNORECASE)
+_REMOTE_URL: Final = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 class Sources:
@@ -111,10 +111,9 @@ def _bytes_of(source: object, max_bytes: int) -> bytes:
         )
     if source[:5].lower() == "data:":
         return _decode_data_url(source, max_bytes)
-    scheme = urlsplit(source).scheme.lower()
-    if scheme == "file":
+    if source[:7].lower() == "file://":
         return _read_file(local_path(source), max_bytes)
-    if scheme in ("http", "https"):
+    if _REMOTE_URL.match(source):
         raise SourceError("remote images are not fetched; expected a data: URL, a file:// URL or a path")
     return _read_file(Path(source), max_bytes)
 

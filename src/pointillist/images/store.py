@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote_to_bytes
 
 from pointillist.errors import ImageError, MissingImageError, RefError
 from pointillist.images.decode import ImageHeader, ImageLimits, decode_rgb, read_header
@@ -81,7 +81,7 @@ class ImageStore:
 
 def file_uri(path: Path) -> str:
     """`file://` URL of an absolute path."""
-    return "file://" + quote(str(path))
+    return "file://" + quote(os.fsencode(path))
 
 
 def local_path(uri: str) -> Path:
@@ -90,13 +90,17 @@ def local_path(uri: str) -> Path:
     Raises:
         RefError: Another scheme, a host, a query, a relative path, or dots in the path.
     """
-    parts = urlsplit(uri)
-    if parts.scheme != "file":
-        raise RefError(f"expected a file:// URL of the image store, got scheme {parts.scheme!r}")
-    if parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
+    # Not by urllib: it drops newlines and tabs from a URL, and raises on brackets.
+    if uri[:7].lower() != "file://":
+        raise RefError(f"expected a file:// URL of the image store, got {uri[:16]!r}")
+    rest = uri[7:].removeprefix("localhost")
+    if not rest.startswith("/") or "?" in rest or "#" in rest:
         raise RefError("expected file:///absolute/path, got a URL with a host, query or fragment")
-    path = unquote(parts.path)
-    if not path.startswith("/") or "\0" in path or any(part in ("", ".", "..") for part in path[1:].split("/")):
+    try:
+        path = os.fsdecode(unquote_to_bytes(rest))
+    except UnicodeEncodeError:
+        raise RefError("expected file:///absolute/path in Unicode") from None
+    if "\0" in path or any(part in ("", ".", "..") for part in path[1:].split("/")):
         raise RefError("expected file:///absolute/path without empty or dotted components")
     return Path(path)
 

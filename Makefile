@@ -1,0 +1,55 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SEED ?= 0
+# Further overrides of the demo's config, such as ARGS="--env.blank_images true".
+ARGS ?=
+DIGITS := outputs/digits
+
+.PHONY: setup demo test test-unit lint format bench lock clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+# Makes the pictures and the model, then trains: minutes on two cores, no GPU.
+demo: setup
+	$(BIN)/python examples/digits/prepare.py --data $(DIGITS)/data --model $(DIGITS)/model-$(SEED) --seed $(SEED)
+	$(BIN)/pointillist rl @ examples/digits/rl.toml --seed $(SEED) --model.name $(DIGITS)/model-$(SEED) \
+		--output-dir $(DIGITS)/run-$(SEED)-$$(date +%Y%m%d-%H%M%S) $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest
+
+# Seconds instead of minutes: no processes are started.
+test-unit: setup
+	$(BIN)/python -m pytest -m "not integration"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python benchmarks/layout.py
+
+# Resolves pyproject.toml anew in an empty environment and writes what it got.
+lock:
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet --disable-pip-version-check ".[dev]"
+	{ echo "# Exact versions that Pointillist is tested with; made by 'make lock' from pyproject.toml."; \
+		build/lock/bin/python -m pip freeze --exclude pointillist | sed 's/+cpu//'; } > requirements.lock
+	rm -r build/lock
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,98 @@
+"""Fixtures: a tiny real model folder, stores, and pictures."""
+
+import importlib.util
+import io
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pointillist.families import Family, load_family
+from pointillist.images import ImageLimits, ImageStore, Sources
+from pointillist.render import FolderTokenizer, RawRenderer
+
+ROOT = Path(__file__).parent.parent
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A picture of noise: any mistake in order, size or orientation shows."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def encoded(image: Image.Image, file_format: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=file_format, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def prepare() -> ModuleType:
+    """`examples/digits/prepare.py` as a module."""
+    spec = importlib.util.spec_from_file_location("prepare_digits", ROOT / "examples/digits/prepare.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def model_dir(prepare: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Qwen3-VL, its weights scaled up so that its logits are far from uniform: leaks and blank pictures
+    show in every number."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    tokenizer = prepare.build_tokenizer()
+    model = prepare.build_model(tokenizer)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4.0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    prepare.write_processor(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits(prepare: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Data folder and warmed-up model folder of the digits example."""
+    import torch
+
+    root = tmp_path_factory.mktemp("digits")
+    data, model_folder = root / "data", root / "model"
+    prepare.write_data(data)
+    torch.manual_seed(0)
+    tokenizer = prepare.build_tokenizer()
+    model = prepare.build_model(tokenizer)
+    model.save_pretrained(model_folder)
+    tokenizer.save_pretrained(model_folder)
+    prepare.write_processor(model_folder)
+    prepare.warm_up_format(model, model_folder, data, 60)
+    model.save_pretrained(model_folder)
+    return data, model_folder
+
+
+@pytest.fixture(scope="session")
+def family(model_dir: Path) -> Family:
+    return load_family(str(model_dir))
+
+
+@pytest.fixture(scope="session")
+def renderer(family: Family, model_dir: Path) -> RawRenderer:
+    return RawRenderer(family, FolderTokenizer(model_dir))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ImageStore:
+    return ImageStore(tmp_path / "images", ImageLimits())
+
+
+@pytest.fixture
+def sources(store: ImageStore) -> Sources:
+    return Sources(store)

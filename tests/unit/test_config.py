@@ -1,0 +1,153 @@
+from pathlib import Path
+
+import pytest
+
+from pointillist.config import (
+    CARRIER,
+    InferenceConfig,
+    MultimodalConfig,
+    RLConfig,
+    load_toml,
+    parse_cli,
+    resolve_image_dir,
+    write_toml,
+    writer_image_dir,
+)
+from pointillist.errors import ConfigError
+
+TOML = """
+seq_len = 512
+max_steps = 10
+[model]
+name = "m"
+[env]
+id = "digits"
+[trainer.optim]
+lr = 1e-3
+"""
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> str:
+    path = tmp_path / "rl.toml"
+    path.write_text(TOML)
+    return str(path)
+
+
+def _parse(toml: str, *overrides: str) -> RLConfig:
+    return parse_cli(RLConfig, ["@", toml, *overrides])
+
+
+def test_shared_fields_reach_every_component(toml: str) -> None:
+    config = _parse(toml, "--seed", "7", "--output-dir", "out", "--multimodal.offload_dir", "/images")
+    for component in (config.trainer, config.orchestrator, config.inference):
+        assert component.model.name == "m"
+        assert component.seq_len == 512
+        assert component.seed == 7
+        assert component.output_dir == Path("out")
+        assert component.multimodal.offload_dir == "/images"
+    assert config.trainer.max_steps == config.orchestrator.max_steps == 10
+    assert config.orchestrator.env.id == "digits"
+
+
+def test_dotted_overrides(toml: str) -> None:
+    config = _parse(toml, "--trainer.optim.lr", "3e-4", "--env.blank_images", "true")
+    assert config.trainer.optim.lr == 3e-4
+    assert config.orchestrator.env.blank_images is True
+
+
+def test_worker_count_reaches_the_packer(toml: str) -> None:
+    assert _parse(toml, "--trainer.num_workers", "2").orchestrator.num_train_workers == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        (["--trainer.seq_len", "7"], ["seq_len = 512", "trainer.seq_len"]),
+        (["--inference.model.name", "other"], ["model.name", "inference.model.name"]),
+        (
+            ["--orchestrator.multimodal.offload_dir", "/x"],
+            ["multimodal.offload_dir", "orchestrator.multimodal.offload_dir"],
+        ),
+        (["--trainer.output_dir", "elsewhere"], ["output_dir", "trainer.output_dir"]),
+    ],
+)
+def test_contradictions_name_both_keys(toml: str, overrides: list[str], names: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        _parse(toml, *overrides)
+    for name in names:
+        assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("--trainer.optim.lrr", "did you mean 'lr'"),
+        ("--max-stepz", "did you mean 'max_steps'"),
+        ("--env.blank", "blank_images"),
+    ],
+)
+def test_unknown_keys_name_the_nearest(toml: str, override: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=hint):
+        _parse(toml, override, "1")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--orchestrator.batch_size", "12"], "not a multiple of group_size"),
+        (["--inference.server.host", "0.0.0.0"], "api_key_var"),
+        (["--trainer.optim.scheduler.warmup_steps", "10"], "warmup_steps"),
+        (["--max-steps", "0"], "greater than 0"),
+        ([f"--env_vars.{CARRIER}", "/x"], "offload_dir"),
+        (["--multimodal.offload_dir", " "], "empty"),
+    ],
+)
+def test_values_that_can_not_work(toml: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _parse(toml, *overrides)
+
+
+def test_missing_and_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        parse_cli(RLConfig, ["@", str(tmp_path / "none.toml")])
+    (tmp_path / "broken.toml").write_text("a = [")
+    with pytest.raises(ConfigError):
+        load_toml(RLConfig, tmp_path / "broken.toml")
+
+
+def test_written_configs_read_back(toml: str, tmp_path: Path) -> None:
+    config = _parse(toml)
+    write_toml(config, tmp_path / "all.toml")
+    assert load_toml(RLConfig, tmp_path / "all.toml") == config
+    write_toml(config.inference, tmp_path / "inference.toml")
+    assert load_toml(InferenceConfig, tmp_path / "inference.toml") == config.inference
+
+
+OUT = Path("/out")
+
+
+@pytest.mark.parametrize(
+    ("offload_dir", "environ", "expected"),
+    [
+        (None, {}, "/out/assets/images"),
+        (None, {"RUN_ID": "run_7"}, "/data/outputs/run_7/assets/images"),
+        (None, {"RUN_ID": "7"}, "/data/outputs/run_7/assets/images"),
+        ("/images", {"RUN_ID": "7"}, "/images"),
+        ("$A/b/${C}", {"A": "/a", "C": "c"}, "/a/b/c"),
+        (None, {CARRIER: "/stale"}, "/out/assets/images"),
+    ],
+)
+def test_image_dir_precedence(offload_dir: str | None, environ: dict[str, str], expected: str) -> None:
+    multimodal = MultimodalConfig(offload_dir=offload_dir)
+    assert resolve_image_dir(multimodal, OUT, environ) == Path(expected)
+
+
+def test_image_dir_of_a_writer_is_what_it_was_told() -> None:
+    assert writer_image_dir(MultimodalConfig(offload_dir="/a"), OUT, {CARRIER: "/told"}) == Path("/told")
+    assert writer_image_dir(MultimodalConfig(offload_dir="/a"), OUT, {}) == Path("/a")
+
+
+def test_unset_variables_are_errors() -> None:
+    with pytest.raises(ConfigError, match="NOT_SET"):
+        resolve_image_dir(MultimodalConfig(offload_dir="${NOT_SET}/x"), OUT, {})

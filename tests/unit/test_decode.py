@@ -1,0 +1,108 @@
+import io
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from pointillist.errors import ImageError
+from pointillist.images import ImageLimits, decode_rgb, read_header
+from pointillist.images.blank import blank_image
+from tests.conftest import encoded, picture
+
+LIMITS = ImageLimits()
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied_and_known_from_the_header(file_format: str, orientation: int) -> None:
+    image = picture(12, 7)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if file_format == "WEBP" else {}
+    data = encoded(image, file_format, exif=exif, **options)
+    with Image.open(io.BytesIO(data)) as opened:
+        expected = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+    header = read_header(data, LIMITS)
+    pixels = decode_rgb(data, LIMITS)
+    assert (header.height, header.width) == pixels.shape[:2]
+    np.testing.assert_array_equal(pixels, expected)
+
+
+def test_alpha_is_composited_on_white() -> None:
+    image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 255, 0))
+    np.testing.assert_array_equal(decode_rgb(encoded(image), LIMITS), [[[255, 0, 0], [255, 255, 255]]])
+
+
+def test_palette_with_transparency() -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 0), 1)
+    np.testing.assert_array_equal(decode_rgb(encoded(image, transparency=1), LIMITS), [[[10, 20, 30], [255, 255, 255]]])
+
+
+def test_sixteen_bit_gray_keeps_its_upper_byte() -> None:
+    image = Image.fromarray(np.array([[0, 0x1234, 0xFFFF]], dtype=np.uint16))
+    np.testing.assert_array_equal(decode_rgb(encoded(image), LIMITS)[0, :, 0], [0, 0x12, 0xFF])
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "CMYK", "YCbCr"])
+def test_other_modes_become_rgb(mode: str) -> None:
+    image = picture(5, 4).convert(mode)
+    data = encoded(image, "TIFF")
+    assert decode_rgb(data, LIMITS).shape == (4, 5, 3)
+
+
+def test_animated_images_are_refused() -> None:
+    frames = [picture(4, 4, seed) for seed in range(3)]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    with pytest.raises(ImageError, match="animated"):
+        read_header(data, LIMITS)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_truncated_images_are_refused(file_format: str) -> None:
+    data = encoded(picture(64, 64), file_format)
+    with pytest.raises(ImageError):
+        decode_rgb(data[: len(data) * 2 // 3], LIMITS)
+
+
+def test_limits_are_checked_on_the_header() -> None:
+    # A PNG header that claims 60,000 x 60,000 pixels, and nothing behind it.
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + b"\0\0\0\0"
+    with pytest.raises(ImageError):
+        decode_rgb(bomb, LIMITS)
+    data = encoded(picture(20, 10))
+    for limits, message in (
+        (ImageLimits(max_bytes=10), "bytes"),
+        (ImageLimits(max_pixels=199), "pixels"),
+        (ImageLimits(max_side=19), "side"),
+        (ImageLimits(formats=("jpg",)), "format"),
+    ):
+        with pytest.raises(ImageError, match=message):
+            read_header(data, limits)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200), st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]), st.data())
+def test_damaged_bytes_never_raise_anything_else(noise: bytes, file_format: str, draw: st.DataObject) -> None:
+    data = bytearray(encoded(picture(16, 16), file_format))
+    position = draw.draw(st.integers(0, len(data)))
+    data[position : position + len(noise)] = noise
+    for read in (read_header, decode_rgb):
+        try:
+            read(bytes(data), LIMITS)
+        except ImageError:
+            pass
+
+
+def test_blank_image_keeps_the_size() -> None:
+    pixels = decode_rgb(blank_image(encoded(picture(30, 20))), LIMITS)
+    assert pixels.shape == (20, 30, 3)
+    assert len(np.unique(pixels)) == 1
+    with pytest.raises(ImageError):
+        blank_image(b"no image")

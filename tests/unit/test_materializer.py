@@ -1,0 +1,84 @@
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from pointillist.errors import MissingImageError, RefError
+from pointillist.families import Family, RawImageMaterializer
+from pointillist.images import ImageLimits, ImageStore
+from pointillist.images.store import local_path
+from pointillist.refs import ImageRef, RawImageDescriptor
+from tests.conftest import encoded, picture
+
+
+def _ref(family: Family, store: ImageStore, width: int = 64, height: int = 96, seed: int = 0) -> tuple[ImageRef, int]:
+    stored = store.put(encoded(picture(width, height, seed)))
+    layout = family.layout(width, height)
+    descriptor = RawImageDescriptor(
+        family=family.name,
+        raw_image_uri=stored.uri,
+        layout_fingerprint=family.layout_fingerprint,
+        payload=family.payload(layout),
+    )
+    return ImageRef.of(descriptor, stored.sha256), layout.num_tokens
+
+
+@pytest.fixture
+def materializer(family: Family, store: ImageStore) -> RawImageMaterializer:
+    return RawImageMaterializer(family, [store.root], ImageLimits())
+
+
+def test_tensors_are_those_of_the_pictures(
+    materializer: RawImageMaterializer, family: Family, store: ImageStore
+) -> None:
+    refs, lengths = zip(_ref(family, store), _ref(family, store, 100, 70, 1), strict=True)
+    result = materializer.materialize(refs, lengths)
+    pictures = [np.asarray(picture(64, 96)), np.asarray(picture(100, 70, 1))]
+    expected = family.materialize(pictures, [family.layout(64, 96), family.layout(100, 70)])
+    np.testing.assert_array_equal(result.tensors["pixel_values"], expected["pixel_values"])
+    np.testing.assert_array_equal(result.tensors["image_grid_thw"], expected["image_grid_thw"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"family": "kimi_k25"}, "this model is served by 'qwen_vl'"),
+        ({"layout_fingerprint": "0" * 32}, "another processor configuration"),
+        ({"hash": "0" * 64}, "hash differs"),
+        ({"payload": {"image_grid_thw": [1, 4, 4]}}, "the image has"),
+        ({"raw_image_uri": "file:///etc/passwd"}, "allowed root"),
+    ],
+)
+def test_refusals_name_the_image(
+    change: dict[str, Any], message: str, materializer: RawImageMaterializer, family: Family, store: ImageStore
+) -> None:
+    good, length = _ref(family, store)
+    bad = msgspec.structs.replace(good, **change)
+    with pytest.raises(RefError, match=rf"image\[1\]: .*{message}"):
+        materializer.materialize([good, bad], [length, length])
+
+
+def test_wrong_length_missing_and_corrupt_files(
+    materializer: RawImageMaterializer, family: Family, store: ImageStore
+) -> None:
+    ref, length = _ref(family, store)
+    with pytest.raises(RefError, match="placeholder has 7 tokens, the image has 6"):
+        materializer.materialize([ref], [length + 1])
+    path = local_path(ref.raw_image_uri)
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(RefError, match="corrupt"):
+        materializer.materialize([ref], [length])
+    path.unlink()
+    with pytest.raises(MissingImageError, match=ref.hash):
+        materializer.materialize([ref], [length])
+
+
+def test_messages_never_tell_the_actual_hash(
+    materializer: RawImageMaterializer, family: Family, store: ImageStore, tmp_path: Path
+) -> None:
+    ref, length = _ref(family, store)
+    with pytest.raises(RefError) as error:
+        materializer.materialize([msgspec.structs.replace(ref, hash="0" * 64)], [length])
+    assert ref.hash not in str(error.value)

@@ -1,0 +1,81 @@
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pointillist.errors import EnvironmentLoadError, RefError
+from pointillist.images import Sources, normalize_images
+from pointillist.orchestrator.advantages import group_advantages
+from pointillist.orchestrator.samples import make_sample
+from pointillist.orchestrator.tasks import TaskOrder
+from pointillist.render import RawRenderer
+from pointillist.rollouts import Branch, Task, load_environment
+from tests.conftest import picture
+
+
+@given(st.lists(st.floats(-10, 10), min_size=2, max_size=16))
+def test_advantages_compare_within_the_group(rewards: list[float]) -> None:
+    plain = group_advantages(rewards, normalize_std=False)
+    if plain is None:
+        assert max(rewards) - min(rewards) < 1e-6
+        return
+    assert sum(plain) == pytest.approx(0, abs=1e-6)
+    assert plain == pytest.approx([reward - statistics.fmean(rewards) for reward in rewards], abs=1e-9)
+    scaled = group_advantages(rewards, normalize_std=True)
+    std = statistics.stdev(rewards)
+    assert scaled == pytest.approx([value / (std + 1e-3) for value in plain], rel=1e-6, abs=1e-9)
+
+
+def test_groups_without_variance_say_nothing() -> None:
+    assert group_advantages([1.0, 1.0, 1.0], normalize_std=True) is None
+
+
+def test_task_order_is_a_function_of_seed_and_position() -> None:
+    tasks = [Task(str(i)) for i in range(7)]
+    order = TaskOrder(tasks, seed=3)
+    epochs = [[task.id for task in order.take(7)] for _ in range(3)]
+    assert all(sorted(epoch) == sorted(task.id for task in tasks) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    resumed = TaskOrder(tasks, seed=3, position=10)
+    assert [task.id for task in resumed.take(11)] == epochs[1][3:] + epochs[2]
+    assert [task.id for task in TaskOrder(tasks, seed=4).take(7)] != epochs[0]
+
+
+def test_samples_train_what_was_sampled(renderer: RawRenderer, sources: Sources) -> None:
+    images = []
+    messages = normalize_images(
+        [{"role": "user", "content": [{"type": "image", "image": picture(64, 64)}]}], sources, images
+    )
+    prompt = renderer.render(messages, images)
+    completion = [300, 2]
+    read = len(prompt.token_ids)
+    branch = Branch(
+        token_ids=[*prompt.token_ids, *completion],
+        sampled=[False] * read + [True] * 2,
+        logprobs=[0.0] * read + [-0.1, -0.2],
+        weight_versions=[-1] * read + [5, 5],
+        images=prompt.images,
+    )
+    made = make_sample(branch, 1.5, image_token_id=renderer.family.image_token_id, temperature=1.0, sample_id="x")
+    assert made.advantages == [0.0] * read + [1.5, 1.5]
+    assert made.mm_refs is not None
+    assert made.mm_refs.images[0].length == 4
+    branch.images = []
+    with pytest.raises(RefError, match="no image token without an image"):
+        make_sample(branch, 1.5, image_token_id=renderer.family.image_token_id, temperature=1.0, sample_id="x")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_environment", "no environment 'no_such_environment'"),
+        ("no_such_module:Class", "can not be imported: ModuleNotFoundError"),
+        ("pointillist.environments.digits:Nope", "can not be imported: AttributeError"),
+        ("digits", "could not be built .* TypeError"),
+        ("builtins:dict", "has no method 'train_tasks'"),
+    ],
+)
+def test_environments_that_can_not_be_had(name: str, message: str) -> None:
+    with pytest.raises(EnvironmentLoadError, match=message):
+        load_environment(name, {})

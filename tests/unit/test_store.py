@@ -1,0 +1,130 @@
+import hashlib
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pointillist.errors import ImageError, MissingImageError, RefError
+from pointillist.images import ImageLimits, ImageStore, read_verified
+from pointillist.images.store import file_uri, local_path
+from tests.conftest import encoded, picture
+
+LIMITS = ImageLimits()
+
+
+def test_put_keeps_the_bytes_under_their_hash(store: ImageStore) -> None:
+    data = encoded(picture(20, 10), "JPEG")
+    stored = store.put(data)
+    sha256 = hashlib.sha256(data).hexdigest()
+    assert stored.sha256 == sha256
+    assert local_path(stored.uri) == store.root / sha256[:2] / f"{sha256}.jpg"
+    assert local_path(stored.uri).read_bytes() == data
+    assert (stored.header.width, stored.header.height) == (20, 10)
+    assert read_verified(stored.uri, sha256, [store.root], LIMITS) == data
+
+
+def test_put_is_idempotent_and_repairs(store: ImageStore) -> None:
+    data = encoded(picture(8, 8))
+    path = local_path(store.put(data).uri)
+    before = path.stat()
+    store.put(data)
+    assert path.stat() == before
+    path.write_bytes(data[:-1])
+    store.put(data)
+    assert path.read_bytes() == data
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("data", [b"", b"not an image", encoded(picture(64, 64))[:900]])
+def test_put_refuses_before_writing(store: ImageStore, data: bytes) -> None:
+    with pytest.raises(ImageError):
+        store.put(data)
+    assert list(store.root.iterdir()) == []
+
+
+def _put_all(root: Path, seeds: list[int]) -> None:
+    store = ImageStore(root, LIMITS)
+    for seed in seeds:
+        store.put(encoded(picture(16, 16, seed)))
+
+
+def test_many_processes_put_the_same_images(store: ImageStore) -> None:
+    context = multiprocessing.get_context("spawn")
+    seeds = list(range(20))
+    workers = [context.Process(target=_put_all, args=(store.root, seeds[i:] + seeds[:i])) for i in range(6)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    files = [path for path in store.root.rglob("*") if path.is_file()]
+    assert len(files) == len(seeds)
+    for path in files:
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == path.stem
+
+
+def test_reader_refuses_corruption_links_and_other_names(store: ImageStore, tmp_path: Path) -> None:
+    stored = store.put(encoded(picture(8, 8)))
+    path, sha256 = local_path(stored.uri), stored.sha256
+    roots = [store.root]
+    with pytest.raises(RefError, match="hash differs"):
+        read_verified(stored.uri, "0" * 64, roots, LIMITS)
+    with pytest.raises(RefError, match="at most"):
+        read_verified(stored.uri, sha256, roots, ImageLimits(max_bytes=10))
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(RefError, match="corrupt"):
+        read_verified(stored.uri, sha256, roots, LIMITS)
+    outside = tmp_path / "outside.png"
+    outside.write_bytes(encoded(picture(8, 8)))
+    path.unlink()
+    path.symlink_to(outside)
+    with pytest.raises(RefError, match="symbolic link"):
+        read_verified(stored.uri, sha256, roots, LIMITS)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(RefError, match="regular file"):
+        read_verified(stored.uri, sha256, roots, LIMITS)
+    path.unlink()
+    with pytest.raises(MissingImageError):
+        read_verified(stored.uri, sha256, roots, LIMITS)
+    path.parent.rmdir()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    path.parent.symlink_to(elsewhere)
+    with pytest.raises(RefError, match="symbolic link"):
+        read_verified(stored.uri, sha256, roots, LIMITS)
+
+
+def test_outside_paths_get_one_answer_whether_or_not_they_exist(store: ImageStore, tmp_path: Path) -> None:
+    sha256 = "ab" + "0" * 62
+    there = tmp_path / "ab" / f"{sha256}.png"
+    there.parent.mkdir()
+    there.write_bytes(b"secret")
+    answers = set()
+    for path in (there, tmp_path / "ac" / f"ac{sha256[2:]}.png", Path("/etc/passwd"), store.root / "notes.txt"):
+        with pytest.raises(RefError) as error:
+            read_verified(file_uri(path), path.stem, [store.root], LIMITS)
+        answers.add(str(error.value))
+    assert len(answers) == 1
+
+
+@settings(max_examples=500)
+@given(st.text(max_size=80))
+def test_local_path_gives_an_absolute_path_or_a_ref_error(text: str) -> None:
+    for uri in (text, f"file://{text}", f"file:///{text}"):
+        try:
+            path = local_path(uri)
+        except RefError:
+            continue
+        assert path.is_absolute()
+        assert ".." not in path.parts
+
+
+def test_file_uri_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "with space & ü?#%.png"
+    assert local_path(file_uri(path)) == path
