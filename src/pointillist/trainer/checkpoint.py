@@ -6,6 +6,9 @@ step's batch. There is one writer, so there is no step of which only a half exis
 """
 
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,7 +51,8 @@ class Checkpoints:
             "scheduler": scheduler.state_dict(),
             "random": torch.get_rng_state(),
         }
-        dcp.save(state, checkpoint_id=temporary / "trainer", no_dist=self._ranks.world_size == 1)
+        with _quiet():
+            dcp.save(state, checkpoint_id=temporary / "trainer", no_dist=self._ranks.world_size == 1)
         if self._ranks.is_main:
             (temporary / ORCHESTRATOR_STATE).write_bytes(orchestrator_state)
             shutil.rmtree(final, ignore_errors=True)
@@ -74,9 +78,18 @@ class Checkpoints:
             "random": torch.get_rng_state(),
         }
         try:
-            dcp.load(state, checkpoint_id=folder / "trainer", no_dist=self._ranks.world_size == 1)
+            with _quiet():
+                dcp.load(state, checkpoint_id=folder / "trainer", no_dist=self._ranks.world_size == 1)
         except (RuntimeError, ValueError, KeyError) as error:
             raise TrainingError(f"checkpoint {folder} does not fit this model ({error})") from None
         set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         torch.set_rng_state(state["random"])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides torch's remark that a single process is a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

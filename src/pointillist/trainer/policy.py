@@ -45,9 +45,9 @@ class Policy(nn.Module):
             logits_to_keep=row.predict_from,
             **kwargs,
         ).logits[0]
+        logits = logits.float() / row.temperatures[:, None]
         # The lowest finite number, not minus infinity: 0 * -inf would make the entropy NaN.
-        logits = logits.float().index_fill(1, self.unsampleable, torch.finfo(torch.float32).min)
-        logprobs = (logits / row.temperatures[:, None]).log_softmax(-1)
+        logprobs = logits.index_fill(1, self.unsampleable, torch.finfo(torch.float32).min).log_softmax(-1)
         return TokenStats(
             logprobs=logprobs.gather(1, row.targets[:, None])[:, 0],
             entropy=-(logprobs.exp() * logprobs).sum(-1),

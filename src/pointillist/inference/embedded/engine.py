@@ -153,8 +153,10 @@ class Engine:
     def _run(self) -> None:
         torch.set_num_threads(self._config.num_threads)
         try:
-            while not self._stopping:
+            while True:
                 self._take_commands()
+                if self._stopping:
+                    return
                 if self._paused or not (self._waiting or self._rows):
                     self._wait_for_command()
                     continue
@@ -206,13 +208,12 @@ class Engine:
         self._keep([row for row, sequence in enumerate(self._rows) if sequence.request is not request])
 
     def _fail_all(self, error: BaseException) -> None:
+        self._take_commands()  # requests among them
         for request in [*self._waiting, *{sequence.request for sequence in self._rows}]:
             if not request.future.done():
                 request.future.set_exception(RuntimeError(f"engine died: {error!r}"))
         self._waiting.clear()
         self._rows.clear()
-        while not self._commands.empty():
-            self._commands.get()()
 
     def _admit(self) -> None:
         """Moves waiting requests into the batch, in order, while there is room; equal prompts are read once."""

@@ -1,0 +1,226 @@
+"""The embedded engine against plain Hugging Face forwards."""
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pointillist.config.inference import EngineConfig
+from pointillist.errors import InferenceError
+from pointillist.inference.embedded.batch import Prompt
+from pointillist.inference.embedded.engine import Engine, EngineRequest
+from pointillist.inference.embedded.metrics import EngineMetrics
+from pointillist.inference.embedded.sampling import sample
+from pointillist.inference.protocol import Choice, SamplingParams
+from pointillist.models import LoadedModel, load_model, write_weights
+from pointillist.refs import mm_token_type_ids
+from tests.conftest import picture
+
+END = 2
+
+
+@pytest.fixture
+def engine(model_dir: Path) -> Iterator[Engine]:
+    loaded = load_model(str(model_dir), device="cpu", dtype="float32")
+    engine = Engine(
+        loaded,
+        EngineConfig(max_batch_size=32),
+        eos_token_ids=frozenset({END}),
+        seed=0,
+        metrics=EngineMetrics(),
+        on_failure=lambda: None,
+    )
+    engine.start()
+    yield engine
+    engine.stop()
+
+
+def _prompt(loaded: LoadedModel, text: int, sizes: list[tuple[int, int]], seed: int) -> Prompt:
+    family, random = loaded.family, np.random.default_rng(seed)
+    ids = random.integers(8, 280, text).tolist()
+    layouts = [family.layout(*size) for size in sizes]
+    for layout in layouts:
+        ids += [3, *[family.image_token_id] * layout.num_tokens, 4, 20]
+    pictures = [np.asarray(picture(*size, seed + index)) for index, size in enumerate(sizes)]
+    tensors = family.materialize(pictures, layouts) if sizes else {}
+    return Prompt(
+        torch.tensor(ids),
+        torch.tensor(mm_token_type_ids(ids, family.image_token_id)),
+        {name: torch.from_numpy(array) for name, array in tensors.items()},
+    )
+
+
+def _submit(
+    engine: Engine, prompt: Prompt, key: object = None, max_tokens: int = 6, **params: object
+) -> Future[list[Choice]]:
+    sampling = SamplingParams(**{"logprobs": 0, "ignore_eos": True, **params})
+    return engine.submit(EngineRequest(prompt, (id(prompt), key), sampling, max_tokens))
+
+
+def _expected_logprobs(loaded: LoadedModel, prompt: Prompt, choice: Choice, temperature: float = 1.0) -> torch.Tensor:
+    """One forward over prompt and completion, without a cache."""
+    ids = torch.cat([prompt.token_ids, torch.tensor(choice.token_ids)])[None]
+    kwargs = dict(prompt.tensors)
+    if kwargs:
+        kwargs["mm_token_type_ids"] = (ids == loaded.family.image_token_id).int()
+    with torch.no_grad():
+        logits = loaded.model(input_ids=ids, use_cache=False, **kwargs).logits[0]
+    logits[:, loaded.unsampleable] = float("-inf")
+    start = len(prompt.token_ids)
+    logprobs = (logits[start - 1 : -1] / temperature).log_softmax(-1)
+    return logprobs.gather(1, torch.tensor(choice.token_ids)[:, None])[:, 0]
+
+
+def _logprobs(choice: Choice) -> torch.Tensor:
+    assert choice.logprobs is not None
+    return torch.tensor([entry.logprob for entry in choice.logprobs.content])
+
+
+def test_mixed_batches_equal_plain_forwards(engine: Engine) -> None:
+    loaded = engine._loaded
+    prompts = [
+        _prompt(loaded, 4, [(64, 64)], 1),
+        _prompt(loaded, 19, [], 2),
+        _prompt(loaded, 7, [(100, 70), (64, 96)], 3),
+        _prompt(loaded, 2, [(64, 64)], 4),
+    ]
+    engine.pause()  # so that all are admitted together
+    futures = [_submit(engine, prompt, max_tokens=2 + 3 * i, n=2, seed=i) for i, prompt in enumerate(prompts)]
+    engine.resume()
+    late = _submit(engine, _prompt(loaded, 30, [(64, 64)], 5), max_tokens=9)
+    for prompt, future in zip(prompts, futures, strict=True):
+        for choice in future.result(60):
+            assert (_logprobs(choice) - _expected_logprobs(loaded, prompt, choice)).abs().max() < 1e-5
+            blank = Prompt(
+                prompt.token_ids,
+                prompt.mm_token_type_ids,
+                {k: v * 0 if k == "pixel_values" else v for k, v in prompt.tensors.items()},
+            )
+            if prompt.tensors:  # the control: a blank picture must give other numbers
+                assert (_logprobs(choice) - _expected_logprobs(loaded, blank, choice)).abs().max() > 1e-3
+    assert len(late.result(60)[0].token_ids) == 9
+
+
+def test_what_shares_a_batch_changes_nothing(engine: Engine) -> None:
+    prompt = _prompt(engine._loaded, 5, [(64, 64)], 1)
+    alone = _submit(engine, prompt, seed=11, temperature=0.8).result(60)[0].token_ids
+    engine.pause()
+    others = [_submit(engine, _prompt(engine._loaded, 3 + i, [], i), n=3, seed=i) for i in range(3)]
+    together = _submit(engine, prompt, seed=11, temperature=0.8)
+    engine.resume()
+    assert together.result(60)[0].token_ids == alone
+    for other in others:
+        other.result(60)
+
+
+def test_choice_i_is_sampled_with_seed_plus_i(engine: Engine) -> None:
+    prompt = _prompt(engine._loaded, 5, [], 1)
+    group = [choice.token_ids for choice in _submit(engine, prompt, n=4, seed=40).result(60)]
+    singles = [_submit(engine, prompt, seed=40 + i).result(60)[0].token_ids for i in range(4)]
+    assert group == singles
+    assert len({tuple(tokens) for tokens in group}) > 1
+
+
+def test_equal_prompts_are_read_once(engine: Engine) -> None:
+    prompt = _prompt(engine._loaded, 5, [(64, 64)], 1)
+    engine.pause()
+    futures = [_submit(engine, prompt, n=4, seed=i) for i in range(3)]
+    engine.resume()
+    for future in futures:
+        future.result(60)
+    text = engine._metrics.exposition().decode()
+    assert "pointillist_prompts_prefilled_total 1.0" in text
+    assert "pointillist_completions_started_total 12.0" in text
+
+
+def test_vision_tokens_and_padding_are_never_sampled(engine: Engine) -> None:
+    loaded = engine._loaded
+    with torch.no_grad():  # make them by far the likeliest
+        loaded.model.get_output_embeddings().weight[loaded.unsampleable] *= 100
+    choices = _submit(engine, _prompt(loaded, 5, [], 1), n=16, max_tokens=10).result(60)
+    forbidden = set(loaded.unsampleable.tolist())
+    assert not forbidden & {token for choice in choices for token in choice.token_ids}
+
+
+def test_endings(engine: Engine) -> None:
+    prompt = _prompt(engine._loaded, 5, [], 1)
+    tokens = _submit(engine, prompt, temperature=0.0).result(60)[0].token_ids
+    stopped = _submit(engine, prompt, temperature=0.0, stop_token_ids=[tokens[2]]).result(60)[0]
+    first = tokens.index(tokens[2])
+    assert stopped.token_ids == tokens[: first + 1]
+    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", tokens[2])
+    full = _submit(engine, prompt, temperature=0.0).result(60)[0]
+    assert (full.finish_reason, full.stop_reason, len(full.token_ids)) == ("length", None, 6)
+
+
+def test_top_logprobs(engine: Engine) -> None:
+    choice = _submit(engine, _prompt(engine._loaded, 5, [], 1), temperature=0.0, logprobs=3).result(60)[0]
+    for entry in choice.logprobs.content:
+        assert entry.rank == 1
+        assert entry.top_logprobs[0].token_id == entry.token_id
+        values = [top.logprob for top in entry.top_logprobs]
+        assert values == sorted(values, reverse=True)
+        assert len(values) == 3
+
+
+def test_new_weights_between_two_steps(engine: Engine, tmp_path: Path) -> None:
+    loaded = engine._loaded
+    weights = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+    write_weights({name: tensor * 1.01 for name, tensor in weights.items()}, tmp_path / "step_3")
+    running = _submit(engine, _prompt(loaded, 5, [], 1), max_tokens=400)
+    engine.update_weights(tmp_path / "step_3", 3)
+    (choice,) = running.result(120)
+    versions = [(span.version, span.end - span.start) for span in choice.weight_versions]
+    assert sum(length for _, length in versions) == 400
+    assert versions[-1][0] == "3"
+    assert engine.weight_version == 3
+    with pytest.raises(InferenceError):
+        engine.update_weights(tmp_path / "step_4", 4)
+    assert engine.weight_version == 3
+
+
+def test_aborted_requests_leave_the_batch(engine: Engine) -> None:
+    loaded = engine._loaded
+    request = EngineRequest(_prompt(loaded, 5, [], 1), ("x",), SamplingParams(ignore_eos=True, n=8), 1500)
+    engine.submit(request)
+    other = _submit(engine, _prompt(loaded, 5, [], 2), max_tokens=20)
+    engine.abort(request)
+    assert len(other.result(60)[0].token_ids) == 20
+    assert request.future.cancelled()
+
+
+def test_a_dead_engine_answers_everyone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("pointillist.inference.embedded.engine.prefill", broken)
+    with pytest.raises(RuntimeError, match="engine died"):
+        _submit(engine, _prompt(engine._loaded, 5, [], 1)).result(60)
+    with pytest.raises(RuntimeError, match="engine died"):
+        _submit(engine, _prompt(engine._loaded, 5, [], 1)).result(60)
+    assert isinstance(engine.failure, ZeroDivisionError)
+
+
+def test_sampling_follows_the_distribution() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0, 9.0]]).repeat(4000, 1)
+    generators = [torch.Generator().manual_seed(i) for i in range(4000)]
+    masked = torch.tensor([4])
+
+    def frequencies(**params: object) -> torch.Tensor:
+        sampled = sample(logits, masked, [SamplingParams(**params)] * 4000, generators)
+        return torch.bincount(sampled.token_ids, minlength=5) / 4000
+
+    expected = torch.tensor([0.0, 1.0, 2.0, 3.0]).softmax(-1)
+    assert (frequencies()[:4] - expected).abs().max() < 0.03
+    assert frequencies()[4] == 0
+    assert frequencies(temperature=0.0)[3] == 1
+    top2 = frequencies(top_k=2)
+    assert top2[:2].sum() == 0
+    assert (top2[2:4] - expected[2:] / expected[2:].sum()).abs().max() < 0.03
+    assert frequencies(top_p=0.5)[3] == 1
+    assert frequencies(top_p=0.7)[:2].sum() == 0
+    hot = (torch.tensor([0.0, 1.0, 2.0, 3.0]) / 2).softmax(-1)
+    assert (frequencies(temperature=2.0)[:4] - hot).abs().max() < 0.03

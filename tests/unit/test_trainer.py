@@ -1,0 +1,227 @@
+"""The trainer's numbers against plain Hugging Face forwards and plain formulas."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from pointillist.config import RunPaths
+from pointillist.config.trainer import LossConfig
+from pointillist.errors import InferenceError, RefError, TrainingError
+from pointillist.families import Family, RawImageMaterializer
+from pointillist.images import ImageLimits, ImageStore
+from pointillist.models import LoadedModel, copy_weights, load_model, read_weights, write_weights
+from pointillist.orchestrator.packing import pack
+from pointillist.refs import MMImageRef, MMRefs, RawImageDescriptor, mm_token_type_ids
+from pointillist.trainer import packing_check
+from pointillist.trainer.checkpoint import Checkpoints
+from pointillist.trainer.data import RowLoader
+from pointillist.trainer.loss import policy_gradient_loss
+from pointillist.trainer.parallel import Ranks
+from pointillist.trainer.policy import Policy
+from pointillist.transport import TrainingSample
+from tests.conftest import encoded, picture
+
+
+@pytest.fixture(scope="module")
+def loaded(model_dir: Path) -> LoadedModel:
+    return load_model(str(model_dir), device="cpu", dtype="float32")
+
+
+def _sample(family: Family, store: ImageStore, sizes: list[tuple[int, int]], seed: int) -> TrainingSample:
+    """Text, images of these sizes, text; the last five tokens are trained."""
+    random = np.random.default_rng(seed)
+    ids: list[int] = random.integers(8, 280, 5).tolist()
+    refs = []
+    for index, (width, height) in enumerate(sizes):
+        stored = store.put(encoded(picture(width, height, seed + index)))
+        layout = family.layout(width, height)
+        descriptor = RawImageDescriptor(
+            family=family.name,
+            raw_image_uri=stored.uri,
+            layout_fingerprint=family.layout_fingerprint,
+            payload=family.payload(layout),
+        )
+        refs.append(MMImageRef(descriptor.to_dict(), stored.sha256, stored.uri, len(ids) + 1, layout.num_tokens))
+        ids += [3, *[family.image_token_id] * layout.num_tokens, 4]
+    ids += random.integers(8, 280, 9).tolist()
+    trained = [index >= len(ids) - 5 for index in range(len(ids))]
+    return TrainingSample(
+        token_ids=ids,
+        loss_mask=trained,
+        logprobs=[0.0] * len(ids),
+        advantages=[1.0 if on else 0.0 for on in trained],
+        weight_versions=[0 if on else -1 for on in trained],
+        temperature=0.7,
+        mm_token_type_ids=mm_token_type_ids(ids, family.image_token_id),
+        mm_refs=MMRefs(refs) if refs else None,
+        sample_id=str(seed),
+    )
+
+
+def _samples(family: Family, store: ImageStore) -> list[TrainingSample]:
+    sizes = [[(64, 64)], [], [(100, 70), (64, 96)], [(64, 64), (64, 64)]]
+    return [_sample(family, store, each, seed=10 * index) for index, each in enumerate(sizes)]
+
+
+def _huggingface_logprobs(
+    model_dir: Path, loaded: LoadedModel, sample: TrainingSample, store: ImageStore, *, blank: bool
+) -> torch.Tensor:
+    """Logprobs of the trained tokens from the sample alone, by the model's own processor and positions."""
+    from transformers import AutoImageProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(model_dir).eval()
+    ids = torch.tensor([sample.token_ids])
+    kwargs = {}
+    if sample.mm_refs is not None:
+        from PIL import Image
+
+        pictures = [Image.open(image.uri.removeprefix("file://")).convert("RGB") for image in sample.mm_refs.images]
+        if blank:
+            pictures = [Image.new("RGB", each.size) for each in pictures]
+        kwargs = dict(AutoImageProcessor.from_pretrained(model_dir)(images=pictures, return_tensors="pt"))
+        kwargs["mm_token_type_ids"] = torch.tensor([sample.mm_token_type_ids]).int()
+    with torch.no_grad():
+        logits = model(input_ids=ids, **kwargs).logits[0]
+    logits[:, loaded.unsampleable] = float("-inf")
+    logprobs = (logits / sample.temperature).log_softmax(-1)
+    where = torch.tensor([index for index, on in enumerate(sample.loss_mask) if on])
+    return logprobs[where - 1].gather(1, ids[0, where, None])[:, 0]
+
+
+def test_packed_rows_equal_huggingface_alone(
+    model_dir: Path, loaded: LoadedModel, family: Family, store: ImageStore
+) -> None:
+    samples = _samples(family, store)
+    ((row,),) = pack(samples, seq_len=512, num_workers=1)
+    loader = RowLoader(loaded, RawImageMaterializer(family, [store.root], ImageLimits()))
+    with torch.no_grad():
+        stats = Policy(loaded)(loader.load(row))
+    by_id = {sample.sample_id: sample for sample in samples}
+    order = [by_id[name] for name in row.sample_ids]
+    expected = torch.cat([_huggingface_logprobs(model_dir, loaded, each, store, blank=False) for each in order])
+    assert (stats.logprobs - expected).abs().max() < 1e-5
+    assert bool((stats.entropy > 0).all())
+    assert loader.images_materialized == 5
+    # The control: blank pictures must give other numbers.
+    blank = torch.cat([_huggingface_logprobs(model_dir, loaded, each, store, blank=True) for each in order])
+    assert (stats.logprobs - blank).abs().max() > 0.01
+
+
+def test_equal_images_of_a_row_are_materialised_once(loaded: LoadedModel, family: Family, store: ImageStore) -> None:
+    samples = [_sample(family, store, [(64, 64)], seed=0) for _ in range(4)]
+    ((row,),) = pack(samples, seq_len=512, num_workers=1)
+    loader = RowLoader(loaded, RawImageMaterializer(family, [store.root], ImageLimits()))
+    tensors = loader.load(row)
+    assert loader.images_materialized == 1
+    assert tensors.image_index == [0, 0, 0, 0]
+
+
+def test_corrupt_images_stop_the_loader(loaded: LoadedModel, family: Family, store: ImageStore) -> None:
+    sample = _sample(family, store, [(64, 64)], seed=0)
+    path = Path(sample.mm_refs.images[0].uri.removeprefix("file://"))
+    path.write_bytes(path.read_bytes()[:-3])
+    ((row,),) = pack([sample], seq_len=512, num_workers=1)
+    with pytest.raises(RefError, match="corrupt"):
+        RowLoader(loaded, RawImageMaterializer(family, [store.root], ImageLimits())).load(row)
+
+
+def test_packing_proof_sees_a_leak(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    proof = packing_check.check_packing(Policy(loaded), loaded)
+    assert proof.packed < 1e-4
+    assert proof.leaking > 0.01
+    original = packing_check.assemble_row
+
+    def leaking_row(*arguments: object) -> object:
+        row = original(*arguments)
+        positions = row.position_ids.clone()
+        positions[0] = torch.arange(positions.shape[-1])
+        return dataclasses.replace(row, position_ids=positions)
+
+    monkeypatch.setattr(packing_check, "assemble_row", leaking_row)
+    with pytest.raises(TrainingError, match="see each other"):
+        packing_check.check_packing(Policy(loaded), loaded)
+
+
+def test_loss_is_the_formula() -> None:
+    logprobs = torch.tensor([-1.0, -2.0, -0.5, -3.0], requires_grad=True)
+    sampler = torch.tensor([-1.0, -1.8, -2.5, -1.0])
+    advantages = torch.tensor([1.0, -0.5, 2.0, 1.0])
+    reference = torch.tensor([-1.2, -2.0, -0.7, -2.0])
+    config = LossConfig(ratio_low=0.5, ratio_high=2.0, kl_coef=0.1)
+    terms = policy_gradient_loss(logprobs, sampler, advantages, 10, config, reference)
+    ratio = np.exp(np.array([0.0, -0.2, 2.0, -2.0]))
+    inside = (ratio >= 0.5) & (ratio <= 2.0)
+    difference = np.array([-0.2, 0.0, -0.2, 1.0])
+    kl = np.exp(difference) - difference - 1
+    expected = (-(ratio * advantages.numpy() * inside) + 0.1 * kl).sum() / 10
+    assert float(terms.loss.detach()) == pytest.approx(expected, rel=1e-5)
+    assert float(terms.masked_sum) == 2
+    assert float(terms.mismatch_sum) == pytest.approx(4.2, rel=1e-5)
+    terms.loss.backward()
+    # On policy, inside the band: the gradient is that of REINFORCE (and of the KL term).
+    assert float(logprobs.grad[0]) == pytest.approx((-1.0 + 0.1 * (1 - np.exp(-0.2))) / 10, rel=1e-5)
+    # Masked: only the KL term is left.
+    assert float(logprobs.grad[3]) == pytest.approx(0.1 * (1 - np.exp(1.0)) / 10, rel=1e-5)
+
+
+def test_weights_travel_whole_or_not_at_all(loaded: LoadedModel, model_dir: Path, tmp_path: Path) -> None:
+    other = load_model(str(model_dir), device="cpu", dtype="float32")
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter.add_(1.0)
+    write_weights(loaded.model.state_dict(), tmp_path / "step_1")
+    weights = read_weights(tmp_path / "step_1")
+    copy_weights(other.model, weights)
+    for name, tensor in loaded.model.state_dict().items():
+        torch.testing.assert_close(other.model.state_dict()[name], tensor, rtol=0, atol=0)
+    before = {name: tensor.clone() for name, tensor in other.model.state_dict().items()}
+    name = next(iter(weights))
+    for bad in (
+        {**weights, name: torch.zeros(3)},
+        {**weights, "x": torch.zeros(1)},
+        {k: v for k, v in weights.items() if k != name},
+    ):
+        with pytest.raises(InferenceError):
+            copy_weights(other.model, bad)
+    for key, tensor in other.model.state_dict().items():
+        torch.testing.assert_close(before[key], tensor, rtol=0, atol=0)
+    with pytest.raises(InferenceError):
+        read_weights(tmp_path / "step_2")
+    (tmp_path / "step_1" / "model.safetensors").write_bytes(b"half a fi")
+    with pytest.raises(InferenceError):
+        read_weights(tmp_path / "step_1")
+
+
+def test_checkpoints_restore_everything(model_dir: Path, tmp_path: Path) -> None:
+    ranks = Ranks(torch.device("cpu"))
+    checkpoints = Checkpoints(RunPaths(tmp_path), ranks, keep_last=1)
+
+    def fresh() -> tuple[Policy, torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+        policy = Policy(load_model(str(model_dir), device="cpu", dtype="float32"))
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+        return policy, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+
+    def advance(policy: Policy, optimizer: torch.optim.Optimizer, scheduler: object, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            sum((parameter**2).sum() for parameter in policy.parameters()).backward()
+            optimizer.step()
+            scheduler.step()
+
+    policy, optimizer, scheduler = fresh()
+    advance(policy, optimizer, scheduler, 2)
+    checkpoints.save(1, policy, optimizer, scheduler, b'{"task_position": 16}')
+    checkpoints.save(2, policy, optimizer, scheduler, b'{"task_position": 32}')
+    assert [path.name for path in RunPaths(tmp_path).checkpoints.iterdir()] == ["step_2"]
+    advance(policy, optimizer, scheduler, 2)
+    resumed = fresh()
+    checkpoints.load(2, *resumed)
+    advance(*resumed, 2)
+    for mine, theirs in zip(policy.parameters(), resumed[0].parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+    with pytest.raises(TrainingError, match="no checkpoint"):
+        checkpoints.load(7, *resumed)
