@@ -48,14 +48,14 @@ def model_dir(prepare: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     tokenizer = prepare.build_tokenizer()
-    model = prepare.build_model(tokenizer)
+    model = prepare.build_model(tokenizer, depth=2, patch_size=16, deepstack_visual_indexes=[0])
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(4.0)
+                parameter.mul_(1.6)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    prepare.write_processor(folder)
+    prepare.write_processor(folder, patch_size=16)
     return folder
 
 

@@ -2,7 +2,7 @@
 
     python examples/digits/prepare.py --data outputs/digits/data --model outputs/digits/model --seed 0
 
-Data: the 1,797 handwritten digits of the UCI set that scikit-learn ships, enlarged to 64x64 and written as PNG files;
+Data: the 1,797 handwritten digits of the UCI set that scikit-learn ships, enlarged to 32x32 and written as PNG files;
 1,400 to train, 397 held out. Model: Qwen3-VL's architecture from a config, random weights, a tokenizer of a few hundred
 tokens. It is then warmed up for seconds on the answer's *form*: one digit, then the end of the turn. The digits it is
 shown there are random numbers, so it stays at chance; reading is left to reinforcement learning.
@@ -25,7 +25,7 @@ from pointillist.environments.digits import QUESTION
 from pointillist.families import load_family
 
 TRAIN_DIGITS = 1400
-IMAGE_SIDE = 64
+IMAGE_SIDE = 32
 SPECIAL_TOKENS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
     "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>",
@@ -62,35 +62,36 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLForConditionalGeneration:
-    """Qwen3-VL with random weights."""
+def build_model(tokenizer: PreTrainedTokenizerFast, **vision: object) -> Qwen3VLForConditionalGeneration:
+    """Qwen3-VL with random weights; `vision` overrides settings of the vision tower."""
     token_id = tokenizer.convert_tokens_to_ids
     config = Qwen3VLConfig(
         text_config={
             "vocab_size": -(-len(tokenizer) // 64) * 64, "hidden_size": 128, "intermediate_size": 256,
             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
             "max_position_embeddings": 2048, "tie_word_embeddings": True, "eos_token_id": token_id("<|im_end|>"),
+            "initializer_range": 0.05,
             "rope_scaling": {"rope_type": "default", "mrope_section": [8, 4, 4], "mrope_interleaved": True},
         },
         vision_config={
-            "depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "patch_size": 16,
+            "depth": 1, "hidden_size": 128, "intermediate_size": 256, "num_heads": 4, "patch_size": 8,
             "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 128, "num_position_embeddings": 256,
-            "deepstack_visual_indexes": [0],
+            "deepstack_visual_indexes": [], "initializer_range": 0.05, **vision,
         },
         image_token_id=token_id("<|image_pad|>"), video_token_id=token_id("<|video_pad|>"),
         vision_start_token_id=token_id("<|vision_start|>"), vision_end_token_id=token_id("<|vision_end|>"),
-        tie_word_embeddings=True,
+        tie_word_embeddings=True, initializer_range=0.05,
     )  # fmt: skip
     model = Qwen3VLForConditionalGeneration(config)
     model.generation_config.eos_token_id = token_id("<|im_end|>")
     return model
 
 
-def write_processor(folder: Path) -> None:
+def write_processor(folder: Path, patch_size: int = 8) -> None:
     """The image processor's settings."""
     settings = {
-        "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 16, "temporal_patch_size": 2, "merge_size": 2,
-        "size": {"shortest_edge": 32 * 32, "longest_edge": 1024 * 1024},
+        "image_processor_type": "Qwen2VLImageProcessor", "patch_size": patch_size, "temporal_patch_size": 2, "merge_size": 2,
+        "size": {"shortest_edge": 16 * 16, "longest_edge": 1024 * 1024},
         "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
     }  # fmt: skip
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2))
@@ -110,6 +111,7 @@ def warm_up_format(model: Qwen3VLForConditionalGeneration, folder: Path, data: P
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     answers = torch.tensor([[tokenizer.encode(str(digit))[0], end] for digit in range(10)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10))
     for _ in range(steps):
         shown = torch.randint(0, len(pictures), (16,)).tolist()
         arrays = family.materialize([pictures[index] for index in shown], [layout] * len(shown))
@@ -125,7 +127,9 @@ def warm_up_format(model: Qwen3VLForConditionalGeneration, folder: Path, data: P
         loss = functional.cross_entropy(logits[:, :2].flatten(0, 1), labels.flatten())
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
 
 
 def main() -> None:

@@ -97,7 +97,7 @@ def test_unknown_keys_name_the_nearest(toml: str, override: str, hint: str) -> N
     [
         (["--orchestrator.batch_size", "12"], "not a multiple of group_size"),
         (["--inference.server.host", "0.0.0.0"], "api_key_var"),
-        (["--trainer.optim.scheduler.warmup_steps", "10"], "warmup_steps"),
+        (["--trainer.optim.scheduler.warmup_steps", "11"], "warmup_steps"),
         (["--max-steps", "0"], "greater than 0"),
         ([f"--env_vars.{CARRIER}", "/x"], "offload_dir"),
         (["--multimodal.offload_dir", " "], "empty"),

@@ -18,6 +18,9 @@ class SchedulerConfig(Config):
     warmup_steps: int = Field(0, ge=0)
     """Steps in which the rate rises from 0."""
 
+    decay_steps: int | None = Field(None, gt=0)
+    """Last steps of the run over which the rate falls; before them it is constant. None is all after the warm-up."""
+
     min_ratio: float = Field(0.0, ge=0, le=1)
     """Rate at the last step, as a fraction of `optim.lr`."""
 
@@ -90,9 +93,10 @@ class TrainerConfig(Config):
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> "TrainerConfig":
-        if self.optim.scheduler.warmup_steps >= self.max_steps and self.optim.scheduler.warmup_steps > 0:
+        scheduler = self.optim.scheduler
+        if scheduler.warmup_steps + (scheduler.decay_steps or 0) > self.max_steps:
             raise ValueError(
-                f"optim.scheduler.warmup_steps = {self.optim.scheduler.warmup_steps} leaves no step of "
-                f"max_steps = {self.max_steps}"
+                f"optim.scheduler.warmup_steps = {scheduler.warmup_steps} and decay_steps = {scheduler.decay_steps} are "
+                f"more than max_steps = {self.max_steps}"
             )
         return self

@@ -245,7 +245,8 @@ def _schedule(config: SchedulerConfig, max_steps: int) -> Any:
     def factor(step: int) -> float:
         if step < config.warmup_steps:
             return (step + 1) / (config.warmup_steps + 1)
-        done = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
+        falling = config.decay_steps or max(1, max_steps - config.warmup_steps)
+        done = min(1.0, max(0.0, 1 - (max_steps - step) / falling))
         if config.type == "linear":
             return 1 - (1 - config.min_ratio) * done
         if config.type == "cosine":
