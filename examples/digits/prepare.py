@@ -90,7 +90,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast, **vision: object) -> Qwen3VL
 def write_processor(folder: Path, patch_size: int = 8) -> None:
     """The image processor's settings."""
     settings = {
-        "image_processor_type": "Qwen2VLImageProcessor", "patch_size": patch_size, "temporal_patch_size": 2, "merge_size": 2,
+        "image_processor_type": "Qwen2VLImageProcessor", "patch_size": patch_size, "temporal_patch_size": 2,
+        "merge_size": 2,
         "size": {"shortest_edge": 16 * 16, "longest_edge": 1024 * 1024},
         "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
     }  # fmt: skip

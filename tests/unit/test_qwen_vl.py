@@ -79,7 +79,8 @@ def test_pixels_equal_the_processors_bit_for_bit(config: dict, size: tuple[int, 
 def test_fingerprint_follows_every_deciding_setting(tmp_path: Path) -> None:
     base = _family(tmp_path, **QWEN3)
     changes = [
-        {"patch_size": 14}, {"merge_size": 1}, {"temporal_patch_size": 1}, {"image_mean": [0.4] * 3}, {"image_std": [0.4] * 3},
+        {"patch_size": 14}, {"merge_size": 1}, {"temporal_patch_size": 1}, {"image_mean": [0.4] * 3},
+        {"image_std": [0.4] * 3},
         {"rescale_factor": 1 / 256}, {"size": {"shortest_edge": 1, "longest_edge": 16_777_216}}, {"max_pixels": 1000},
     ]  # fmt: skip
     prints = {_family(tmp_path, **{**QWEN3, **change}).layout_fingerprint for change in changes}

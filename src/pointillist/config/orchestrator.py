@@ -67,6 +67,9 @@ class ClientConfig(Config):
     timeout: float = Field(600.0, gt=0)
     """Seconds that one request may take."""
 
+    startup_timeout: float = Field(600.0, gt=0)
+    """Seconds that the server may take to become healthy."""
+
 
 class OrchestratorConfig(Config):
     """The orchestrator: `pointillist orchestrator @ orchestrator.toml`."""

@@ -59,9 +59,6 @@ class RLConfig(Config):
     dry_run: bool = False
     """Validate, write the resolved configs to `<output_dir>/configs`, and exit."""
 
-    startup_timeout: float = Field(600.0, gt=0)
-    """Seconds that the inference server may take to become healthy."""
-
     @model_validator(mode="before")
     @classmethod
     def _share(cls, data: Any) -> Any:

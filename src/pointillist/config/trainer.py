@@ -96,7 +96,7 @@ class TrainerConfig(Config):
         scheduler = self.optim.scheduler
         if scheduler.warmup_steps + (scheduler.decay_steps or 0) > self.max_steps:
             raise ValueError(
-                f"optim.scheduler.warmup_steps = {scheduler.warmup_steps} and decay_steps = {scheduler.decay_steps} are "
-                f"more than max_steps = {self.max_steps}"
+                f"optim.scheduler.warmup_steps = {scheduler.warmup_steps} and decay_steps = {scheduler.decay_steps} "
+                f"are more than max_steps = {self.max_steps}"
             )
         return self

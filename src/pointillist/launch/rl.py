@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Final
 
-import httpx
 from rich.console import Console
 
 from pointillist.config import CARRIER, RLConfig, RunPaths, resolve_image_dir, write_toml
@@ -83,18 +82,13 @@ def _supervise(config: RLConfig, paths: RunPaths, environ: Mapping[str, str]) ->
     children: list[Child] = []
     progress = Progress(console, paths, config.max_steps)
     try:
-        children.append(_start("inference", config, paths, environ))
-        children.append(_start("trainer", config, paths, environ))
+        children += [_start(name, config, paths, environ) for name in ("inference", "trainer", "orchestrator")]
         with progress:
-            _wait_for_health(config, children)
-            children.append(_start("orchestrator", config, paths, environ))
             dead = _wait_for_end(children, progress)
     except _Interrupted as interrupt:
         stop_all(children)
         console.print(f"stopped by {signal.Signals(interrupt.number).name}; continue with --resume")
         return 128 + interrupt.number
-    except _Died as died:
-        dead = died.child
     finally:
         stop_all(children)
     if dead is not None:
@@ -102,11 +96,6 @@ def _supervise(config: RLConfig, paths: RunPaths, environ: Mapping[str, str]) ->
         return 1
     summarize(config, paths, console)
     return 0
-
-
-class _Died(Exception):
-    def __init__(self, child: Child) -> None:
-        self.child = child
 
 
 def _start(name: str, config: RLConfig, paths: RunPaths, environ: Mapping[str, str]) -> Child:
@@ -122,24 +111,6 @@ def _start(name: str, config: RLConfig, paths: RunPaths, environ: Mapping[str, s
     return start(name, command, environ, paths.logs / f"{name}.log")
 
 
-def _wait_for_health(config: RLConfig, children: list[Child]) -> None:
-    url = f"{config.orchestrator.client.base_url}/health"
-    deadline = time.monotonic() + config.startup_timeout
-    while True:
-        _raise_if_dead(children)
-        try:
-            if httpx.get(url, timeout=2.0).status_code == httpx.codes.OK:
-                return
-        except httpx.HTTPError:
-            pass
-        if time.monotonic() > deadline:
-            raise LaunchError(
-                f"inference server is not healthy after {config.startup_timeout:.0f} s (startup_timeout); "
-                f"see {children[0].log}"
-            )
-        time.sleep(_POLL_SECONDS)
-
-
 def _wait_for_end(children: list[Child], progress: Progress) -> Child | None:
     """Watches until orchestrator and trainer are done; returns whoever died before that."""
     while True:
@@ -151,12 +122,6 @@ def _wait_for_end(children: list[Child], progress: Progress) -> Child | None:
         if all(child.exit_code == 0 for child in children if child.name != "inference"):
             return None
         time.sleep(_POLL_SECONDS)
-
-
-def _raise_if_dead(children: list[Child]) -> None:
-    for child in children:
-        if child.exit_code is not None:
-            raise _Died(child)
 
 
 def _show_death(child: Child) -> None:

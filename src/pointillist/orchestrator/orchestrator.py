@@ -87,6 +87,7 @@ class Orchestrator:
     async def run(self) -> None:
         """The loop of this module's docstring."""
         config = self.config
+        await self.client.wait_until_ready(config.client.startup_timeout)
         await self.weights.wait_for(self.start)
         if self.start == 0:
             await self._evaluate(0)

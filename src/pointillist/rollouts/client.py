@@ -6,8 +6,10 @@ other and whose seeds follow one another are sent as one request with `n` comple
 """
 
 import asyncio
+import contextlib
 import json
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -18,6 +20,7 @@ import tenacity
 from pointillist.errors import ConfigError, InferenceError
 
 _GATHER_SECONDS: Final = 0.001
+_READY_POLL_SECONDS: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,24 @@ class InferenceClient:
         )
         self._waiting: dict[str, _Waiting] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+
+    async def wait_until_ready(self, seconds: float) -> None:
+        """Waits until the server is healthy.
+
+        Raises:
+            InferenceError: It is not after `seconds`.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if (await self._http.get("/health", timeout=5.0)).status_code == httpx.codes.OK:
+                    return
+            if time.monotonic() > deadline:
+                raise InferenceError(
+                    f"inference server at {self._http.base_url} is not healthy after {seconds:.0f} s "
+                    "(orchestrator.client.startup_timeout)"
+                )
+            await asyncio.sleep(_READY_POLL_SECONDS)
 
     async def generate(
         self,

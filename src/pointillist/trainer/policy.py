@@ -1,7 +1,6 @@
 """The policy as the loss sees it: a packed row in, logprobs and entropies of its trained tokens out."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -10,9 +9,8 @@ from pointillist.models import LoadedModel
 from pointillist.trainer.data import RowTensors
 
 
-@dataclass(frozen=True, slots=True)
-class TokenStats:
-    """Of each trained token of a row, float32 `(trained,)`."""
+class TokenStats(NamedTuple):
+    """Of each trained token of a row, float32 `(trained,)`. A tuple, so that FSDP finds the tensors in it."""
 
     logprobs: torch.Tensor
     """At the sampling temperature, with the sampler's mask."""

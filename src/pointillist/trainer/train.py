@@ -95,6 +95,7 @@ class Trainer:
         for step in range(start + 1, self.config.max_steps + 1):
             self._step(step)
         self._export()
+        self.ranks.barrier()  # a rank that leaves early takes the others' connections with it
 
     def _step(self, step: int) -> None:
         self.phases = {}
@@ -136,7 +137,7 @@ class Trainer:
                 ("kl", terms.kl_sum),
                 ("stale", staleness),
             ):
-                sums[name] += float(value)
+                sums[name] += float(value.detach())
             sums["trained"] += len(stats.logprobs)
             sums["tokens"] += len(micro_batch.input_ids)
         if not all(map(math.isfinite, sums.values())):

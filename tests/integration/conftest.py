@@ -1,0 +1,146 @@
+"""Real processes: a server as a user starts it, and whole runs."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from pointillist.families import Family, load_family
+from pointillist.images import ImageLimits, ImageStore, Sources
+from pointillist.render import FolderTokenizer, RawRenderer
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def pointillist(*arguments: object, **options: object) -> subprocess.Popen[str]:
+    """Starts a `pointillist` command."""
+    command = [sys.executable, "-m", "pointillist", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+@dataclass
+class RunningServer:
+    """An inference server of its own process, and what its clients need."""
+
+    url: str
+    output_dir: Path
+    family: Family
+    renderer: RawRenderer
+    process: subprocess.Popen[str]
+
+    @property
+    def store(self) -> ImageStore:
+        return ImageStore(self.output_dir / "assets" / "images", ImageLimits())
+
+    @property
+    def sources(self) -> Sources:
+        return Sources(self.store)
+
+
+@pytest.fixture(scope="session")
+def server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    output_dir, port = tmp_path_factory.mktemp("server"), free_port()
+    process = pointillist(
+        "inference", "--model.name", model_dir, "--output-dir", output_dir, "--server.port", port, "--seq-len", 512
+    )
+    family = load_family(str(model_dir))
+    renderer = RawRenderer(family, FolderTokenizer(model_dir))
+    url = f"http://127.0.0.1:{port}"
+    wait_for(lambda: httpx.get(f"{url}/health").status_code == 200, process)
+    yield RunningServer(url, output_dir, family, renderer, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(15) in (0, -signal.SIGTERM)
+
+
+def wait_for(ready: object, process: subprocess.Popen[str] | None = None, seconds: float = 90.0) -> None:
+    """Waits until something is true; a refused connection means not yet."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if ready():
+                return
+        except httpx.HTTPError:
+            pass
+        if process is not None and process.poll() is not None:
+            pytest.fail(f"process ended with {process.returncode}: {process.stdout.read()}")
+        time.sleep(0.05)
+    pytest.fail(f"not ready after {seconds} s")
+
+
+@dataclass
+class Digits:
+    """A digits run in a folder of its own."""
+
+    root: Path
+    arguments: list[str]
+
+    @property
+    def output_dir(self) -> Path:
+        return self.root / "run"
+
+    def start(self, *overrides: object, environ: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        return pointillist(
+            "rl",
+            *self.arguments,
+            *overrides,
+            start_new_session=True,
+            env={**os.environ, "COLUMNS": "200", **(environ or {})},
+        )
+
+    def run(self, *overrides: object, environ: dict[str, str] | None = None) -> tuple[int, str]:
+        process = self.start(*overrides, environ=environ)
+        output, _ = process.communicate(timeout=200)
+        return process.returncode, output
+
+
+@pytest.fixture
+def digits_run(digits: tuple[Path, Path], tmp_path: Path) -> Iterator[Digits]:
+    """The digits example made small: seconds instead of minutes."""
+    data, model = digits
+    data = Path(shutil.copytree(data, tmp_path / "data"))
+    (data / "heldout.jsonl").write_text("\n".join((data / "heldout.jsonl").read_text().splitlines()[:20]) + "\n")
+    arguments = [
+        "@", "examples/digits/rl.toml", "--model.name", model, "--output-dir", tmp_path / "run",
+        "--env.args.data_dir", data,
+        "--orchestrator.batch_size", 32, "--orchestrator.group_size", 8, "--max-steps", 3,
+        "--trainer.optim.scheduler.warmup_steps", 0, "--trainer.optim.scheduler.decay_steps", 1,
+        "--trainer.num_threads", 1, "--inference.engine.num_threads", 1,
+    ]  # fmt: skip
+    yield Digits(tmp_path, [str(argument) for argument in arguments])
+    kill_leftovers(tmp_path)
+
+
+def processes_of(root: Path) -> dict[str, int]:
+    """Pids of the run's processes, by component, found by their config file."""
+    found: dict[str, int] = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            command = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        for argument in command:
+            match = re.fullmatch(rf"{re.escape(str(root))}/run/configs/(\w+)\.toml", argument)
+            if match:
+                found[match[1]] = int(entry.name)
+    return found
+
+
+def kill_leftovers(root: Path) -> None:
+    for pid in processes_of(root).values():
+        os.kill(pid, signal.SIGKILL)

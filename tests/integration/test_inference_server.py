@@ -1,0 +1,344 @@
+"""What every inference server must do: the same tests for any server behind the same wire."""
+
+import asyncio
+import base64
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageTextToText
+
+from pointillist.errors import InferenceError
+from pointillist.images import normalize_images
+from pointillist.images.store import local_path
+from pointillist.models import load_model, write_weights
+from pointillist.rollouts import InferenceClient, Sampling, Session
+from tests.conftest import picture
+from tests.integration.conftest import RunningServer
+
+pytestmark = pytest.mark.integration
+
+GENERATE = "/inference/v1/generate"
+
+
+def _body(server: RunningServer, *seeds: int, **sampling: Any) -> dict[str, Any]:
+    """A request with one picture a seed."""
+    parts = [{"type": "image", "image": picture(64, 64 + 32 * (seed % 3), seed)} for seed in seeds]
+    images: list[Any] = []
+    message = {"role": "user", "content": [*parts, {"type": "text", "text": "What digit?"}]}
+    prompt = server.renderer.render([normalize_images(message, server.sources, images)], images)
+    params = {"max_tokens": 5, "logprobs": 0, "seed": 1, "ignore_eos": True, **sampling}
+    return {"token_ids": prompt.token_ids, "features": prompt.features(), "sampling_params": params}
+
+
+def _post(server: RunningServer, body: dict[str, Any]) -> httpx.Response:
+    return httpx.post(server.url + GENERATE, json=body, timeout=60)
+
+
+def _choices(server: RunningServer, body: dict[str, Any]) -> list[dict[str, Any]]:
+    response = _post(server, body)
+    assert response.status_code == 200, response.text
+    return response.json()["choices"]
+
+
+def _logprobs(choice: dict[str, Any]) -> torch.Tensor:
+    return torch.tensor([entry["logprob"] for entry in choice["logprobs"]["content"]])
+
+
+def _huggingface(
+    server: RunningServer, model_dir: Path, body: dict[str, Any], tokens: list[int], *, blank: bool
+) -> torch.Tensor:
+    """Logprobs of the tokens by model and processor alone, pictures read from the store."""
+    from PIL import Image
+
+    paths = [server.store.root / sha[:2] / f"{sha}.png" for sha in body["features"]["mm_hashes"]["image"]]
+    pictures = [Image.open(path).convert("RGB") for path in paths]
+    if blank:
+        pictures = [Image.new("RGB", each.size) for each in pictures]
+    inputs = dict(AutoImageProcessor.from_pretrained(model_dir)(images=pictures, return_tensors="pt"))
+    ids = torch.tensor([[*body["token_ids"], *tokens]])
+    model = AutoModelForImageTextToText.from_pretrained(model_dir).eval()
+    types = (ids == server.family.image_token_id).int()
+    with torch.no_grad():
+        logits = model(input_ids=ids, mm_token_type_ids=types, **inputs).logits[0, -len(tokens) - 1 : -1]
+    logits[:, load_model(str(model_dir), device="cpu", dtype="float32").unsampleable] = float("-inf")
+    return logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+
+
+def test_logprobs_equal_huggingface_and_the_picture_is_seen(server: RunningServer, model_dir: Path) -> None:
+    for seeds in ((1,), (2, 3), (4, 5, 6, 7)):
+        body = _body(server, *seeds)
+        (choice,) = _choices(server, body)
+        expected = _huggingface(server, model_dir, body, choice["token_ids"], blank=False)
+        assert (_logprobs(choice) - expected).abs().max() < 1e-5
+        blank = _huggingface(server, model_dir, body, choice["token_ids"], blank=True)
+        assert (_logprobs(choice) - blank).abs().max() > 0.01
+
+
+def test_response_has_vllms_fields(server: RunningServer) -> None:
+    body = _body(server, 1, n=3, logprobs=2)
+    answer = _post(server, {**body, "request_id": "mine", "return_token_ids": True}).json()
+    assert answer["request_id"] == "mine"
+    assert answer["prompt_token_ids"] == body["token_ids"]
+    assert answer["mm_placeholders"] == body["features"]["mm_placeholders"]
+    assert answer["usage"] == {
+        "prompt_tokens": len(body["token_ids"]),
+        "completion_tokens": 15,
+        "total_tokens": len(body["token_ids"]) + 15,
+    }
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+    choice = answer["choices"][0]
+    assert choice["finish_reason"] == "length"
+    assert choice["weight_versions"] == [{"version": choice["weight_versions"][0]["version"], "start": 0, "end": 5}]
+    assert {"token_id", "logprob", "rank", "top_logprobs"} == choice["logprobs"]["content"][0].keys()
+
+
+def test_text_only_and_seeds(server: RunningServer) -> None:
+    body = _body(server)
+    assert body["features"] is None
+    first, again, other = (
+        _choices(server, {**body, "sampling_params": {**body["sampling_params"], "seed": seed}}) for seed in (5, 5, 6)
+    )
+    assert first == again
+    assert first != other
+
+
+def test_concurrent_requests(server: RunningServer) -> None:
+    bodies = [_body(server, seed, seed + 50) for seed in range(24)]
+    alone = [_choices(server, body)[0]["token_ids"] for body in bodies[:4]]
+    with ThreadPoolExecutor(24) as pool:
+        together = [choices[0]["token_ids"] for choices in pool.map(lambda body: _choices(server, body), bodies)]
+    assert together[:4] == alone
+
+
+def _encoded(value: dict[str, Any]) -> str:
+    return "mmraw:" + base64.urlsafe_b64encode(json.dumps(value).encode()).rstrip(b"=").decode()
+
+
+def _with_ref(body: dict[str, Any], **change: Any) -> dict[str, Any]:
+    """The body with fields of its first reference changed."""
+    text = body["features"]["kwargs_data"]["image"][0].removeprefix("mmraw:")
+    value = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
+    return _with_entry(body, _encoded({**value, **change}))
+
+
+def _with_entry(body: dict[str, Any], entry: Any) -> dict[str, Any]:
+    changed = json.loads(json.dumps(body))
+    changed["features"]["kwargs_data"]["image"][0] = entry
+    return changed
+
+
+def _faults(server: RunningServer) -> dict[str, tuple[dict[str, Any], str]]:
+    body = _body(server, 1, 2)
+    sha = body["features"]["mm_hashes"]["image"][0]
+
+    def features(**change: Any) -> dict[str, Any]:
+        return {**body, "features": {**body["features"], **change}}
+
+    places = body["features"]["mm_placeholders"]["image"]
+    return {
+        "none": (_with_entry(body, None), "every image needs its mmraw"),
+        "processed tensor": (_with_entry(body, "gASVdGVuc29y"), "expected an mmraw: string"),
+        "inline image": (_with_entry(body, "data:image/png;base64,aaaa"), "inline"),
+        "not a string": (_with_entry(body, {"pixel_values": [1]}), "dict"),
+        "malformed": (_with_entry(body, "mmraw:@@"), "base64url"),
+        "unknown family": (_with_ref(body, family="kimi_k25"), "served by"),
+        "wrong modality": (_with_ref(body, modality="video"), "modality"),
+        "other hash": (_with_ref(body, hash="0" * 64), "different hashes"),
+        "fingerprint": (_with_ref(body, layout_fingerprint="0" * 32), "processor configuration"),
+        "grid": (_with_ref(body, payload={"image_grid_thw": [1, 2, 2]}), "image_grid_thw"),
+        "outside": (_with_ref(body, raw_image_uri=f"file:///etc/{sha[:2]}/{sha}.png"), "allowed root"),
+        "passwd": (_with_ref(body, raw_image_uri="file:///etc/passwd"), "allowed root"),
+        "http": (_with_ref(body, raw_image_uri="http://127.0.0.1/a.png"), "file://"),
+        "counts": (features(mm_hashes={"image": [sha]}), "1 mm_hashes, 2 mm_placeholders"),
+        "no data": (features(kwargs_data=None), "0 kwargs_data"),
+        "video": (features(mm_hashes={"video": [sha, sha]}), "modality"),
+        "length off by one": (
+            features(mm_placeholders={"image": [{**places[0], "length": places[0]["length"] - 1}, places[1]]}),
+            "without an image",
+        ),
+        "offset off by one": (
+            features(mm_placeholders={"image": [{**places[0], "offset": places[0]["offset"] + 1}, places[1]]}),
+            "no image|not image tokens",
+        ),
+        "unsorted": (features(mm_placeholders={"image": places[::-1]}), "no image|unsorted"),
+        "no features": ({**body, "features": None}, "no features"),
+        "too many": (
+            {**body, "features": {k: {"image": v["image"][:1] * 300} for k, v in body["features"].items()}},
+            "at most 256",
+        ),
+    }  # fmt: skip
+
+
+FAULTS = [
+    "none", "processed tensor", "inline image", "not a string", "malformed", "unknown family", "wrong modality",
+    "other hash",
+    "fingerprint", "grid", "outside", "passwd", "http", "counts", "no data", "video", "length off by one",
+    "offset off by one",
+    "unsorted", "no features", "too many",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faulty_references_are_structured_400s(server: RunningServer, fault: str) -> None:
+    import re
+
+    body, message = _faults(server)[fault]
+    response = _post(server, body)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["type"] == "invalid_mm_image_ref"
+    assert error["code"] == 400
+    assert error["param"].startswith("features.")
+    assert re.search(message, error["message"]), error["message"]
+    assert len(_choices(server, _body(server, 1))) == 1  # the others go on
+
+
+def test_every_fault_is_tested(server: RunningServer) -> None:
+    assert sorted(FAULTS) == sorted(_faults(server))
+
+
+def test_missing_and_corrupt_files(server: RunningServer) -> None:
+    body = _body(server, 900)
+    (sha,) = body["features"]["mm_hashes"]["image"]
+    path = server.store.root / sha[:2] / f"{sha}.png"
+    data = path.read_bytes()
+    path.write_bytes(data[:-20])
+    error = _post(server, body).json()["error"]
+    assert error["type"] == "invalid_mm_image_ref"
+    assert error["param"] == "features.kwargs_data.image[0]"
+    path.unlink()
+    response = _post(server, body)
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "missing_mm_image"
+    path.write_bytes(data)
+    assert len(_choices(server, body)) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"token_ids": []}, "token_ids"),
+        ({"token_ids": [10**9]}, "token_ids must be from 0"),
+        ({"token_ids": "abc"}, "token_ids"),
+        ({"sampling_params": {"temperature": -1}}, "temperature"),
+        ({"sampling_params": {"temprature": 1}}, "temprature"),
+        ({"sampling_params": {"repetition_penalty": 1.5}}, "repetition_penalty"),
+        ({"sampling_params": {"n": 10_000}}, "n is 10000"),
+        ({"sampling_params": {"max_tokens": 10_000}}, "at most 512"),
+        ({"stream": True}, "stream"),
+        ({"content": 1}, "content"),
+    ],
+)
+def test_other_bad_requests_are_structured_400s(server: RunningServer, change: dict[str, Any], message: str) -> None:
+    response = _post(server, {**_body(server), **change})
+    assert response.status_code == 400, response.text
+    assert message in response.json()["error"]["message"]
+
+
+def test_neutral_parameters_of_other_clients_are_accepted(server: RunningServer) -> None:
+    assert _choices(server, _body(server, top_k=-1, min_p=0.0, repetition_penalty=1.0, skip_special_tokens=False))
+
+
+def test_health_models_metrics_pause(server: RunningServer) -> None:
+    assert httpx.get(server.url + "/health").json()["status"] == "ok"
+    assert httpx.get(server.url + "/v1/models").json()["data"][0]["max_model_len"] == 512
+    assert httpx.post(server.url + "/pause").status_code == 200
+    assert httpx.get(server.url + "/is_paused").json() == {"is_paused": True}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(server.url + GENERATE, json=_body(server), timeout=0.5)
+    assert httpx.post(server.url + "/resume").status_code == 200
+    assert len(_choices(server, _body(server))) == 1
+    metrics = httpx.get(server.url + "/metrics").text
+    assert "pointillist_images_materialized_total" in metrics
+
+
+def test_new_weights_while_requests_run(server: RunningServer, model_dir: Path) -> None:
+    weights = load_model(str(model_dir), device="cpu", dtype="float32").model.state_dict()
+    broadcasts = server.output_dir / "broadcasts"
+    body = _body(server, 1)
+    before = _choices(server, body)[0]
+
+    async def load() -> list[str]:
+        client = InferenceClient(server.url)
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
+            long = {**body, "sampling_params": {**body["sampling_params"], "max_tokens": 300}}
+            running = [asyncio.create_task(http.post(GENERATE, json=long)) for _ in range(4)]
+            for version in (1, 2, 3):
+                await asyncio.sleep(0.05)
+                scaled = {name: tensor * (1 + version / 100) for name, tensor in weights.items()}
+                write_weights(scaled, broadcasts / f"step_{version}")
+                await client.update_weights(str(broadcasts / f"step_{version}"), version)
+            with pytest.raises(InferenceError, match="not below"):
+                await client.update_weights(str(model_dir), 9)
+            with pytest.raises(InferenceError, match="version 3 serves on"):
+                await client.update_weights(str(broadcasts / "step_77"), 77)
+            answers = [(await task).json() for task in running]
+        await client.aclose()
+        return [span["version"] for answer in answers for span in answer["choices"][0]["weight_versions"]]
+
+    assert "3" in asyncio.run(load())
+    after = _choices(server, body)[0]
+    assert after["weight_versions"][0]["version"] == "3"
+    assert (_logprobs(after) - _logprobs(before)).abs().max() > 1e-4
+    write_weights(weights, broadcasts / "step_4")
+    response = httpx.post(
+        server.url + "/update_weights", json={"weight_dir": str(broadcasts / "step_4"), "weight_version": 4}
+    )
+    assert response.status_code == 200
+    assert _logprobs(_choices(server, body)[0]).tolist() == _logprobs(before).tolist()
+
+
+async def test_sessions_record_what_was_read_and_sampled(server: RunningServer, model_dir: Path) -> None:
+    """A conversation of three turns with a picture each; a tool result among them."""
+    client = InferenceClient(server.url)
+    session = Session(server.renderer, server.sources, client, Sampling(max_tokens=12), seq_len=512, seed=3)
+    for turn, role in enumerate(("user", "tool", "user")):
+        await session.generate(
+            [
+                {
+                    "role": role,
+                    "content": [{"type": "image", "image": picture(64, 64, turn)}, {"type": "text", "text": "?"}],
+                }
+            ]
+        )
+    await client.aclose()
+    (branch,) = session.branches
+    assert len(branch.images) == 3
+    assert sum(branch.sampled) == sum(len(turn.completion.token_ids) for turn in session.turns)
+    # One forward over the whole record gives every turn's logprobs again: nothing was re-tokenised or moved.
+    first = branch.sampled.index(True)
+    hashes = {"mm_hashes": {"image": [image.sha256 for image in branch.images]}}
+    body = {"token_ids": branch.token_ids[:first], "features": hashes}
+    for blank in (False, True):
+        again = _huggingface(server, model_dir, body, branch.token_ids[first:], blank=blank)
+        sampled = torch.tensor(branch.sampled[first:])
+        difference = (again - torch.tensor(branch.logprobs[first:]))[sampled].abs().max()
+        assert difference > 0.01 if blank else difference < 1e-5
+    for image in session.branches[0].images:
+        assert local_path(image.descriptor.raw_image_uri).is_file()
+
+
+async def test_a_groups_first_requests_travel_as_one(server: RunningServer) -> None:
+    client = InferenceClient(server.url)
+    body = _body(server, 1)
+    params = {key: value for key, value in body["sampling_params"].items() if key != "seed"}
+
+    def prompts() -> float:
+        text = httpx.get(server.url + "/metrics").text
+        return float(text.split("\npointillist_prompts_prefilled_total ")[1].split("\n")[0])
+
+    before = prompts()
+    order = [7, 5, 6, 40, 8]
+    answers = await asyncio.gather(
+        *(client.generate(body["token_ids"], body["features"], params, seed) for seed in order)
+    )
+    assert prompts() - before <= 2  # seeds 5 to 8 together, 40 perhaps with them
+    for seed, answer in zip(order, answers, strict=True):
+        alone = await client.generate(body["token_ids"], body["features"], params, seed)
+        assert alone.token_ids == answer.token_ids
+    await client.aclose()

@@ -1,0 +1,163 @@
+"""Whole runs: real processes, killed, resumed, and given bad input."""
+
+import json
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from pointillist.config.run_paths import RunPaths, read_jsonl
+from tests.integration.conftest import Digits, processes_of, wait_for
+
+pytestmark = pytest.mark.integration
+
+
+def test_a_run_from_start_to_summary(digits_run: Digits) -> None:
+    code, output = digits_run.run()
+    assert code == 0, output
+    summary = json.loads((digits_run.output_dir / "summary.json").read_text())
+    assert summary["steps"] == 3
+    assert summary["max_logprob_mismatch"] < 1e-5
+    assert 0 < summary["mm_bytes_per_image"] <= 512
+    assert summary["torch_in_orchestrator"] is False
+    assert summary["images_materialized"] > 0
+    assert (digits_run.output_dir / "curve.png").stat().st_size > 1000
+    rollouts = read_jsonl(digits_run.output_dir / "rollouts" / "step_1" / "rollouts.jsonl")
+    assert len(rollouts) % 32 == 0  # more than one round if the first had no group to learn from
+    uri = rollouts[0]["messages"][0]["content"][0]["image_url"]["url"]
+    assert uri.startswith(f"file://{digits_run.output_dir}/assets/images/")
+    assert Path(uri.removeprefix("file://")).is_file()
+    from transformers import AutoModelForImageTextToText
+
+    AutoModelForImageTextToText.from_pretrained(digits_run.output_dir / "model")
+    assert processes_of(digits_run.root) == {}
+    # Nothing of it is overwritten by accident.
+    code, output = digits_run.run()
+    assert code == 1
+    assert "already holds" in output
+    assert "--resume" in output
+
+
+@pytest.mark.parametrize("victim", ["inference", "trainer", "orchestrator"])
+def test_a_killed_process_ends_the_run(digits_run: Digits, victim: str) -> None:
+    process = digits_run.start("--max-steps", 500)
+    wait_for(lambda: read_jsonl(RunPaths(digits_run.output_dir).metrics / "trainer.jsonl"), process)
+    os.kill(processes_of(digits_run.root)[victim], signal.SIGKILL)
+    killed = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    assert time.monotonic() - killed < 15
+    assert process.returncode == 1
+    assert f"{victim} was killed by SIGKILL" in output
+    assert f"last lines of {digits_run.output_dir}/logs/{victim}.log" in output
+    assert processes_of(digits_run.root) == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_launcher_leaves_no_process(digits_run: Digits, number: signal.Signals) -> None:
+    process = digits_run.start("--max-steps", 500)
+    wait_for(lambda: read_jsonl(RunPaths(digits_run.output_dir).metrics / "trainer.jsonl"), process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=30)
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert "stopped by SIGINT" in output
+    wait_for(lambda: processes_of(digits_run.root) == {}, seconds=15)
+
+
+def test_resume_goes_on_after_the_last_checkpoint(digits_run: Digits) -> None:
+    paths = RunPaths(digits_run.output_dir)
+    process = digits_run.start("--max-steps", 500, "--trainer.ckpt.interval", 2)
+    wait_for(lambda: len(read_jsonl(paths.metrics / "trainer.jsonl")) >= 5, process)
+    os.kill(processes_of(digits_run.root)["trainer"], signal.SIGKILL)
+    process.communicate(timeout=60)
+    checkpoint = max(int(path.name.removeprefix("step_")) for path in paths.checkpoints.glob("step_*"))
+    state = json.loads((paths.checkpoint_step(checkpoint) / "orchestrator.json").read_text())
+    assert state["task_position"] >= 4 * checkpoint
+    code, output = digits_run.run("--max-steps", checkpoint + 3, "--resume")
+    assert code == 0, output
+    assert f"resuming after step {checkpoint}" in output
+    for name in ("trainer", "orchestrator"):
+        steps = [record["step"] for record in read_jsonl(paths.metrics / f"{name}.jsonl")]
+        assert steps == list(range(1, checkpoint + 4))
+    mismatches = [record["mismatch/mean_abs"] for record in read_jsonl(paths.metrics / "trainer.jsonl")]
+    assert max(mismatches) < 1e-5
+
+
+def test_overlapping_rollouts_stay_within_their_bound(digits_run: Digits) -> None:
+    code, output = digits_run.run("--orchestrator.max_off_policy_steps", 2, "--max-steps", 6)
+    assert code == 0, output
+    records = read_jsonl(RunPaths(digits_run.output_dir).metrics / "trainer.jsonl")
+    assert len(records) == 6
+    assert all(0 <= record["off_policy/mean"] <= 2 for record in records)
+
+
+def test_two_ranks_compute_what_one_computes(digits_run: Digits) -> None:
+    records = []
+    for workers in (1, 2):
+        output_dir = digits_run.root / f"run{workers}"
+        code, output = digits_run.run("--trainer.num_workers", workers, "--max-steps", 2, "--output-dir", output_dir)
+        assert code == 0, output
+        records.append(read_jsonl(RunPaths(output_dir).metrics / "trainer.jsonl"))
+    for one, two in zip(*records, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+        assert two["optim/grad_norm"] == pytest.approx(one["optim/grad_norm"], rel=1e-3)
+        assert two["tokens/trained"] == one["tokens/trained"]
+        assert two["mismatch/mean_abs"] < 1e-5
+
+
+def test_blanked_pictures_are_one_picture(digits_run: Digits) -> None:
+    code, output = digits_run.run("--env.blank_images", "true", "--max-steps", 1)
+    assert code == 0, output
+    assert len(list((digits_run.output_dir / "assets" / "images").rglob("*.png"))) == 1
+
+
+def test_dry_run_writes_configs_and_starts_nothing(digits_run: Digits) -> None:
+    code, output = digits_run.run("--dry-run")
+    assert code == 0, output
+    assert sorted(path.name for path in digits_run.output_dir.rglob("*.toml")) == [
+        "inference.toml", "orchestrator.toml", "rl.toml", "trainer.toml",
+    ]  # fmt: skip
+    assert sorted(path.name for path in digits_run.output_dir.iterdir()) == ["configs"]
+
+
+def _assert_clear(code: int, output: str, *messages: str) -> None:
+    assert code == 1, output
+    assert "Traceback" not in output, output
+    flat = " ".join(output.split())
+    for message in messages:
+        assert message in flat, output
+
+
+def test_bad_input_is_told_before_the_start(digits_run: Digits) -> None:
+    _assert_clear(*digits_run.run("--model.name", "./nowhere"), "model folder './nowhere' does not exist")
+    _assert_clear(*digits_run.run("--max-stepz", 3), "did you mean 'max_steps'")
+    _assert_clear(*digits_run.run("--resume"), "nothing to resume")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        _assert_clear(*digits_run.run("--inference.server.port", port), f"can not listen on 127.0.0.1:{port}")
+    assert not digits_run.output_dir.exists() or list(digits_run.output_dir.iterdir()) == []
+
+
+def test_an_environment_that_fails_to_import(digits_run: Digits) -> None:
+    code, output = digits_run.run("--env.id", "no_such_module:Env")
+    _assert_clear(
+        code, output, "orchestrator ended with exit code 1", "environment 'no_such_module:Env' can not be imported"
+    )
+
+
+def test_a_corrupt_picture_in_the_task_set(digits_run: Digits) -> None:
+    picture = digits_run.root / "data" / "0007.png"
+    picture.write_bytes(picture.read_bytes()[:100])
+    _assert_clear(*digits_run.run(), "picture 0007.png", "not a decodable image")
+
+
+def test_a_stale_image_folder_in_the_environment_is_overridden(digits_run: Digits) -> None:
+    code, output = digits_run.run("--max-steps", 1, environ={"VF_RENDERER_IMAGE_OFFLOAD_DIR": "/nowhere/stale"})
+    assert code == 0, output
+    assert "VF_RENDERER_IMAGE_OFFLOAD_DIR was /nowhere/stale" in output
+    assert list((digits_run.output_dir / "assets" / "images").rglob("*.png"))
