@@ -254,6 +254,7 @@ def test_health_models_metrics_pause(server: RunningServer) -> None:
     assert httpx.post(server.url + "/resume").status_code == 200
     assert len(_choices(server, _body(server))) == 1
     metrics = httpx.get(server.url + "/metrics").text
+    assert "\npointillist_running 0.0" in metrics  # the request whose client hung up is gone
     assert "pointillist_images_materialized_total" in metrics
 
 

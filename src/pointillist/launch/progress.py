@@ -59,7 +59,7 @@ class Progress:
         self._bar.update(self._task, completed=step, status=status)
         line = f"step {step}/{self._max_steps}  {status}"
         if not self._console.is_terminal and now >= self._next_line and line != self._shown and status:
-            self._console.print(line, highlight=False)
+            self._console.print(line, highlight=False, soft_wrap=True)
             self._shown = line
             self._next_line = now + _PLAIN_SECONDS
 

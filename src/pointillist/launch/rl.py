@@ -125,10 +125,12 @@ def _wait_for_end(children: list[Child], progress: Progress) -> Child | None:
 
 
 def _show_death(child: Child) -> None:
-    console.print(f"[bold red]run failed:[/] {child.cause()}; all other processes were stopped", highlight=False)
-    console.print(f"last lines of {child.log}:", highlight=False)
+    console.print(
+        f"[bold red]run failed:[/] {child.cause()}; all other processes were stopped", highlight=False, soft_wrap=True
+    )
+    console.print(f"last lines of {child.log}:", highlight=False, soft_wrap=True)
     for line in child.last_lines(_LOG_LINES):
-        console.print(f"  {line}", markup=False, highlight=False)
+        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _check_model(config: RLConfig) -> None:
@@ -169,6 +171,7 @@ def _environment(config: RLConfig) -> dict[str, str]:
             f"[yellow]warning:[/] {CARRIER} was {before} in the environment; this run uses {image_dir} "
             "(set multimodal.offload_dir to choose)",
             highlight=False,
+            soft_wrap=True,
         )
     environ[CARRIER] = image_dir
     return environ

@@ -24,8 +24,8 @@ def summarize(config: RLConfig, paths: RunPaths, console: Console) -> None:
     for key, value in summary.items():
         table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
     console.print(table)
-    console.print(f"learning curve: {curve}", highlight=False)
-    console.print(f"trained model:  {paths.model}", highlight=False)
+    console.print(f"learning curve: {curve}", highlight=False, soft_wrap=True)
+    console.print(f"trained model:  {paths.model}", highlight=False, soft_wrap=True)
 
 
 def build_summary(

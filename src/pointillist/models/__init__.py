@@ -1,7 +1,15 @@
 """What server and trainer share of the model itself: loading, positions, weights. Needs torch."""
 
-from pointillist.models.loading import LoadedModel, load_model
+from pointillist.models.loading import LoadedModel, load_model, pick_device
 from pointillist.models.positions import sample_positions
 from pointillist.models.weights import copy_weights, read_weights, write_weights
 
-__all__ = ["LoadedModel", "copy_weights", "load_model", "read_weights", "sample_positions", "write_weights"]
+__all__ = [
+    "LoadedModel",
+    "copy_weights",
+    "load_model",
+    "pick_device",
+    "read_weights",
+    "sample_positions",
+    "write_weights",
+]

@@ -38,13 +38,23 @@ def load_model(
     """
     family = load_family(name)
     tokenizer = FolderTokenizer(resolve_model_dir(name))
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is 'cuda', but torch finds no GPU; expected 'cpu' or 'auto'")
+    where = pick_device(device)
     model = _from_pretrained(name, getattr(torch, dtype)).to(where).eval()
     vocab_size = model.get_output_embeddings().weight.shape[0]
     mask = torch.tensor(unsampleable_token_ids(family, tokenizer, vocab_size), dtype=torch.int64, device=where)
     return LoadedModel(model, family, tokenizer, mask, where)
+
+
+def pick_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The device that a config means; auto takes a GPU if there is one.
+
+    Raises:
+        ConfigError: cuda, but there is no GPU.
+    """
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but torch finds no GPU; expected 'cpu' or 'auto'")
+    return where
 
 
 def _from_pretrained(name: str, dtype: torch.dtype) -> Any:

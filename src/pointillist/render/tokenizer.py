@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 
 from pointillist.errors import ConfigError
 
@@ -31,7 +31,6 @@ class FolderTokenizer:
             raise ConfigError(f"{path} can not be read as a tokenizer ({error})") from None
         self.name_or_path = str(folder)
         settings = _settings(folder / "tokenizer_config.json")
-        self._add_missing_tokens(settings.get("added_tokens_decoder", {}))
         self.eos_token_id = self._named(settings, "eos_token")
         self.unk_token_id = self._named(settings, "unk_token")
 
@@ -68,27 +67,6 @@ class FolderTokenizer:
         if isinstance(token, dict):  # older folders write the token with its flags
             token = token.get("content")
         return self._tokenizer.token_to_id(token) if isinstance(token, str) else None
-
-    def _add_missing_tokens(self, added: dict[str, Any]) -> None:
-        """Older folders list special tokens in tokenizer_config.json only; Hugging Face adds them in order of id."""
-        missing = [
-            token
-            for _, token in sorted(added.items(), key=lambda item: int(item[0]))
-            if self._tokenizer.token_to_id(token["content"]) is None
-        ]
-        self._tokenizer.add_tokens(
-            [
-                AddedToken(
-                    token["content"],
-                    special=token.get("special", False),
-                    normalized=token.get("normalized", True),
-                    lstrip=token.get("lstrip", False),
-                    rstrip=token.get("rstrip", False),
-                    single_word=token.get("single_word", False),
-                )
-                for token in missing
-            ]
-        )
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from pointillist.config.run_paths import append_jsonl, steps_in
 from pointillist.config.trainer import SchedulerConfig
 from pointillist.errors import TrainingError
 from pointillist.families import RawImageMaterializer, resolve_model_dir
-from pointillist.models import LoadedModel, load_model, write_weights
+from pointillist.models import LoadedModel, load_model, pick_device, write_weights
 from pointillist.trainer.checkpoint import Checkpoints
 from pointillist.trainer.data import RowLoader
 from pointillist.trainer.loss import LossTerms, policy_gradient_loss
@@ -62,10 +62,10 @@ class Trainer:
     def __init__(self, config: TrainerConfig) -> None:
         self.config = config
         self.paths = RunPaths(config.output_dir.resolve())
+        self.ranks = Ranks(pick_device(config.device))  # before loading: it chooses this rank's GPU
         # Weights and optimiser state are float32 whatever the activations are: small updates vanish in bfloat16.
         loaded = load_model(config.model.name, device=config.device, dtype="float32")
         self.loaded: LoadedModel = loaded
-        self.ranks = Ranks(loaded.device)
         self.policy = Policy(loaded)
         self.activations = getattr(torch, config.dtype)
         self.ranks.shard(self.policy, self.activations)
