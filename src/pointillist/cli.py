@@ -1,4 +1,4 @@
-"""The door: `pointillist rl | trainer | orchestrator | inference`.
+"""The door: `pointillist rl | trainer | orchestrator | inference | store`.
 
 Every command takes `@ file.toml` and dotted overrides, such as `--trainer.optim.lr 3e-4`; `--help` lists the keys.
 """
@@ -22,6 +22,18 @@ _PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "help
 @click.version_option(__version__, prog_name="pointillist")
 def cli() -> None:
     """Reinforcement learning of vision-language models in which images travel as references."""
+
+
+@cli.command("store", context_settings=_PASS_THROUGH, short_help="Look after the images of runs.")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def store(arguments: tuple[str, ...]) -> None:
+    """Look after the images of runs: ls, verify, gc, export, import."""
+    from pointillist.view.store_commands import store as commands
+
+    def run(given: list[str]) -> int:
+        commands.main(given, prog_name="pointillist store")
+
+    sys.exit(_guarded(run, list(arguments)))
 
 
 def _command(name: str, text: str) -> Callable[[Callable[[list[str]], int]], Callable[[list[str]], int]]:

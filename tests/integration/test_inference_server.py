@@ -149,7 +149,7 @@ def _faults(server: RunningServer) -> dict[str, tuple[dict[str, Any], str]]:
         "unknown family": (_with_ref(body, family="kimi_k25"), "served by"),
         "wrong modality": (_with_ref(body, modality="video"), "modality"),
         "other hash": (_with_ref(body, hash="0" * 64), "different hashes"),
-        "fingerprint": (_with_ref(body, layout_fingerprint="0" * 32), "processor configuration"),
+        "fingerprint": (_with_ref(body, layout_fingerprint="0" * 32), "image processor configuration"),
         "grid": (_with_ref(body, payload={"image_grid_thw": [1, 2, 2]}), "image_grid_thw"),
         "outside": (_with_ref(body, raw_image_uri=f"file:///etc/{sha[:2]}/{sha}.png"), "allowed root"),
         "passwd": (_with_ref(body, raw_image_uri="file:///etc/passwd"), "allowed root"),

@@ -37,15 +37,15 @@ def test_tensors_are_those_of_the_pictures(
     result = materializer.materialize(refs, lengths)
     pictures = [np.asarray(picture(64, 96)), np.asarray(picture(100, 70, 1))]
     expected = family.materialize(pictures, [family.layout(64, 96), family.layout(100, 70)])
-    np.testing.assert_array_equal(result.tensors["pixel_values"], expected["pixel_values"])
-    np.testing.assert_array_equal(result.tensors["image_grid_thw"], expected["image_grid_thw"])
+    np.testing.assert_array_equal(result["pixel_values"], expected["pixel_values"])
+    np.testing.assert_array_equal(result["image_grid_thw"], expected["image_grid_thw"])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"family": "kimi_k25"}, "this model is served by 'qwen_vl'"),
-        ({"layout_fingerprint": "0" * 32}, "another processor configuration"),
+        ({"layout_fingerprint": "0" * 32}, "another image processor configuration"),
         ({"hash": "0" * 64}, "hash differs"),
         ({"payload": {"image_grid_thw": [1, 4, 4]}}, "the image has"),
         ({"raw_image_uri": "file:///etc/passwd"}, "allowed root"),

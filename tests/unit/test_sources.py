@@ -78,7 +78,7 @@ def test_oversized_sources_are_refused_before_they_are_read(tmp_path: Path) -> N
 
 def test_transform_is_applied_before_storing(store: ImageStore) -> None:
     other = encoded(picture(3, 3))
-    assert Sources(store, lambda _: other).put(DATA).header.width == 3
+    assert Sources(store, transform=lambda _: other).put(DATA).header.width == 3
 
 
 @given(st.text(max_size=60), st.sampled_from(["", "data:", "data:image/png;base64,", "file://", "http://"]))

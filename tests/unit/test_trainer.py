@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText
 
 from pointillist.config import RunPaths
 from pointillist.config.trainer import LossConfig
-from pointillist.errors import InferenceError, RefError, TrainingError
+from pointillist.errors import InferenceError, MissingImageError, TrainingError
 from pointillist.families import Family, RawImageMaterializer
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.models import LoadedModel, copy_weights, load_model, read_weights, write_weights
@@ -105,7 +105,7 @@ def test_packed_rows_equal_huggingface_alone(
     expected = torch.cat([_huggingface_logprobs(model_dir, loaded, each, store, blank=False) for each in order])
     assert (stats.logprobs - expected).abs().max() < 1e-5
     assert bool((stats.entropy > 0).all())
-    assert loader.images_materialized == 5
+    assert loader.take_counts()[0].images_materialized == 5
     # The control: blank pictures must give other numbers.
     blank = torch.cat([_huggingface_logprobs(model_dir, loaded, each, store, blank=True) for each in order])
     assert (stats.logprobs - blank).abs().max() > 0.01
@@ -116,17 +116,55 @@ def test_equal_images_of_a_row_are_materialised_once(loaded: LoadedModel, family
     ((row,),) = pack(samples, seq_len=512, num_workers=1)
     loader = RowLoader(loaded, RawImageMaterializer(family, [store.root], ImageLimits()))
     tensors = loader.load(row)
-    assert loader.images_materialized == 1
+    assert loader.take_counts()[0].images_materialized == 1
     assert tensors.image_index == [0, 0, 0, 0]
 
 
-def test_corrupt_images_stop_the_loader(loaded: LoadedModel, family: Family, store: ImageStore) -> None:
+def _damage(sample: TrainingSample, kind: str) -> None:
+    path = Path(sample.mm_refs.images[-1].uri.removeprefix("file://"))
+    path.unlink() if kind == "missing" else path.write_bytes(path.read_bytes()[:-3])
+
+
+@pytest.mark.parametrize("kind", ["missing", "corrupt"])
+def test_a_faulty_image_costs_its_own_sample_only(
+    kind: str, loaded: LoadedModel, family: Family, store: ImageStore
+) -> None:
+    samples = _samples(family, store)
+    ((row,),) = pack(samples, seq_len=512, num_workers=1)
+    materializer = RawImageMaterializer(family, [store.root], ImageLimits())
+    with torch.no_grad():
+        whole = Policy(loaded)(RowLoader(loaded, materializer).load(row)).logprobs
+    _damage(samples[2], kind)
+    loader = RowLoader(loaded, materializer)
+    with torch.no_grad():
+        tensors = loader.load(row)
+        damaged = Policy(loaded)(tensors).logprobs
+    place = row.sample_ids.index(samples[2].sample_id)
+    kept = [index for index in range(20) if index // 5 != place]
+    torch.testing.assert_close(damaged, whole[kept], rtol=0, atol=1e-5)
+    counts, faults = loader.take_counts()
+    assert (counts.images_missing, counts.images_corrupt) == ((1, 0) if kind == "missing" else (0, 1))
+    assert (counts.samples_zeroed, counts.samples_quarantined) == ((1, 0) if kind == "missing" else (0, 1))
+    assert [(fault.sample_id, fault.corrupt) for fault in faults] == [(samples[2].sample_id, kind == "corrupt")]
+    assert loader.take_counts()[0].images_total == 0
+
+
+def test_missing_images_stop_the_loader_if_asked_to(loaded: LoadedModel, family: Family, store: ImageStore) -> None:
     sample = _sample(family, store, [(64, 64)], seed=0)
-    path = Path(sample.mm_refs.images[0].uri.removeprefix("file://"))
-    path.write_bytes(path.read_bytes()[:-3])
+    _damage(sample, "missing")
     ((row,),) = pack([sample], seq_len=512, num_workers=1)
-    with pytest.raises(RefError, match="corrupt"):
-        RowLoader(loaded, RawImageMaterializer(family, [store.root], ImageLimits())).load(row)
+    materializer = RawImageMaterializer(family, [store.root], ImageLimits())
+    with pytest.raises(MissingImageError):
+        RowLoader(loaded, materializer, "error").load(row)
+
+
+def test_a_row_without_any_loss_still_has_a_gradient(loaded: LoadedModel, family: Family, store: ImageStore) -> None:
+    sample = _sample(family, store, [(64, 64)], seed=0)
+    _damage(sample, "missing")
+    ((row,),) = pack([sample], seq_len=512, num_workers=1)
+    stats = Policy(loaded)(RowLoader(loaded, RawImageMaterializer(family, [store.root], ImageLimits())).load(row))
+    assert len(stats.logprobs) == 0
+    stats.logprobs.sum().backward()
 
 
 def test_packing_proof_sees_a_leak(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:

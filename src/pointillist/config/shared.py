@@ -50,6 +50,22 @@ class MultimodalConfig(Config):
 
     limits: LimitsConfig = LimitsConfig()
 
+    allow_remote: bool = False
+    """Whether http(s) URLs in messages are fetched, once, with limits on size, time and address."""
+
+    missing_image_policy: Literal["placeholder_zero_loss", "error"] = "placeholder_zero_loss"
+    """What the trainer does with a sample one of whose images is not there: train the others and give this one zero
+    images and no loss, or stop."""
+
+    missing_image_retries: int = Field(3, ge=0)
+    """How often a file that is not there is looked for again, after 50, 100, 200 ... ms: network file systems lag."""
+
+    missing_image_max_fraction: float = Field(0.05, ge=0, le=1)
+    """Part of a step's images that may be missing, and part that may be corrupt, before the trainer stops."""
+
+    overlong_policy: Literal["drop", "error"] = "drop"
+    """What the orchestrator does with a sample that is longer than `seq_len`; it is never cut."""
+
     @field_validator("offload_dir")
     @classmethod
     def _not_empty(cls, value: str | None) -> str | None:

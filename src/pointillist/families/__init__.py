@@ -1,7 +1,8 @@
 """Floor 2: what differs between model families, and the one function that turns references into tensors."""
 
 from pointillist.families.base import Expansion, Family, ForwardPolicy, ImageLayout
-from pointillist.families.materializer import Materialized, RawImageMaterializer
+from pointillist.families.layout_record import write_layout_record
+from pointillist.families.materializer import LoadedImage, RawImageMaterializer
 from pointillist.families.model_files import ModelFiles, resolve_model_dir
 from pointillist.families.registry import load_family
 
@@ -10,9 +11,10 @@ __all__ = [
     "Family",
     "ForwardPolicy",
     "ImageLayout",
-    "Materialized",
+    "LoadedImage",
     "ModelFiles",
     "RawImageMaterializer",
     "load_family",
     "resolve_model_dir",
+    "write_layout_record",
 ]

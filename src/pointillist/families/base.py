@@ -100,13 +100,17 @@ class Family(Protocol):
         """
         ...
 
+    def placeholder_layout(self, num_tokens: int) -> ImageLayout:
+        """Some layout with this many tokens, for an image that is not to be had."""
+        ...
+
     def materialize(
-        self, images: Sequence[NDArray[np.uint8]], layouts: Sequence[ImageLayout]
+        self, images: Sequence[NDArray[np.uint8] | None], layouts: Sequence[ImageLayout]
     ) -> dict[str, NDArray[Any]]:
         """The model's image tensors, as numpy arrays.
 
         Args:
-            images: Decoded pixels, uint8, `(height, width, 3)` each.
+            images: Decoded pixels, uint8, `(height, width, 3)` each; None gives zeros of the layout's shape.
             layouts: Their layouts.
 
         Returns:

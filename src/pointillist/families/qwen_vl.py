@@ -143,8 +143,13 @@ class QwenVLFamily:
         """Each `<|image_pad|>` becomes as many as its image has tokens; its neighbours stay."""
         return expand_one_placeholder(logical_ids, self.image_token_id, layouts)
 
+    def placeholder_layout(self, num_tokens: int) -> ImageLayout:
+        """One row of blocks."""
+        side = self.patch_size * self.merge_size
+        return ImageLayout((1, self.merge_size, self.merge_size * num_tokens), num_tokens, side, side * num_tokens)
+
     def materialize(
-        self, images: Sequence[NDArray[np.uint8]], layouts: Sequence[ImageLayout]
+        self, images: Sequence[NDArray[np.uint8] | None], layouts: Sequence[ImageLayout]
     ) -> dict[str, NDArray[Any]]:
         """Patches of all images, one after the other.
 
@@ -156,7 +161,10 @@ class QwenVLFamily:
         values = np.empty((sum(counts), 3, self.temporal_patch_size, self.patch_size**2), dtype=np.float32)
         start = 0
         for pixels, layout, count in zip(images, layouts, counts, strict=True):
-            self._write_patches(pixels, layout, values[start : start + count])
+            if pixels is None:
+                values[start : start + count] = 0.0
+            else:
+                self._write_patches(pixels, layout, values[start : start + count])
             start += count
         return {
             "pixel_values": values.reshape(values.shape[0], -1),

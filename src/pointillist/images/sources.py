@@ -26,20 +26,29 @@ from pointillist.images.store import ImageStore, StoredImage, local_path
 
 _IMAGE_TYPES: Final = frozenset({"image", "image_url", "input_image"})
 _DATA_URL: Final = re.compile(r"data:image/[\w.+-]+(?:;[\w=.+-]+)*;base64,", re.IGNORECASE)
-_REMOTE_URL: Final = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_REMOTE_URL: Final = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 class Sources:
-    """Imports whatever names an image into one store.
+    """Imports whatever names an image into one store."""
 
-    Args:
-        store: Where images go.
-        transform: Applied to the bytes of every image before it is stored (for control runs that blank them).
-    """
+    def __init__(
+        self,
+        store: ImageStore,
+        *,
+        transform: Callable[[bytes], bytes] | None = None,
+        fetch: Callable[[str], bytes] | None = None,
+    ) -> None:
+        """Sets where images go.
 
-    def __init__(self, store: ImageStore, transform: Callable[[bytes], bytes] | None = None) -> None:
+        Args:
+            store: The run's image store.
+            transform: Applied to the bytes of every image before it is stored (for control runs that blank them).
+            fetch: Gets the bytes behind an http(s) URL; None refuses such URLs.
+        """
         self._store = store
         self._transform = transform
+        self._fetch = fetch
 
     def put(self, source: object) -> StoredImage:
         """Stores the image that `source` names.
@@ -51,8 +60,19 @@ class Sources:
             SourceError: A source of another kind, a remote URL, or a file that is not there.
             ImageError: Not a decodable still image within the limits.
         """
-        data = _bytes_of(source, self._store.limits.max_bytes)
+        if isinstance(source, str) and _REMOTE_URL.match(source):
+            data = self._fetched(source)
+        else:
+            data = _bytes_of(source, self._store.limits.max_bytes)
         return self._store.put(self._transform(data) if self._transform else data)
+
+    def _fetched(self, url: str) -> bytes:
+        if self._fetch is None or url[:4].lower() != "http":
+            raise SourceError(
+                "remote images are not fetched (multimodal.allow_remote is false); expected a data: URL, a file:// URL "
+                "or a path"
+            )
+        return self._fetch(url)
 
 
 def normalize_images(value: Any, sources: Sources, images: list[StoredImage]) -> Any:
@@ -113,8 +133,6 @@ def _bytes_of(source: object, max_bytes: int) -> bytes:
         return _decode_data_url(source, max_bytes)
     if source[:7].lower() == "file://":
         return _read_file(local_path(source), max_bytes)
-    if _REMOTE_URL.match(source):
-        raise SourceError("remote images are not fetched; expected a data: URL, a file:// URL or a path")
     return _read_file(Path(source), max_bytes)
 
 

@@ -25,7 +25,7 @@ from pointillist.errors import ImageError, MissingImageError, RefError
 from pointillist.images.decode import ImageHeader, ImageLimits, decode_rgb, read_header
 
 SHA256_HEX: Final = re.compile(r"[0-9a-f]{64}")
-_STORED_NAME: Final = re.compile(r"(?P<hh>[0-9a-f]{2})/(?P<sha256>(?P=hh)[0-9a-f]{62})\.(?:png|jpg|webp|gif|bmp|tiff)")
+STORED_NAME: Final = re.compile(r"(?P<hh>[0-9a-f]{2})/(?P<sha256>(?P=hh)[0-9a-f]{62})\.(?:png|jpg|webp|gif|bmp|tiff)")
 TEMPORARY_SUFFIX: Final = ".tmp"
 
 
@@ -120,7 +120,7 @@ def stored_name(uri: str, allowed_roots: Iterable[Path]) -> tuple[Path, str, str
     for root in allowed_roots:
         if path.is_relative_to(root):
             name = path.relative_to(root).as_posix()
-            if match := _STORED_NAME.fullmatch(name):
+            if match := STORED_NAME.fullmatch(name):
                 return root, name, match["sha256"]
     raise RefError("raw_image_uri is not an image under an allowed root")
 

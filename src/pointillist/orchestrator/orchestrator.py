@@ -15,22 +15,23 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pointillist.config import OrchestratorConfig, RunPaths, writer_image_dir
 from pointillist.config.run_paths import ORCHESTRATOR_STATE, append_jsonl
 from pointillist.errors import InferenceError, PointillistError
-from pointillist.families import load_family, resolve_model_dir
+from pointillist.families import load_family, resolve_model_dir, write_layout_record
 from pointillist.images import ImageStore, Sources
 from pointillist.images.blank import blank_image
+from pointillist.images.remote import RemoteImages
 from pointillist.orchestrator.advantages import group_advantages
-from pointillist.orchestrator.packing import pack
+from pointillist.orchestrator.packing import OverlongMultimodalSample, pack
 from pointillist.orchestrator.runner import Rollout, RolloutErrors, RolloutRunner
 from pointillist.orchestrator.samples import make_sample
 from pointillist.orchestrator.tasks import TaskOrder
 from pointillist.orchestrator.weights import WeightWatcher
 from pointillist.render import FolderTokenizer, RawRenderer
-from pointillist.rollouts import InferenceClient, Task, load_environment
+from pointillist.rollouts import Branch, InferenceClient, Task, load_environment
 from pointillist.transport import FilesystemSender, RankBatch, TrainingSample
 from pointillist.transport.types import encoded_image_bytes
 
@@ -68,16 +69,16 @@ class Orchestrator:
             writer_image_dir(config.multimodal, self.paths.output_dir, os.environ),
             config.multimodal.limits.image_limits(),
         )
+        write_layout_record(self.family, store.root)
         self.client = InferenceClient(
             config.client.base_url, api_key_var=config.client.api_key_var, timeout=config.client.timeout
         )
-        self.runner = RolloutRunner(
-            config,
-            environment,
-            renderer,
-            Sources(store, blank_image if config.env.blank_images else None),
-            self.client,
+        sources = Sources(
+            store,
+            transform=blank_image if config.env.blank_images else None,
+            fetch=RemoteImages(store.limits.max_bytes).fetch if config.multimodal.allow_remote else None,
         )
+        self.runner = RolloutRunner(config, environment, renderer, sources, self.client)
         self.start = config.resume_step or 0
         self.tasks = TaskOrder(_tasks_of(environment.train_tasks, "train"), config.seed, self._resume_position())
         self.eval_tasks = _tasks_of(environment.eval_tasks, "eval")[: config.eval.max_tasks]
@@ -138,7 +139,7 @@ class Orchestrator:
     async def _collect(self, step: int) -> "_Batch":
         """Groups until there is something to learn from."""
         config = self.config
-        batch = _Batch(self._sample_of)
+        batch = _Batch(self._sample_of, config.seq_len, config.multimodal.overlong_policy)
         for attempt in range(_EMPTY_ROUNDS):
             tasks = self.tasks.take(config.batch_size // config.group_size)
             groups = await asyncio.gather(
@@ -196,8 +197,16 @@ class Orchestrator:
 class _Batch:
     """Rollouts of one step, as they come in."""
 
-    def __init__(self, sample_of: Callable[[Rollout, int, float], TrainingSample]) -> None:
+    def __init__(
+        self,
+        sample_of: Callable[[Rollout, int, float], TrainingSample],
+        seq_len: int,
+        overlong_policy: Literal["drop", "error"],
+    ) -> None:
         self._sample_of = sample_of
+        self._seq_len = seq_len
+        self._overlong_policy = overlong_policy
+        self._overlong = 0
         self.rollouts: list[Rollout] = []
         self.samples: list[TrainingSample] = []
         self.num_tokens = 0
@@ -238,6 +247,7 @@ class _Batch:
             "groups/dropped_zero_variance": self._flat,
             "samples": len(self.samples),
             "tokens/sampled": self.num_tokens,
+            "mm/samples_overlong": self._overlong,
             "mm/images": self._images,
             "mm/bytes_per_image": self._image_bytes / self._images if self._images else 0.0,
         }
@@ -248,13 +258,35 @@ class _Batch:
         with path.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in self._records)
 
+    def _drop_overlong(self, sample: TrainingSample) -> None:
+        """A sample is never cut: its reward was earned by all of it."""
+        error = OverlongMultimodalSample(sample, self._seq_len)
+        if self._overlong_policy == "error":
+            raise error
+        self._overlong += 1
+        logger.warning("dropped: %s", error)
+
     def _add_samples(self, rollout: Rollout, advantage: float) -> None:
         for branch in range(len(rollout.session.branches)):
             sample = self._sample_of(rollout, branch, advantage)
+            if len(sample.token_ids) > self._seq_len:
+                self._drop_overlong(sample)
+                continue
             self.samples.append(sample)
             if sample.mm_refs is not None:
                 self._images += len(sample.mm_refs.images)
                 self._image_bytes += encoded_image_bytes(sample.mm_refs)
+
+
+def _branch_record(branch: Branch) -> dict[str, Any]:
+    """What is kept of a branch after its batch is gone: enough to check every image and every span again."""
+    return {
+        "tokens": len(branch.token_ids),
+        "sampled": sum(branch.sampled),
+        "images": [
+            {"item": image.descriptor.to_dict(), "hash": image.sha256, **image.placeholder} for image in branch.images
+        ],
+    }
 
 
 def _record(rollout: Rollout, advantage: float | None) -> dict[str, Any]:
@@ -264,7 +296,7 @@ def _record(rollout: Rollout, advantage: float | None) -> dict[str, Any]:
         "reward": rollout.reward,
         "advantage": advantage,
         "messages": rollout.session.messages,
-        "tokens": [len(branch.token_ids) for branch in rollout.session.branches],
+        "branches": [_branch_record(branch) for branch in rollout.session.branches],
     }
 
 

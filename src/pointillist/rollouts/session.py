@@ -6,6 +6,7 @@ record; sampled tokens are never tokenised again. Where the template can not be 
 rendered anew and a new branch begins; every branch is a training sample of its own.
 """
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -122,8 +123,8 @@ class Session:
             RenderError: The messages do not fit the template, or the conversation has outgrown `seq_len`.
             InferenceError: The server refused or failed the request.
         """
-        images: list[StoredImage] = []
-        new = [normalize_images(message, self._sources, images) for message in messages]
+        # Decoding and hashing, and fetching where that is allowed, would hold up every other rollout of the event loop.
+        new, images = await asyncio.to_thread(self._store_images, list(messages))
         prompt = self._next_prompt(new, images)
         room = self._seq_len - len(prompt.token_ids)
         if room < 1:
@@ -143,6 +144,10 @@ class Session:
         self.messages.append(turn.message)
         self.turns.append(turn)
         return turn
+
+    def _store_images(self, messages: list[Message]) -> tuple[list[Message], list[StoredImage]]:
+        images: list[StoredImage] = []
+        return [normalize_images(message, self._sources, images) for message in messages], images
 
     def _next_prompt(self, new: list[Message], images: list[StoredImage]) -> RenderedPrompt:
         everything = [*self._images, *images]

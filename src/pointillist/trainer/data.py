@@ -5,15 +5,19 @@ once; `image_index` says which of the distinct images stands behind each span.
 """
 
 import time
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from typing import Any, Literal
 
+import msgspec
 import torch
 
-from pointillist.families import RawImageMaterializer
+from pointillist.errors import MissingImageError, PointillistError, RefError
+from pointillist.families import LoadedImage, RawImageMaterializer
 from pointillist.models import LoadedModel, sample_positions
-from pointillist.refs import ImageRef
+from pointillist.refs import MMImageRef
 from pointillist.transport import MicroBatch
 
 
@@ -44,42 +48,133 @@ class RowTensors:
     """int64, per trained token."""
 
 
-class RowLoader:
-    """Materialises micro batches for one model."""
+@dataclass(frozen=True, slots=True)
+class ImageFault:
+    """An image of a sample that could not be had; the sample trains nothing."""
 
-    def __init__(self, loaded: LoadedModel, materializer: RawImageMaterializer) -> None:
+    sample_id: str
+    uri: str
+    sha256: str
+    message: str
+    corrupt: bool
+    """The file or its reference is damaged; False: the file is not there."""
+
+
+@dataclass(slots=True)
+class ImageCounts:
+    """What became of the images and samples of a step, on this rank."""
+
+    images_total: int = 0
+    """Image spans."""
+    images_missing: int = 0
+    images_corrupt: int = 0
+    images_materialized: int = 0
+    """Distinct images a row."""
+    samples_zeroed: int = 0
+    samples_quarantined: int = 0
+    materialize_seconds: float = 0.0
+
+    def numbers(self) -> dict[str, float]:
+        """All counts by name."""
+        return {name: float(value) for name, value in asdict(self).items()}
+
+
+class RowLoader:
+    """Materialises micro batches for one model.
+
+    A missing image costs its sample the loss (`placeholder_zero_loss`) or stops the run (`error`). A corrupt one, whose
+    bytes or layout are not what the reference says, always costs its sample the loss and is reported. The image's
+    place is held by zeros, and samples packed beside it train as if nothing had happened.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        materializer: RawImageMaterializer,
+        missing_image_policy: Literal["placeholder_zero_loss", "error"] = "placeholder_zero_loss",
+    ) -> None:
         self._loaded = loaded
         self._materializer = materializer
-        self.images_materialized = 0
-        """Distinct images made into tensors so far."""
-        self.materialize_seconds = 0.0
-        """Time spent on that so far."""
+        self._missing_image_policy = missing_image_policy
+        self._counts = ImageCounts()
+        self._faults: list[ImageFault] = []
+
+    def take_counts(self) -> tuple[ImageCounts, list[ImageFault]]:
+        """Counts and faults since the last call."""
+        taken = self._counts, self._faults
+        self._counts, self._faults = ImageCounts(), []
+        return taken
 
     def load(self, micro_batch: MicroBatch) -> RowTensors:
         """Tensors of a micro batch, on the model's device.
 
         Raises:
-            RefError: A reference does not fit its file or its span.
-            MissingImageError: A file is not there.
+            MissingImageError: A file is not there and the policy is `error`.
         """
         if micro_batch.mm_refs is None:
             return assemble_row(self._loaded, micro_batch, {}, [])
         started = time.perf_counter()
-        distinct: dict[tuple[str, int], int] = {}
-        refs: list[ImageRef] = []
-        lengths, image_index = [], []
+        distinct: dict[tuple[str, str, int], int] = {}
+        images: list[LoadedImage] = []
+        image_index: list[int] = []
+        faults: dict[int, PointillistError] = {}
         for image in micro_batch.mm_refs.images:
-            key = (image.hash, image.length)
+            key = (image.hash, image.uri, image.length)
             if key not in distinct:
-                distinct[key] = len(refs)
-                refs.append(image.image_ref())
-                lengths.append(image.length)
+                distinct[key] = len(images)
+                images.append(self._image(image, len(images), faults))
             image_index.append(distinct[key])
-        arrays = self._materializer.materialize(refs, lengths).tensors
+        arrays = self._materializer.tensors(images)
+        self._counts.images_total += len(image_index)
+        self._counts.images_materialized += len(images) - len(faults)
+        if faults:
+            errors = [faults.get(which) for which in image_index]
+            micro_batch = self._without_loss(micro_batch, micro_batch.mm_refs.images, errors)
+        self._counts.materialize_seconds += time.perf_counter() - started
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        self.images_materialized += len(refs)
-        self.materialize_seconds += time.perf_counter() - started
         return assemble_row(self._loaded, micro_batch, tensors, image_index)
+
+    def _image(self, image: MMImageRef, index: int, faults: dict[int, PointillistError]) -> LoadedImage:
+        try:
+            return self._materializer.load(image.image_ref(), image.length)
+        except MissingImageError as error:
+            if self._missing_image_policy == "error":
+                raise
+            faults[index] = error
+        except RefError as error:
+            faults[index] = error
+        return self._materializer.stand_in(image.length)
+
+    def _without_loss(
+        self, micro_batch: MicroBatch, images: list[MMImageRef], errors: list[PointillistError | None]
+    ) -> MicroBatch:
+        """The row with no loss on samples that hold a faulty image.
+
+        Args:
+            micro_batch: The row.
+            images: Its image spans.
+            errors: Per image span, what is wrong with it.
+        """
+        bounds = list(accumulate(micro_batch.seq_lens, initial=0))
+        names = micro_batch.sample_ids or [f"{index}" for index in range(len(micro_batch.seq_lens))]
+        corrupt_samples: set[int] = set()
+        missing_samples: set[int] = set()
+        for image, error in zip(images, errors, strict=True):
+            if error is None:
+                continue
+            sample = bisect_right(bounds, image.offset) - 1
+            corrupt = isinstance(error, RefError)
+            (corrupt_samples if corrupt else missing_samples).add(sample)
+            self._counts.images_corrupt += corrupt
+            self._counts.images_missing += not corrupt
+            self._faults.append(ImageFault(names[sample], image.uri, image.hash, str(error), corrupt))
+        self._counts.samples_quarantined += len(corrupt_samples)
+        self._counts.samples_zeroed += len(missing_samples - corrupt_samples)
+        loss_mask, advantages = list(micro_batch.loss_mask), list(micro_batch.advantages)
+        for sample in corrupt_samples | missing_samples:
+            for index in range(bounds[sample], bounds[sample + 1]):
+                loss_mask[index], advantages[index] = False, 0.0
+        return msgspec.structs.replace(micro_batch, loss_mask=loss_mask, advantages=advantages)
 
 
 def assemble_row(

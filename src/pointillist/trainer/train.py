@@ -8,24 +8,24 @@ that the path of the weights is known to work before any rollout is spent on it.
 
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from pointillist.config import RunPaths, TrainerConfig, resolve_image_dir
+from pointillist.config import RunPaths, TrainerConfig
 from pointillist.config.run_paths import append_jsonl, steps_in
 from pointillist.config.trainer import SchedulerConfig
 from pointillist.errors import TrainingError
 from pointillist.families import RawImageMaterializer, resolve_model_dir
 from pointillist.models import LoadedModel, load_model, pick_device, write_weights
 from pointillist.trainer.checkpoint import Checkpoints
-from pointillist.trainer.data import RowLoader
+from pointillist.trainer.data import ImageFault, RowLoader
 from pointillist.trainer.loss import LossTerms, policy_gradient_loss
 from pointillist.trainer.packing_check import check_packing
 from pointillist.trainer.parallel import Ranks
@@ -78,7 +78,11 @@ class Trainer:
         )
         self.scheduler = LambdaLR(self.optimizer, _schedule(config.optim.scheduler, config.max_steps))
         self.checkpoints = Checkpoints(self.paths, self.ranks, config.ckpt.keep_last)
-        self.loader = RowLoader(loaded, self._materializer())
+        self.loader = RowLoader(
+            loaded,
+            RawImageMaterializer.for_run(loaded.family, config.multimodal, config.output_dir),
+            config.multimodal.missing_image_policy,
+        )
         self.receiver = FilesystemReceiver(self.paths, self.ranks.rank)
         self.phases: dict[str, float] = {}
 
@@ -100,11 +104,11 @@ class Trainer:
     def _step(self, step: int) -> None:
         self.phases = {}
         started = time.perf_counter()
-        images_before, seconds_before = self.loader.images_materialized, self.loader.materialize_seconds
         with self._phase("wait_for_batch"):
             batch = self.receiver.receive(step)
         with self._phase("forward_backward"):
-            sums = self._accumulate(batch)
+            sums = self.ranks.sum(self._accumulate(batch))
+        self._stop_if_too_many_faults(step, sums)
         with self._phase("optimizer"):
             grad_norm = self._update()
         with self._phase("broadcast_weights"):
@@ -112,10 +116,8 @@ class Trainer:
         if step == self.config.max_steps or (self.config.ckpt.interval and step % self.config.ckpt.interval == 0):
             with self._phase("checkpoint"):
                 self.checkpoints.save(step, self.policy, self.optimizer, self.scheduler, batch.orchestrator_state)
-        self.phases["mm_materialize"] = self.loader.materialize_seconds - seconds_before
         self.phases["step"] = time.perf_counter() - started
-        sums["images"] = float(self.loader.images_materialized - images_before)
-        self._report(step, batch, sums, grad_norm)
+        self._report(step, sums, grad_norm)
         self.receiver.discard_before(step)
 
     def _accumulate(self, batch: RankBatch) -> dict[str, float]:
@@ -142,7 +144,10 @@ class Trainer:
             sums["tokens"] += len(micro_batch.input_ids)
         if not all(map(math.isfinite, sums.values())):
             raise TrainingError(f"step {batch.step}: loss is not finite ({sums})")
-        return sums
+        counts, faults = self.loader.take_counts()
+        self.phases["mm_materialize"] = counts.materialize_seconds
+        self._note_faults(batch.step, faults)
+        return {**sums, **counts.numbers()}
 
     def _row(self, micro_batch: MicroBatch, batch: RankBatch) -> tuple[TokenStats, LossTerms, torch.Tensor]:
         row = self.loader.load(micro_batch)
@@ -161,6 +166,23 @@ class Trainer:
             reference,
         )
         return stats, terms, (batch.step - 1 - row.weight_versions).sum()
+
+    def _note_faults(self, step: int, faults: list[ImageFault]) -> None:
+        """Logs every fault; what is corrupt is quarantined, so that somebody can look at it."""
+        for fault in faults:
+            logger.warning("step %d, sample %s: %s: %s", step, fault.sample_id, fault.uri, fault.message)
+            if fault.corrupt:
+                append_jsonl(self.paths.output_dir / "quarantine.jsonl", {"step": step, **asdict(fault)})
+
+    def _stop_if_too_many_faults(self, step: int, sums: dict[str, float]) -> None:
+        """A few lost images are weather; many are a store that is not mounted."""
+        limit = self.config.multimodal.missing_image_max_fraction
+        for kind in ("missing", "corrupt"):
+            if sums[f"images_{kind}"] > limit * sums["images_total"]:
+                raise TrainingError(
+                    f"step {step}: {sums[f'images_{kind}']:.0f} of {sums['images_total']:.0f} images are {kind}, more "
+                    f"than multimodal.missing_image_max_fraction = {limit}"
+                )
 
     def _update(self) -> float:
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.optim.max_grad_norm)
@@ -187,26 +209,28 @@ class Trainer:
                 if file.suffix in (".json", ".jinja", ".txt", ".model") and not (self.paths.model / file.name).exists():
                     shutil.copy(file, self.paths.model / file.name)
 
-    def _report(self, step: int, batch: RankBatch, sums: dict[str, float], grad_norm: float) -> None:
-        total = self.ranks.sum(sums)
+    def _report(self, step: int, sums: dict[str, float], grad_norm: float) -> None:
         if not self.ranks.is_main:
             return
-        trained = max(total["trained"], 1.0)
+        trained = max(sums["trained"], 1.0)
         metrics = {
             "step": step,
-            "loss": total["loss"],
-            "entropy": total["entropy"] / trained,
-            "mismatch/mean_abs": total["mismatch"] / trained,
-            "mismatch/kl": total["mismatch_kl"] / trained,
-            "ratio/masked": total["masked"] / trained,
-            "kl": total["kl"] / trained,
-            "off_policy/mean": total["stale"] / trained,
+            "loss": sums["loss"],
+            "entropy": sums["entropy"] / trained,
+            "mismatch/mean_abs": sums["mismatch"] / trained,
+            "mismatch/kl": sums["mismatch_kl"] / trained,
+            "ratio/masked": sums["masked"] / trained,
+            "kl": sums["kl"] / trained,
+            "off_policy/mean": sums["stale"] / trained,
             "optim/grad_norm": grad_norm,
             "optim/lr": self.scheduler.get_last_lr()[0],
-            "tokens/trained": total["trained"],
-            "tokens/total": total["tokens"],
-            "tokens/per_second": total["tokens"] / self.phases["step"],
-            "mm/images_materialized": total["images"],
+            "tokens/trained": sums["trained"],
+            "tokens/total": sums["tokens"],
+            "tokens/per_second": sums["tokens"] / self.phases["step"],
+            "mm/images_materialized": sums["images_materialized"],
+            "mm/images_missing": sums["images_missing"],
+            "mm/samples_zeroed": sums["samples_zeroed"],
+            "mm/samples_quarantined": sums["samples_quarantined"],
             **{f"time/{name}": seconds for name, seconds in self.phases.items()},
         }
         append_jsonl(self.paths.metrics / "trainer.jsonl", metrics)
@@ -214,13 +238,6 @@ class Trainer:
             "step %d: loss %.4f, entropy %.3f, mismatch %.1e, grad norm %.2f, %.2f s",
             step, metrics["loss"], metrics["entropy"], metrics["mismatch/mean_abs"], grad_norm, metrics["time/step"],
         )  # fmt: skip
-
-    def _materializer(self) -> RawImageMaterializer:
-        multimodal = self.config.multimodal
-        own = resolve_image_dir(multimodal, self.config.output_dir, os.environ)
-        return RawImageMaterializer(
-            self.loaded.family, [own, *multimodal.allowed_roots], multimodal.limits.image_limits()
-        )
 
     def _frozen_copy(self) -> Policy:
         """The initial model, for the KL term; whole on every rank."""

@@ -12,7 +12,6 @@ Image work runs in worker threads, never on the event loop. Errors are `{"error"
 
 import asyncio
 import logging
-import os
 import secrets
 import time
 import uuid
@@ -28,7 +27,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 
-from pointillist.config import InferenceConfig, RunPaths, resolve_image_dir
+from pointillist.config import InferenceConfig, RunPaths
 from pointillist.errors import InferenceError, PointillistError
 from pointillist.families import RawImageMaterializer
 from pointillist.inference.embedded.batch import Prompt
@@ -154,7 +153,7 @@ class Server:
         """Runs in a worker thread."""
         started = time.perf_counter()
         try:
-            arrays = self.materializer.materialize(refs, lengths).tensors
+            arrays = self.materializer.materialize(refs, lengths)
         except PointillistError as error:
             raise request_error(error, refs) from None
         self.metrics.images.inc(len(refs))
@@ -251,7 +250,9 @@ def serve(config: InferenceConfig) -> None:
         """A server without an engine must not look alive."""
         http_server.should_exit = http_server.force_exit = True
 
-    server = Server(config, loaded, build_materializer(config, loaded), end_process)
+    server = Server(
+        config, loaded, RawImageMaterializer.for_run(loaded.family, config.multimodal, config.output_dir), end_process
+    )
     http_server = uvicorn.Server(
         uvicorn.Config(
             create_app(server, key),
@@ -264,14 +265,6 @@ def serve(config: InferenceConfig) -> None:
     http_server.run()
     if server.engine.failure is not None:
         raise InferenceError(f"engine died: {server.engine.failure!r}")
-
-
-def build_materializer(config: InferenceConfig, loaded: LoadedModel) -> RawImageMaterializer:
-    """The materialiser of a server: it may read the run's image store and the configured roots."""
-    own = resolve_image_dir(config.multimodal, config.output_dir, os.environ)
-    return RawImageMaterializer(
-        loaded.family, [own, *config.multimodal.allowed_roots], config.multimodal.limits.image_limits()
-    )
 
 
 def _eos_token_ids(loaded: LoadedModel) -> frozenset[int]:

@@ -1,0 +1,43 @@
+"""Which settings a fingerprint stands for: kept beside the images, so that a mismatch can be explained.
+
+A fingerprint is a digest; two digests that differ do not say why. Whoever writes images also writes the settings behind
+its fingerprint once, to `<image store>/layouts/<fingerprint>.json`, and a reader whose own fingerprint is another one
+names the first setting that differs. Nothing is ever decided by this file.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pointillist.config.run_paths import write_atomically
+from pointillist.families.base import Family
+from pointillist.images.inventory import LAYOUTS_FOLDER
+from pointillist.refs.descriptor import canonical_json, fingerprint_of
+
+
+def write_layout_record(family: Family, store_root: Path) -> None:
+    """Keeps the settings of a family's fingerprint in an image store."""
+    path = store_root / LAYOUTS_FOLDER / f"{family.layout_fingerprint}.json"
+    if not path.exists():
+        write_atomically(path, canonical_json(dict(family.layout_fields)))
+
+
+def first_difference(fingerprint: str, own: Mapping[str, Any], roots: Iterable[Path]) -> str:
+    """`"; merge_size is 1, here 2"` if the settings behind a fingerprint are known, else a general remark.
+
+    Args:
+        fingerprint: The sender's, 32 hex digits.
+        own: The reader's deciding settings.
+        roots: Image stores that may hold the sender's settings.
+    """
+    for root in roots:
+        try:
+            sent = json.loads((root / LAYOUTS_FOLDER / f"{fingerprint}.json").read_bytes())
+        except (OSError, ValueError):
+            continue
+        if isinstance(sent, dict) and fingerprint_of(sent) == fingerprint:
+            for key in sorted(sent.keys() | own.keys()):
+                if sent.get(key) != own.get(key):
+                    return f"; the first setting that differs is {key}: {sent.get(key)!r}, here {own.get(key)!r}"
+    return "; the sender reads another image processor configuration"

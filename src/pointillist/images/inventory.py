@@ -1,0 +1,98 @@
+"""Looking after an image store: what lies in it, whether it is what its name says, and what may go."""
+
+import hashlib
+import os
+import stat
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from pointillist.errors import ImageError
+from pointillist.images.decode import ImageLimits, decode_rgb
+from pointillist.images.store import STORED_NAME, TEMPORARY_SUFFIX
+
+Condition = Literal["good", "corrupt", "half-written", "foreign"]
+
+LAYOUTS_FOLDER: Final = "layouts"
+"""Folder of a store that holds settings behind fingerprints, not images."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreEntry:
+    """A file of a store."""
+
+    path: Path
+    sha256: str | None
+    """What its name says; None for a file that is not a stored image."""
+    num_bytes: int
+    modified: float
+    """Seconds since the epoch."""
+    condition: Condition
+    """As its name and kind tell; `verify_entry` reads it to tell good from corrupt."""
+
+
+def list_store(root: Path) -> Iterator[StoreEntry]:
+    """All files of a store, by name; nothing is read and no symbolic link followed."""
+    for folder, subfolders, names in os.walk(root, followlinks=False):
+        subfolders[:] = sorted(name for name in subfolders if Path(folder, name) != root / LAYOUTS_FOLDER)
+        links = [name for name in subfolders if Path(folder, name).is_symlink()]
+        for name in sorted([*names, *links]):
+            yield _entry(root, Path(folder, name))
+
+
+def verify_store(root: Path, limits: ImageLimits, workers: int) -> Iterator[StoreEntry]:
+    """All files of a store, each read and compared with its name, in the order of `list_store`."""
+    with ThreadPoolExecutor(workers) as pool:
+        yield from pool.map(lambda entry: verify_entry(entry, limits), list_store(root))
+
+
+def verify_entry(entry: StoreEntry, limits: ImageLimits) -> StoreEntry:
+    """The entry with its condition found out by reading: hash, extension and decodability."""
+    if entry.sha256 is None:
+        return entry
+    try:
+        data = entry.path.read_bytes()
+        intact = hashlib.sha256(data).hexdigest() == entry.sha256
+        if intact:
+            decode_rgb(data, limits)
+    except (OSError, ImageError):
+        intact = False
+    return entry if intact else StoreEntry(entry.path, entry.sha256, entry.num_bytes, entry.modified, "corrupt")
+
+
+def collect_garbage(root: Path, *, keep: frozenset[str] | None, older_than: float, dry_run: bool) -> list[StoreEntry]:
+    """Removes half-written files, and images that nobody refers to.
+
+    Args:
+        root: The store.
+        keep: Hashes that are referred to; None keeps all images.
+        older_than: Seconds that a file must be old: what is younger may be in the making.
+        dry_run: Only say what would go.
+
+    Returns:
+        What went.
+    """
+    horizon = time.time() - older_than
+    gone = []
+    for entry in list_store(root):
+        unreferenced = keep is not None and entry.sha256 is not None and entry.sha256 not in keep
+        if entry.modified <= horizon and (entry.condition == "half-written" or unreferenced):
+            gone.append(entry)
+            if not dry_run:
+                entry.path.unlink(missing_ok=True)
+    return gone
+
+
+def _entry(root: Path, path: Path) -> StoreEntry:
+    status = path.lstat()
+    condition: Condition = "foreign"
+    sha256 = None
+    if stat.S_ISREG(status.st_mode):
+        if match := STORED_NAME.fullmatch(path.relative_to(root).as_posix()):
+            condition, sha256 = "good", match["sha256"]
+        elif path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX):
+            condition = "half-written"
+    return StoreEntry(path, sha256, status.st_size, status.st_mtime, condition)

@@ -1,0 +1,151 @@
+"""`pointillist store`: look after the images of runs."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import track
+
+from pointillist.config import MultimodalConfig, OrchestratorConfig, RunPaths, load_toml, resolve_image_dir
+from pointillist.errors import ConfigError, PointillistError
+from pointillist.families import Family, RawImageMaterializer, load_family
+from pointillist.images import ImageLimits
+from pointillist.images.inventory import StoreEntry, collect_garbage, list_store, verify_store
+from pointillist.view.references import HeldReference, run_hashes, run_references
+from pointillist.view.run_archive import ArchiveCounts, export_run, import_run
+
+console = Console()
+_EXISTING = click.Path(exists=True, file_okay=False, path_type=Path)
+_SHOWN = 20
+
+
+@click.group()
+def store() -> None:
+    """Look after the images of runs."""
+
+
+@store.command("ls")
+@click.argument("folder", type=_EXISTING)
+def list_command(folder: Path) -> None:
+    """List the files of an image store: size, condition by name, path."""
+    total = 0
+    for entry in list_store(folder.resolve()):
+        total += entry.num_bytes
+        click.echo(f"{entry.num_bytes:>12,}  {entry.condition:<12}  {entry.path}")
+    click.echo(f"{total:>12,}  bytes in all")
+
+
+@store.command("verify")
+@click.argument("folder", type=_EXISTING, required=False)
+@click.option("--run", "run", type=_EXISTING, help="Verify a run's store, and every image that its samples name.")
+def verify_command(folder: Path | None, run: Path | None) -> None:
+    """Read every file and compare it with its name; exit code 1 if anything is wrong."""
+    if (folder is None) == (run is None):
+        raise click.UsageError("expected either FOLDER or --run DIR")
+    problems: list[str] = []
+    if run is not None:
+        paths = RunPaths(run.resolve())
+        root = image_dir_of(paths)
+        problems = _verify_files(root) + _verify_references(paths, root)
+    elif folder is not None:
+        problems = _verify_files(folder.resolve())
+    for problem in problems[:_SHOWN]:
+        click.echo(problem)
+    if len(problems) > _SHOWN:
+        click.echo(f"... and {len(problems) - _SHOWN} more")
+    click.echo("everything is what it says" if not problems else f"{len(problems)} problems")
+    raise SystemExit(1 if problems else 0)
+
+
+@store.command("gc")
+@click.argument("folder", type=_EXISTING)
+@click.option("--keep-runs", multiple=True, type=_EXISTING, help="Remove images that none of these runs refers to.")
+@click.option("--older-than", default=3600.0, show_default=True, help="Only files at least this many seconds old.")
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+def gc_command(folder: Path, keep_runs: tuple[Path, ...], older_than: float, dry_run: bool) -> None:
+    """Remove half-written files and, with --keep-runs, images that no kept run refers to."""
+    keep = frozenset[str]().union(*(run_hashes(RunPaths(run.resolve())) for run in keep_runs)) if keep_runs else None
+    gone = collect_garbage(folder.resolve(), keep=keep, older_than=older_than, dry_run=dry_run)
+    freed = sum(entry.num_bytes for entry in gone)
+    click.echo(f"{'would remove' if dry_run else 'removed'} {len(gone)} files, {freed:,} bytes")
+
+
+@store.command("export")
+@click.argument("run", type=_EXISTING)
+@click.argument("archive", type=click.Path(dir_okay=False, path_type=Path))
+def export_command(run: Path, archive: Path) -> None:
+    """Write a run's images and records into one archive."""
+    paths = RunPaths(run.resolve())
+    _tell("wrote", export_run(paths, image_dir_of(paths), archive), archive)
+
+
+@store.command("import")
+@click.argument("archive", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("run", type=click.Path(file_okay=False, path_type=Path))
+def import_command(archive: Path, run: Path) -> None:
+    """Restore an archive into a new run folder, with its references rewritten."""
+    _tell("restored", import_run(archive, run.resolve(), ImageLimits()), run)
+
+
+def image_dir_of(paths: RunPaths) -> Path:
+    """The image store of a run: below its folder, or where its config says.
+
+    Raises:
+        ConfigError: It is in neither place.
+    """
+    own = resolve_image_dir(MultimodalConfig(), paths.output_dir, {})
+    if own.is_dir():
+        return own
+    config = paths.configs / "orchestrator.toml"
+    if config.is_file():
+        configured = resolve_image_dir(load_toml(OrchestratorConfig, config).multimodal, paths.output_dir, os.environ)
+        if configured.is_dir():
+            return configured.resolve()
+    raise ConfigError(f"{paths.output_dir} has no image store at {own} nor where its config says")
+
+
+def _verify_files(root: Path) -> list[str]:
+    total = sum(1 for _ in list_store(root))
+    entries = verify_store(root, ImageLimits(), workers=os.cpu_count() or 1)
+    checked = list(track(entries, "reading images", total=total, console=console, disable=not console.is_terminal))
+    counts = Counter(entry.condition for entry in checked)
+    click.echo(f"{root}: " + (", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())) or "empty"))
+    return [_problem(entry) for entry in checked if entry.condition != "good"]
+
+
+def _verify_references(paths: RunPaths, root: Path) -> list[str]:
+    """Every image that a sample names is there and unchanged, and its span fits its layout."""
+    family = load_family(load_toml(OrchestratorConfig, paths.configs / "orchestrator.toml").model.name)
+    problems, checked = _check_all(run_references(paths), family, root)
+    click.echo(f"{paths.output_dir}: {checked} references of samples checked")
+    return problems
+
+
+def _check_all(held: Iterable[HeldReference], family: Family, root: Path) -> tuple[list[str], int]:
+    reader = RawImageMaterializer(family, [root], ImageLimits())
+    verdicts: dict[tuple[str, str, int], str | None] = {}
+    problems = []
+    checked = 0
+    for reference in held:
+        checked += 1
+        key = (reference.ref.hash, reference.ref.raw_image_uri, reference.length)
+        if key not in verdicts:
+            try:
+                reader.load(reference.ref, reference.length)
+                verdicts[key] = None
+            except PointillistError as error:
+                verdicts[key] = str(error)
+        if verdicts[key] is not None:
+            problems.append(f"{reference.where}: {verdicts[key]}")
+    return problems, checked
+
+
+def _problem(entry: StoreEntry) -> str:
+    return f"{entry.condition}: {entry.path}"
+
+
+def _tell(verb: str, counts: ArchiveCounts, what: Path) -> None:
+    click.echo(f"{verb} {counts.images} images and {counts.records} records: {what}")
