@@ -7,7 +7,7 @@ SEED ?= 0
 ARGS ?=
 DIGITS := outputs/digits
 
-.PHONY: setup demo test test-unit lint format bench lock clean
+.PHONY: setup demo test test-unit lint format fuzz faults bench lock clean
 
 setup: $(VENV)/.ready
 
@@ -39,6 +39,14 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Hostile input, over 200,000 of it: minutes.
+fuzz: setup
+	FUZZ_EXAMPLES=55000 $(BIN)/python -m pytest tests/fuzz --timeout 3000
+
+# Writers of the image store killed at random points, and flipped bits: minutes.
+faults: setup
+	$(BIN)/python -m tests.faults.store_faults
 
 bench: setup
 	$(BIN)/python benchmarks/layout.py

@@ -64,8 +64,8 @@ class Family(Protocol):
     """The placeholder."""
     vision_token_ids: frozenset[int]
     """All special tokens of images and videos: the policy may not sample them."""
-    renderer_name: str
-    """Name of the chat-template renderer in the `renderers` package."""
+    renderer_name: str | None
+    """Name of the chat-template renderer in the `renderers` package; None if there is none."""
     layout_fields: Mapping[str, Any]
     """Everything that decides layout and pixels; its digest is the fingerprint."""
     layout_fingerprint: str

@@ -32,11 +32,19 @@ _DEFAULTS: Final[dict[str, Any]] = {
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
 _DEFAULT_SIZE: Final = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
-_RENDERERS: Final = {"qwen3_vl": "qwen3-vl", "qwen3_vl_moe": "qwen3-vl"}
+# model_type -> its chat-template renderer in `renderers`; none is published for the two older generations.
+_RENDERERS: Final[Mapping[str, str | None]] = {
+    "qwen2_vl": None,
+    "qwen2_5_vl": None,
+    "qwen3_vl": "qwen3-vl",
+    "qwen3_vl_moe": "qwen3-vl",
+    "qwen3_5": "qwen3.5",
+    "qwen3_5_moe": "qwen3.5",
+}
 
 
 class QwenVLFamily:
-    """Adapter for Qwen3-VL."""
+    """Adapter for Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5."""
 
     name: ClassVar[str] = "qwen_vl"
     model_types: ClassVar[frozenset[str]] = frozenset(_RENDERERS)
@@ -80,7 +88,7 @@ class QwenVLFamily:
             "pixel_rules": PIXEL_RULES,
         }
         self.layout_fingerprint = fingerprint_of(self.layout_fields)
-        self.renderer_name = _RENDERERS[files.model_type]
+        self.renderer_name: str | None = _RENDERERS[files.model_type]
         self.image_token_id = _token_id(files, "image_token_id")
         self.vision_token_ids = frozenset(
             _token_id(files, key)

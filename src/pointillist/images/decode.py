@@ -14,7 +14,8 @@ Every limit is checked on the header, before a pixel is decoded; whatever Pillow
 """
 
 import io
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -177,17 +178,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-class _pillow_errors_as_image_errors:  # noqa: N801 - reads as a statement where it is used
+@contextmanager
+def _pillow_errors_as_image_errors() -> Iterator[None]:
     """Pillow's decoders raise a dozen exception types on hostile bytes; outside of here there is one."""
-
-    def __enter__(self) -> None:
-        self._warnings = warnings.catch_warnings()
-        self._warnings.__enter__()
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._warnings.__exit__(None, None, None)
-        if isinstance(error, MemoryError):
-            return
-        if isinstance(error, Exception) and not isinstance(error, ImageError):
-            raise ImageError(f"not a decodable image ({type(error).__name__})") from error
+    try:
+        yield
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:
+        raise ImageError(f"not a decodable image ({type(error).__name__})") from error

@@ -87,7 +87,8 @@ def normalize_images(value: Any, sources: Sources, images: list[StoredImage]) ->
         `value` itself where it holds no image, else a copy of the containers that lead to one.
     """
     if isinstance(value, Mapping):
-        if value.get("type") in _IMAGE_TYPES:
+        kind = value.get("type")
+        if isinstance(kind, str) and kind in _IMAGE_TYPES:
             stored = sources.put(_source_of(value))
             images.append(stored)
             return {"type": "image_url", "image_url": {"url": stored.uri}}

@@ -79,10 +79,12 @@ class RawRenderer:
         """Finds the chat-template renderer of the family.
 
         Raises:
-            ConfigError: The tokenizer lacks the template's special tokens.
+            ConfigError: There is no renderer for this model, or the tokenizer lacks the template's special tokens.
         """
         self.family = family
         self.tokenizer = tokenizer
+        if family.renderer_name is None:
+            raise ConfigError(f"no chat-template renderer is known for the model in {tokenizer.name_or_path}")
         try:
             self._renderer = create_renderer(tokenizer, config_from_name(family.renderer_name))
         except (AssertionError, ValueError) as error:

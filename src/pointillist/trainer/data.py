@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from pointillist.errors import MissingImageError, PointillistError, RefError
 from pointillist.families import LoadedImage, RawImageMaterializer
@@ -23,19 +24,24 @@ from pointillist.transport import MicroBatch
 
 @dataclass(frozen=True, slots=True)
 class RowTensors:
-    """One packed row. Tensors named "per trained token" have length `trained`, in token order."""
+    """Samples of one forward pass, packed into one row or padded into several.
+
+    Tensors named "per trained token" have length `trained`, in token order.
+    """
 
     input_ids: torch.Tensor
-    """int64 `(1, tokens)`."""
+    """int64 `(rows, columns)`; packed: one row."""
+    attention_mask: torch.Tensor | None
+    """None for a packed row; int64 `(rows, columns)` for padded samples, 0 where a column is padding."""
     position_ids: torch.Tensor
-    """int64; MRoPE families `(4, 1, tokens)`: text position restarting per sample, then time, height, width; else
-    `(1, tokens)` restarting per sample. The restarts are what keeps packed samples apart."""
+    """int64. MRoPE families: `(3, rows, columns)`, time, height, width; packed, a row of text positions that restart
+    per sample comes before them. Others: `(rows, columns)`, restarting per sample. The restarts keep samples apart."""
     images: dict[str, torch.Tensor]
     """Image arguments of the model's `forward`, of the distinct images; empty without any."""
     image_index: list[int]
     """Per image span of the row, in order: index of its distinct image."""
     predict_from: torch.Tensor
-    """int64, per trained token: index of the token before it, whose logits predict it."""
+    """int64, per trained token: flat index (row * columns + column) of the token before it, which predicts it."""
     targets: torch.Tensor
     """int64, per trained token: its id."""
     advantages: torch.Tensor
@@ -93,6 +99,8 @@ class RowLoader:
         materializer: RawImageMaterializer,
         missing_image_policy: Literal["placeholder_zero_loss", "error"] = "placeholder_zero_loss",
     ) -> None:
+        self.packed = True
+        """Whether samples share a row; False pads them, for models that can not keep packed samples apart."""
         self._loaded = loaded
         self._materializer = materializer
         self._missing_image_policy = missing_image_policy
@@ -112,7 +120,7 @@ class RowLoader:
             MissingImageError: A file is not there and the policy is `error`.
         """
         if micro_batch.mm_refs is None:
-            return assemble_row(self._loaded, micro_batch, {}, [])
+            return assemble_row(self._loaded, micro_batch, {}, [], packed=self.packed)
         started = time.perf_counter()
         distinct: dict[tuple[str, str, int], int] = {}
         images: list[LoadedImage] = []
@@ -132,7 +140,7 @@ class RowLoader:
             micro_batch = self._without_loss(micro_batch, micro_batch.mm_refs.images, errors)
         self._counts.materialize_seconds += time.perf_counter() - started
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return assemble_row(self._loaded, micro_batch, tensors, image_index)
+        return assemble_row(self._loaded, micro_batch, tensors, image_index, packed=self.packed)
 
     def _image(self, image: MMImageRef, index: int, faults: dict[int, PointillistError]) -> LoadedImage:
         try:
@@ -178,28 +186,45 @@ class RowLoader:
 
 
 def assemble_row(
-    loaded: LoadedModel, micro_batch: MicroBatch, images: dict[str, torch.Tensor], image_index: list[int]
+    loaded: LoadedModel,
+    micro_batch: MicroBatch,
+    images: dict[str, torch.Tensor],
+    image_index: list[int],
+    *,
+    packed: bool,
 ) -> RowTensors:
-    """Puts a packed row together.
+    """Puts the samples of a micro batch together.
 
     Args:
         loaded: The model.
         micro_batch: Its tokens and where its images lie.
         images: Image arguments of `forward`, of the distinct images.
         image_index: Per image span: index of its distinct image.
+        packed: One row of all samples, or one padded row a sample.
     """
     device = loaded.device
     trained = [index for index, on in enumerate(micro_batch.loss_mask) if on]
+    ids = list(torch.tensor(micro_batch.input_ids).split(micro_batch.seq_lens))
+    positions = _positions(loaded, micro_batch, ids, images.get("image_grid_thw"), image_index)
+    if packed:
+        input_ids, mask = torch.cat(ids)[None], None
+        position_ids = _packed_positions(positions)
+        before = [index - 1 for index in trained]
+    else:
+        input_ids, position_ids = pad_sequence(ids, batch_first=True), _padded_positions(positions)
+        mask = pad_sequence([torch.ones_like(each) for each in ids], batch_first=True).to(device)
+        before = _padded_indices(micro_batch.seq_lens, trained, input_ids.shape[1])
 
     def per_trained(values: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor([values[index] for index in trained], dtype=dtype, device=device)
 
     return RowTensors(
-        input_ids=torch.tensor([micro_batch.input_ids], device=device),
-        position_ids=_positions(loaded, micro_batch, images.get("image_grid_thw"), image_index).to(device),
+        input_ids=input_ids.to(device),
+        attention_mask=mask,
+        position_ids=position_ids.to(device),
         images={name: tensor.to(device) for name, tensor in images.items()},
         image_index=image_index,
-        predict_from=torch.tensor([index - 1 for index in trained], dtype=torch.int64, device=device),
+        predict_from=torch.tensor(before, dtype=torch.int64, device=device),
         targets=per_trained(micro_batch.input_ids, torch.int64),
         advantages=per_trained(micro_batch.advantages, torch.float32),
         sampler_logprobs=per_trained(micro_batch.inference_logprobs, torch.float32),
@@ -209,21 +234,41 @@ def assemble_row(
 
 
 def _positions(
-    loaded: LoadedModel, micro_batch: MicroBatch, grids: torch.Tensor | None, image_index: list[int]
-) -> torch.Tensor:
-    ids = torch.tensor(micro_batch.input_ids)
-    types = torch.tensor(micro_batch.mm_token_type_ids)
+    loaded: LoadedModel,
+    micro_batch: MicroBatch,
+    ids: list[torch.Tensor],
+    grids: torch.Tensor | None,
+    image_index: list[int],
+) -> list[torch.Tensor]:
+    """Positions of each sample alone, `(3 or 1, tokens)` each."""
+    types = torch.tensor(micro_batch.mm_token_type_ids).split(micro_batch.seq_lens)
     offsets = [image.offset for image in micro_batch.mm_refs.images] if micro_batch.mm_refs else []
-    policy = loaded.family.forward_policy
-    text_rows, rope_rows, start = [], [], 0
-    for length in micro_batch.seq_lens:
-        end = start + length
+    positions, start = [], 0
+    for sample_ids, sample_types in zip(ids, types, strict=True):
+        end = start + len(sample_ids)
         mine = [which for which, offset in zip(image_index, offsets, strict=True) if start <= offset < end]
         own_grids = grids[mine] if grids is not None and mine else None
-        rope_rows.append(sample_positions(loaded.model, policy, ids[start:end], types[start:end], own_grids))
-        text_rows.append(torch.arange(length))
+        policy = loaded.family.forward_policy
+        positions.append(sample_positions(loaded.model, policy, sample_ids, sample_types, own_grids))
         start = end
-    rope = torch.cat(rope_rows, dim=1)
-    if policy.pass_position_ids_with_mm:
-        return rope
-    return torch.cat([torch.cat(text_rows)[None], rope])[:, None]
+    return positions
+
+
+def _packed_positions(positions: list[torch.Tensor]) -> torch.Tensor:
+    rows = torch.cat(positions, dim=1)
+    if len(rows) == 1:
+        return rows
+    text = torch.cat([torch.arange(each.shape[1]) for each in positions])
+    return torch.cat([text[None], rows])[:, None]
+
+
+def _padded_positions(positions: list[torch.Tensor]) -> torch.Tensor:
+    padded = pad_sequence([each.T for each in positions], batch_first=True).permute(2, 0, 1)
+    return padded if len(padded) > 1 else padded[0]
+
+
+def _padded_indices(lengths: list[int], trained: list[int], columns: int) -> list[int]:
+    """Flat indices in the padded rows of the tokens before the trained ones."""
+    starts = list(accumulate(lengths, initial=0))
+    rows = [bisect_right(starts, index) - 1 for index in trained]
+    return [row * columns + index - starts[row] - 1 for row, index in zip(rows, trained, strict=True)]

@@ -29,21 +29,20 @@ class Policy(nn.Module):
     def forward(self, row: RowTensors) -> TokenStats:
         """Logprobs and entropies of the trained tokens.
 
-        The row is packed: `attention_mask=None`, `use_cache=False` and positions that restart per sample make the
-        model build a block-diagonal causal mask. With a cache, or with a mask of ones, samples would see each other.
+        In a packed row `attention_mask=None`, `use_cache=False` and positions that restart per sample make the model
+        build a block-diagonal causal mask. With a cache, or with a mask of ones, samples would see each other.
         """
         kwargs: dict[str, Any] = {}
         if row.images:
             kwargs["mm_encoder_outputs"] = {"image": self._encode_images(row)}
-        logits = self.model(
+        hidden = self.model.model(
             input_ids=row.input_ids,
             position_ids=row.position_ids,
-            attention_mask=None,
+            attention_mask=row.attention_mask,
             use_cache=False,
-            logits_to_keep=row.predict_from,
             **kwargs,
-        ).logits[0]
-        logits = logits.float() / row.temperatures[:, None]
+        ).last_hidden_state.flatten(0, 1)
+        logits = self.model.get_output_embeddings()(hidden[row.predict_from]) / row.temperatures[:, None]
         # The lowest finite number, not minus infinity: 0 * -inf would make the entropy NaN.
         logprobs = logits.index_fill(1, self.unsampleable, torch.finfo(torch.float32).min).log_softmax(-1)
         return TokenStats(

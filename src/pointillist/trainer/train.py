@@ -94,7 +94,12 @@ class Trainer:
             logger.info("resumed from step %d", start)
         with self._autocast():
             proof = check_packing(self.policy, self.loaded)
-        logger.info("packing: logprobs differ by %.1e (a leak would by %.1e)", proof.packed, proof.leaking)
+        self.loader.packed = proof.can_pack
+        logger.info(
+            "samples are %s: logprobs differ from each alone by %.1e packed, %.1e padded; a leak would by %.1e",
+            "packed" if proof.can_pack else "padded, this model can not keep packed ones apart",
+            proof.packed, proof.padded, proof.leaking,
+        )  # fmt: skip
         self._broadcast(start)
         for step in range(start + 1, self.config.max_steps + 1):
             self._step(step)

@@ -1,0 +1,222 @@
+"""Hostile input against everything that parses: only errors of our own tree, nothing read outside, nothing large made.
+
+A few hundred inputs a target with the other tests; `make fuzz` sets FUZZ_EXAMPLES for a long run.
+"""
+
+import base64
+import builtins
+import json
+import os
+import resource
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pointillist.errors import PointillistError
+from pointillist.families import Family, RawImageMaterializer
+from pointillist.images import ImageLimits, ImageStore, Sources, decode_rgb, normalize_images, read_header
+from pointillist.refs import ImageRef, build_mm_refs, decode_ref, encode_ref, parse_descriptor
+from tests.conftest import encoded, picture
+
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "300"))
+fuzzed = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+LIMITS = ImageLimits(max_bytes=1_000_000, max_pixels=250_000, max_side=2_000)
+SHA = "ab" * 32
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ImageStore:
+    return ImageStore(tmp_path_factory.mktemp("fuzz") / "images", LIMITS)
+
+
+@pytest.fixture(scope="module")
+def reader(store: ImageStore, family: Family) -> RawImageMaterializer:
+    return RawImageMaterializer(family, [store.root], LIMITS)
+
+
+@pytest.fixture(autouse=True)
+def bounded_memory() -> Iterator[None]:
+    """The largest picture within the limits takes a few MB; hypothesis itself some tens."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KiB
+
+
+class _Opened:
+    """Every path that is opened, by whatever way."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.paths: list[str] = []
+        for module, name in ((os, "open"), (builtins, "open")):
+            monkeypatch.setattr(module, name, self._recording(getattr(module, name)))
+
+    def _recording(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def recorded(path: Any, *arguments: Any, **options: Any) -> Any:
+            if options.get("dir_fd") is None and not isinstance(path, int):
+                self.paths.append(os.fspath(path))
+            return original(path, *arguments, **options)
+
+        return recorded
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+paths = st.one_of(
+    st.text(max_size=60),
+    st.sampled_from(["/etc/passwd", "/proc/self/mem", "/dev/zero", f"/store/ab/{SHA}.png", f"/../ab/{SHA}.png", "//x"]),
+    st.lists(st.sampled_from(["..", ".", "", "ab", "etc", "%2e%2e", "%00", f"{SHA}.png"]), max_size=6).map("/".join),
+)
+uris = st.builds(
+    lambda scheme, path: scheme + path, st.sampled_from(["file://", "FILE://", "", "file:", "http://"]), paths
+)
+
+
+def mangled(text: str) -> st.SearchStrategy[str]:
+    """A string with a piece replaced."""
+    return st.builds(
+        lambda at, length, piece: text[:at] + piece + text[at + length :],
+        st.integers(0, len(text)),
+        st.integers(0, 8),
+        st.text(max_size=8),
+    )
+
+
+def _good_ref(store: ImageStore, family: Family) -> ImageRef:
+    stored, layout = store.put(encoded(picture(64, 64))), family.layout(64, 64)
+    return ImageRef(
+        family=family.name,
+        layout_fingerprint=family.layout_fingerprint,
+        modality="image",
+        hash=stored.sha256,
+        raw_image_uri=stored.uri,
+        payload=family.payload(layout),
+    )
+
+
+def test_reference_strings(
+    store: ImageStore, reader: RawImageMaterializer, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = _good_ref(store, family)
+    value = {field: getattr(good, field) for field in good.__struct_fields__}
+    opened = _Opened(monkeypatch)
+    fields = st.dictionaries(st.sampled_from([*value, "extra"]), json_values | uris, max_size=3)
+    as_text = fields.map(lambda change: json.dumps({**value, **change}, default=str)).map(
+        lambda text: "mmraw:" + base64.urlsafe_b64encode(text.encode(errors="surrogatepass")).rstrip(b"=").decode()
+    )
+
+    @fuzzed
+    @given(st.one_of(as_text, mangled(encode_ref(good)), st.text(max_size=80), json_values), st.integers(-2, 40))
+    def check(text: object, length: int) -> None:
+        opened.paths.clear()
+        try:
+            reader.materialize([decode_ref(text)], [length])
+        except PointillistError as error:
+            assert "root:" not in str(error)
+        assert all(Path(path).is_relative_to(store.root) for path in opened.paths), opened.paths
+
+    check()
+
+
+def test_descriptors_and_spans() -> None:
+    good = {
+        "kind": "raw_mm_item", "family": "qwen_vl", "raw_image_uri": f"file:///s/ab/{SHA}.png",
+        "layout_fingerprint": "0" * 32, "payload": {"image_grid_thw": [1, 4, 4]},
+    }  # fmt: skip
+    items = st.one_of(
+        st.dictionaries(st.sampled_from([*good, "data"]), json_values | uris, max_size=3).map(lambda c: {**good, **c}),
+        json_values,
+    )
+    places = st.fixed_dictionaries({"offset": st.integers(-1, 12), "length": st.integers(-1, 6)}) | json_values
+
+    @fuzzed
+    @given(
+        st.lists(items, max_size=3), st.lists(st.just(SHA) | json_values, max_size=3), st.lists(places, max_size=3),
+        st.lists(st.integers(0, 2), max_size=16),
+    )  # fmt: skip
+    def check(descriptors: list[Any], hashes: list[Any], spans: list[Any], types: list[int]) -> None:
+        for item in descriptors:
+            try:
+                parse_descriptor(item)
+            except PointillistError:
+                pass
+        try:
+            refs = build_mm_refs(descriptors, hashes, spans, types)
+        except PointillistError:
+            return
+        covered = sum(image.length for image in refs.images) if refs else 0
+        assert covered == types.count(1)
+
+    check()
+
+
+def test_sources_in_messages(store: ImageStore) -> None:
+    sources = Sources(store)
+    good = "data:image/png;base64," + base64.b64encode(encoded(picture(4, 4))).decode()
+    urls = st.one_of(mangled(good), uris.filter(lambda uri: "/dev" not in uri and "/proc" not in uri), json_values)
+    shapes = st.one_of(
+        st.builds(lambda url: {"type": "image_url", "image_url": {"url": url}}, urls),
+        st.builds(lambda url: {"type": "input_image", "image_url": url}, urls),
+        st.builds(lambda url: {"type": "image", "image": url}, urls),
+        st.builds(
+            lambda kind, url: {"type": "image", "source": {"type": kind, "data": url}}, st.text(max_size=6), urls
+        ),
+        st.dictionaries(st.sampled_from(["type", "image", "image_url", "source"]), st.just("image") | json_values),
+    )
+
+    @fuzzed
+    @given(st.lists(shapes | json_values, max_size=3))
+    def check(content: list[Any]) -> None:
+        images: list[Any] = []
+        try:
+            normalize_images([{"role": "user", "content": content}], sources, images)
+        except PointillistError:
+            pass
+        assert all(Path(image.uri.removeprefix("file://")).is_relative_to(store.root) for image in images)
+
+    check()
+
+
+def _png_header(width: int, height: int, depth: int, colour: int, interlace: int, tail: bytes) -> bytes:
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body)) + tail
+
+
+def test_image_bytes() -> None:
+    formats = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]
+    originals = [encoded(picture(20, 14).convert(mode), name) for name in formats for mode in ("RGB", "L")]
+    exif = picture(8, 8).getexif()
+    exif[0x0112] = 6
+    originals += [encoded(picture(20, 14), name, exif=exif) for name in ("PNG", "JPEG", "WEBP", "TIFF")]
+
+    def damage(data: bytes, at: int, length: int, piece: bytes) -> bytes:
+        at %= len(data) + 1
+        return data[:at] + piece + data[at + length :]
+
+    damaged = st.builds(
+        damage, st.sampled_from(originals), st.integers(0, 2_000), st.integers(0, 12), st.binary(max_size=12)
+    )
+    sizes = st.integers(0, 2**32 - 1) | st.integers(0, 3_000)
+    headers = st.builds(
+        _png_header, sizes, sizes, st.integers(0, 255), st.integers(0, 255), st.integers(0, 2), st.binary(max_size=40)
+    )
+
+    @fuzzed
+    @given(st.one_of(damaged, headers, st.binary(max_size=100)))
+    def check(data: bytes) -> None:
+        try:
+            header = read_header(data, LIMITS)
+            assert header.width * header.height <= LIMITS.max_pixels
+            assert decode_rgb(data, LIMITS).shape == (header.height, header.width, 3)
+        except PointillistError:
+            pass
+
+    check()
