@@ -23,8 +23,13 @@ demo: setup
 	$(BIN)/pointillist rl @ examples/digits/rl.toml --seed $(SEED) --model.name $(DIGITS)/model-$(SEED) \
 		--output-dir $(DIGITS)/run-$(SEED)-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
-test: setup
+test: setup $(VENV)/torchvision-reference
+	PYTHONPATH=$(VENV)/torchvision-reference $(BIN)/python -m pytest tests/torchvision_reference
 	$(BIN)/python -m pytest
+
+# The Kimi processor that we compare with needs torchvision, which the project does not: only its tests see it.
+$(VENV)/torchvision-reference: | setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ torchvision==0.28.0
 
 # Seconds instead of minutes: no processes are started.
 test-unit: setup

@@ -15,6 +15,9 @@ from pointillist.render import FolderTokenizer, RawRenderer
 
 ROOT = Path(__file__).parent.parent
 
+# These need torchvision and run in a process of their own, where it is within reach; see that folder's conftest.py.
+collect_ignore = [] if importlib.util.find_spec("torchvision") else ["torchvision_reference"]
+
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     """A picture of noise: any mistake in order, size or orientation shows."""

@@ -37,7 +37,9 @@ class ForwardPolicy:
     pass_position_ids_with_mm: bool
     """Whether 1-D position ids are passed when images are (False: the model builds its own, as MRoPE does)."""
     requires_mm_token_type_ids: bool
-    """Whether `mm_token_type_ids` must be passed when images are."""
+    """Whether the token types (0 text, 1 image) must be passed when images are."""
+    token_types_argument: str = "mm_token_type_ids"  # noqa: S105 - no password
+    """Name of the argument that takes them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,15 @@
 """A model folder's own configuration files, read without transformers."""
 
 import json
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from pointillist.errors import ConfigError
+
+_BICUBIC: Final = 3
+"""Pillow's number of the filter, as image processors write it."""
 
 
 def resolve_model_dir(name: str) -> Path:
@@ -87,3 +91,28 @@ class ModelFiles:
         if not isinstance(value, dict):
             raise ConfigError(f"{path} holds a JSON {type(value).__name__}, expected an object")
         return value
+
+
+def token_id(files: ModelFiles, key: str) -> int:
+    """A token id that `config.json` names.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    value = files.config.get(key)
+    if not isinstance(value, int):
+        raise ConfigError(f"{files.folder / 'config.json'} has no {key}")
+    return value
+
+
+def refuse_other_steps(settings: Mapping[str, Any], folder: Path, *, resample: int = _BICUBIC) -> None:
+    """Makes sure that an image processor does the usual steps: RGB, resize with this filter, rescale, normalise.
+
+    Raises:
+        ConfigError: It leaves one out or resamples otherwise.
+    """
+    for key in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+        if settings.get(key, True) is not True:
+            raise ConfigError(f"image processor of {folder} has {key} = {settings[key]!r}, expected true")
+    if settings["resample"] != resample:
+        raise ConfigError(f"image processor of {folder} has resample = {settings['resample']!r}, expected {resample}")

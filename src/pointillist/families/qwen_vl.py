@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pointillist.errors import ConfigError, LayoutError
+from pointillist.errors import LayoutError
 from pointillist.families.base import Expansion, ForwardPolicy, ImageLayout, expand_one_placeholder
-from pointillist.families.model_files import ModelFiles
+from pointillist.families.model_files import ModelFiles, refuse_other_steps, token_id
 from pointillist.images.decode import PIXEL_RULES
 from pointillist.refs.descriptor import fingerprint_of
 
@@ -60,13 +60,7 @@ class QwenVLFamily:
             ConfigError: Settings are missing or ask for something that this adapter does not do.
         """
         settings = {**_DEFAULTS, **files.image_processor}
-        for key in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
-            if settings.get(key, True) is not True:
-                raise ConfigError(f"image processor of {files.folder} has {key} = {settings[key]!r}, expected true")
-        if settings["resample"] != Image.Resampling.BICUBIC:
-            raise ConfigError(
-                f"image processor of {files.folder} has resample = {settings['resample']!r}, expected 3 (bicubic)"
-            )
+        refuse_other_steps(settings, files.folder)
         size = {**_DEFAULT_SIZE, **(settings.get("size") or {})}
         self.min_pixels = int(settings.get("min_pixels") or size["shortest_edge"])
         self.max_pixels = int(settings.get("max_pixels") or size["longest_edge"])
@@ -89,9 +83,9 @@ class QwenVLFamily:
         }
         self.layout_fingerprint = fingerprint_of(self.layout_fields)
         self.renderer_name: str | None = _RENDERERS[files.model_type]
-        self.image_token_id = _token_id(files, "image_token_id")
+        self.image_token_id = token_id(files, "image_token_id")
         self.vision_token_ids = frozenset(
-            _token_id(files, key)
+            token_id(files, key)
             for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         )
         self._table = self._normalization_table()
@@ -202,10 +196,3 @@ class QwenVLFamily:
         std = np.array(fields["image_std"], dtype=np.float32)
         table: NDArray[np.float32] = (levels[None, :] - mean[:, None]) / std[:, None]
         return table
-
-
-def _token_id(files: ModelFiles, key: str) -> int:
-    value = files.config.get(key)
-    if not isinstance(value, int):
-        raise ConfigError(f"{files.folder / 'config.json'} has no {key}")
-    return value

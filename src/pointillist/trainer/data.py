@@ -31,6 +31,8 @@ class RowTensors:
 
     input_ids: torch.Tensor
     """int64 `(rows, columns)`; packed: one row."""
+    mm_token_type_ids: torch.Tensor
+    """int32 `(rows, columns)`; 0 text and padding, 1 image."""
     attention_mask: torch.Tensor | None
     """None for a packed row; int64 `(rows, columns)` for padded samples, 0 where a column is padding."""
     position_ids: torch.Tensor
@@ -205,13 +207,15 @@ def assemble_row(
     device = loaded.device
     trained = [index for index, on in enumerate(micro_batch.loss_mask) if on]
     ids = list(torch.tensor(micro_batch.input_ids).split(micro_batch.seq_lens))
-    positions = _positions(loaded, micro_batch, ids, images.get("image_grid_thw"), image_index)
+    types = list(torch.tensor(micro_batch.mm_token_type_ids).split(micro_batch.seq_lens))
+    positions = _positions(loaded, micro_batch, ids, types, images.get("image_grid_thw"), image_index)
     if packed:
-        input_ids, mask = torch.cat(ids)[None], None
+        input_ids, token_types, mask = torch.cat(ids)[None], torch.cat(types)[None], None
         position_ids = _packed_positions(positions)
         before = [index - 1 for index in trained]
     else:
-        input_ids, position_ids = pad_sequence(ids, batch_first=True), _padded_positions(positions)
+        input_ids, token_types = pad_sequence(ids, batch_first=True), pad_sequence(types, batch_first=True)
+        position_ids = _padded_positions(positions)
         mask = pad_sequence([torch.ones_like(each) for each in ids], batch_first=True).to(device)
         before = _padded_indices(micro_batch.seq_lens, trained, input_ids.shape[1])
 
@@ -220,6 +224,7 @@ def assemble_row(
 
     return RowTensors(
         input_ids=input_ids.to(device),
+        mm_token_type_ids=token_types.int().to(device),
         attention_mask=mask,
         position_ids=position_ids.to(device),
         images={name: tensor.to(device) for name, tensor in images.items()},
@@ -237,11 +242,11 @@ def _positions(
     loaded: LoadedModel,
     micro_batch: MicroBatch,
     ids: list[torch.Tensor],
+    types: list[torch.Tensor],
     grids: torch.Tensor | None,
     image_index: list[int],
 ) -> list[torch.Tensor]:
     """Positions of each sample alone, `(3 or 1, tokens)` each."""
-    types = torch.tensor(micro_batch.mm_token_type_ids).split(micro_batch.seq_lens)
     offsets = [image.offset for image in micro_batch.mm_refs.images] if micro_batch.mm_refs else []
     positions, start = [], 0
     for sample_ids, sample_types in zip(ids, types, strict=True):

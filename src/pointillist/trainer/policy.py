@@ -24,6 +24,7 @@ class Policy(nn.Module):
     def __init__(self, loaded: LoadedModel) -> None:
         super().__init__()
         self.model: Any = loaded.model
+        self.forward_policy = loaded.family.forward_policy
         self.register_buffer("unsampleable", loaded.unsampleable, persistent=False)
 
     def forward(self, row: RowTensors) -> TokenStats:
@@ -35,6 +36,8 @@ class Policy(nn.Module):
         kwargs: dict[str, Any] = {}
         if row.images:
             kwargs["mm_encoder_outputs"] = {"image": self._encode_images(row)}
+            if self.forward_policy.requires_mm_token_type_ids:
+                kwargs[self.forward_policy.token_types_argument] = row.mm_token_type_ids
         hidden = self.model.model(
             input_ids=row.input_ids,
             position_ids=row.position_ids,
@@ -53,7 +56,9 @@ class Policy(nn.Module):
     def _encode_images(self, row: RowTensors) -> Any:
         """Features of the row's spans; each distinct image goes through the vision tower once."""
         features = self.model.model.get_image_features(**row.images, return_dict=True)
-        features.pooler_output = [features.pooler_output[index] for index in row.image_index]
+        distinct = features.pooler_output  # a tensor where all images have equally many tokens, else one each
+        by_span = [distinct[index] for index in row.image_index]
+        features.pooler_output = torch.stack(by_span) if isinstance(distinct, torch.Tensor) else by_span
         if getattr(features, "deepstack_features", None) is not None:
             features.deepstack_features = [
                 [layer[index] for index in row.image_index] for layer in features.deepstack_features

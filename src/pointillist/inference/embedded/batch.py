@@ -103,7 +103,7 @@ def prefill(loaded: LoadedModel, prompts: Sequence[Prompt]) -> RunningBatch:
     stacked = torch.stack(positions, dim=1).to(loaded.device)  # (rows, batch, columns)
     images = _concatenate([prompt.tensors for prompt in prompts], loaded.device)
     if images and policy.requires_mm_token_type_ids:
-        images["mm_token_type_ids"] = torch.stack(types).int().to(loaded.device)
+        images[policy.token_types_argument] = torch.stack(types).int().to(loaded.device)
     cache = DynamicCache()
     output = loaded.model(
         input_ids=torch.stack(ids).to(loaded.device),

@@ -1,0 +1,160 @@
+r"""The Gemma 3 family: every image becomes one square of fixed size and a fixed number of tokens.
+
+Nothing here is like Qwen: there is no grid, the size of an image decides nothing, a placeholder in the prompt grows
+into a run *with neighbours* (`\n\n<start_of_image>` ... `<end_of_image>\n\n`), and the model wants the token types
+to let the tokens of an image see each other. docs/families.md walks through this file.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tokenizers import Tokenizer
+
+from pointillist.errors import ConfigError, LayoutError
+from pointillist.families.base import Expansion, ForwardPolicy, ImageLayout
+from pointillist.families.model_files import ModelFiles, refuse_other_steps, token_id
+from pointillist.images.decode import PIXEL_RULES
+from pointillist.refs.descriptor import fingerprint_of
+
+_ALGORITHM: Final = 1
+# Defaults of `Gemma3ImageProcessor` for what a model folder leaves out.
+_DEFAULTS: Final[dict[str, Any]] = {
+    "size": {"height": 224, "width": 224},
+    "resample": 2,
+    "rescale_factor": 1 / 255,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+
+
+class Gemma3Family:
+    """Adapter for Gemma 3 without pan-and-scan."""
+
+    name: ClassVar[str] = "gemma3"
+    model_types: ClassVar[frozenset[str]] = frozenset({"gemma3"})
+    forward_policy: ClassVar[ForwardPolicy] = ForwardPolicy(
+        pass_position_ids_with_mm=True,
+        requires_mm_token_type_ids=True,
+        token_types_argument="token_type_ids",  # noqa: S106 - no password
+    )
+
+    def __init__(self, files: ModelFiles) -> None:
+        """Reads the model folder's settings and its tokenizer.
+
+        Raises:
+            ConfigError: Settings are missing or ask for something that this adapter does not do.
+        """
+        settings = {**_DEFAULTS, **files.image_processor}
+        refuse_other_steps(settings, files.folder, resample=Image.Resampling.BILINEAR)
+        if settings.get("do_pan_and_scan"):
+            raise ConfigError(f"image processor of {files.folder} has do_pan_and_scan, expected false")
+        self.height, self.width = int(settings["size"]["height"]), int(settings["size"]["width"])
+        self.num_tokens = int(files.config.get("mm_tokens_per_image", 256))
+        self.layout_fields: Mapping[str, Any] = {
+            "family": self.name,
+            "algorithm": _ALGORITHM,
+            "height": self.height,
+            "width": self.width,
+            "num_tokens": self.num_tokens,
+            "resample": "bilinear-pillow",
+            "rescale_factor": float(settings["rescale_factor"]),
+            "image_mean": [float(value) for value in settings["image_mean"]],
+            "image_std": [float(value) for value in settings["image_std"]],
+            "pixel_rules": PIXEL_RULES,
+        }
+        self.layout_fingerprint = fingerprint_of(self.layout_fields)
+        self.renderer_name: str | None = None
+        self.image_token_id = token_id(files, "image_token_index")
+        self._begin, self._end = token_id(files, "boi_token_index"), token_id(files, "eoi_token_index")
+        self.vision_token_ids = frozenset({self.image_token_id, self._begin, self._end})
+        self._blank_lines, self._line_breaks = _newline_tokens(files)
+
+    def layout(self, width: int, height: int) -> ImageLayout:
+        """The same for every image: one picture, `mm_tokens_per_image` tokens."""
+        return ImageLayout((1, 1, 1), self.num_tokens, self.height, self.width)
+
+    def payload(self, layout: ImageLayout) -> dict[str, Any]:
+        """`{"num_tokens": n}`."""
+        return {"num_tokens": layout.num_tokens}
+
+    def check_payload(self, payload: Mapping[str, Any], layout: ImageLayout) -> None:
+        """Checks that a payload is the one that images of this model have.
+
+        Raises:
+            LayoutError: Another payload.
+        """
+        if payload.keys() != {"num_tokens"} or payload["num_tokens"] != layout.num_tokens:
+            raise LayoutError(f"payload is {str(dict(payload))[:60]}, expected {self.payload(layout)}")
+
+    def expand(self, logical_ids: Sequence[int], layouts: Sequence[ImageLayout]) -> Expansion:
+        """Each `<start_of_image>` becomes a blank line, itself, the image's tokens, `<end_of_image>` and a blank line.
+
+        Raises:
+            LayoutError: As many layouts as placeholders were expected; or a line break or another image stands beside
+                one, where the tokenizer would merge line breaks and this expansion would not.
+        """
+        found = sum(1 for token in logical_ids if token == self._begin)
+        if found != len(layouts):
+            raise LayoutError(f"{found} image placeholders in the tokens, but {len(layouts)} images")
+        token_ids: list[int] = []
+        source: list[int] = []
+        spans: list[tuple[int, int]] = []
+        for index, token in enumerate(logical_ids):
+            grown = [token]
+            if token == self._begin:
+                self._refuse_merges(logical_ids[max(0, index - 1) : index + 2])
+                spans.append((len(token_ids) + len(self._blank_lines) + 1, self.num_tokens))
+                image = [self._begin, *[self.image_token_id] * self.num_tokens, self._end]
+                grown = [*self._blank_lines, *image, *self._blank_lines]
+            token_ids += grown
+            source += [index] * len(grown)
+        return Expansion(token_ids, source, spans)
+
+    def placeholder_layout(self, num_tokens: int) -> ImageLayout:
+        """The only layout there is.
+
+        Raises:
+            LayoutError: Another number of tokens.
+        """
+        if num_tokens != self.num_tokens:
+            raise LayoutError(f"an image of this model has {self.num_tokens} tokens, not {num_tokens}")
+        return self.layout(1, 1)
+
+    def materialize(
+        self, images: Sequence[NDArray[np.uint8] | None], layouts: Sequence[ImageLayout]
+    ) -> dict[str, NDArray[Any]]:
+        """All images, resized and normalised.
+
+        Returns:
+            `pixel_values` float32 `(images, 3, height, width)`, bit for bit what `Gemma3ImageProcessorPil` makes of the
+            same RGB pixels.
+        """
+        values = np.zeros((len(layouts), 3, self.height, self.width), dtype=np.float32)
+        mean, std = self.layout_fields["image_mean"], self.layout_fields["image_std"]
+        for pixels, out in zip(images, values, strict=True):
+            if pixels is None:
+                continue
+            resized = Image.fromarray(pixels).resize((self.width, self.height), Image.Resampling.BILINEAR)
+            levels = (np.asarray(resized).astype(np.float64) * self.layout_fields["rescale_factor"]).astype(np.float32)
+            out[:] = ((levels - np.array(mean, np.float32)) / np.array(std, np.float32)).transpose(2, 0, 1)
+        return {"pixel_values": values}
+
+    def _refuse_merges(self, around: Sequence[int]) -> None:
+        """The tokenizer merges line breaks that meet; this expansion would leave them apart."""
+        if self._line_breaks & set(around):
+            raise LayoutError("a line break stands beside an image: put other text between them, or nothing")
+        if list(around).count(self._begin) > 1:
+            raise LayoutError("two images stand side by side: put text between them")
+
+
+def _newline_tokens(files: ModelFiles) -> tuple[list[int], frozenset[int]]:
+    """Tokens of a blank line, and all tokens that consist of line breaks."""
+    path = files.folder / "tokenizer.json"
+    if not path.is_file():
+        raise ConfigError(f"model folder {files.folder} has no tokenizer.json (a fast tokenizer is needed)")
+    tokenizer = Tokenizer.from_file(str(path))
+    runs = [tokenizer.encode("\n" * count, add_special_tokens=False).ids for count in range(1, 9)]
+    return list(runs[1]), frozenset(token for run in runs for token in run)

@@ -1,0 +1,184 @@
+"""The Kimi K2.5 family: never enlarged, padded with black to whole blocks, patches in plain row-major order.
+
+An image keeps its size unless it has too many patches or too long a side; then it is shrunk by one factor. What is
+left to a multiple of `patch_size * merge_size` is filled with zeros at the right and the bottom, before normalising.
+Unlike Qwen's, its `pixel_values` have four dimensions and there is no copy in time.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pointillist.errors import ConfigError, LayoutError
+from pointillist.families.base import Expansion, ForwardPolicy, ImageLayout, expand_one_placeholder
+from pointillist.families.model_files import ModelFiles, refuse_other_steps, token_id
+from pointillist.images.decode import PIXEL_RULES
+from pointillist.refs.descriptor import fingerprint_of
+
+_ALGORITHM: Final = 1
+# Defaults of `Kimi_K25ImageProcessor` for what a model folder leaves out.
+_DEFAULTS: Final[dict[str, Any]] = {
+    "patch_size": 14,
+    "merge_size": 2,
+    "max_patches": 16_384,
+    "size": {"max_height": 512, "max_width": 512},
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+
+
+class KimiK25Family:
+    """Adapter for Kimi K2.5, as transformers ships it."""
+
+    name: ClassVar[str] = "kimi_k25"
+    model_types: ClassVar[frozenset[str]] = frozenset({"kimi_k25"})
+    # Plain positions; images are found by their token id.
+    forward_policy: ClassVar[ForwardPolicy] = ForwardPolicy(
+        pass_position_ids_with_mm=True, requires_mm_token_type_ids=False
+    )
+
+    def __init__(self, files: ModelFiles) -> None:
+        """Reads the model folder's settings.
+
+        Raises:
+            ConfigError: Settings are missing or ask for something that this adapter does not do.
+        """
+        settings = {**_DEFAULTS, **files.image_processor}
+        refuse_other_steps(settings, files.folder)
+        if settings["size"].get("max_height") != settings["size"].get("max_width"):
+            raise ConfigError(f"image processor of {files.folder} has size {settings['size']}, expected equal limits")
+        self.patch_size = int(settings["patch_size"])
+        self.merge_size = int(settings["merge_size"])
+        self.max_patches = int(settings["max_patches"])
+        self.max_side_patches = int(settings["size"]["max_height"])
+        self.layout_fields: Mapping[str, Any] = {
+            "family": self.name,
+            "algorithm": _ALGORITHM,
+            "patch_size": self.patch_size,
+            "temporal_patch_size": 1,
+            "merge_size": self.merge_size,
+            "max_patches": self.max_patches,
+            "max_side_patches": self.max_side_patches,
+            "resample": "bicubic-antialias-torch",
+            "rescale_factor": float(settings["rescale_factor"]),
+            "image_mean": [float(value) for value in settings["image_mean"]],
+            "image_std": [float(value) for value in settings["image_std"]],
+            "pixel_rules": PIXEL_RULES,
+        }
+        self.layout_fingerprint = fingerprint_of(self.layout_fields)
+        self.renderer_name: str | None = "kimi-k2.5"
+        self.image_token_id = token_id(files, "image_token_id")
+        self.vision_token_ids = frozenset(
+            token_id(files, key)
+            for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        )
+        self._table = self._normalization_table()
+
+    def layout(self, width: int, height: int) -> ImageLayout:
+        """Layout of an image of this size; equal to `navit_resize` of the Hugging Face processor for every size."""
+        patch, limit = self.patch_size, self.max_side_patches * self.patch_size
+        patches = max(1, height // patch) * max(1, width // patch)
+        scale = min(1.0, math.sqrt(self.max_patches / patches), limit / height, limit / width)
+        rows = min(max(1, int(height * scale)), limit)
+        columns = min(max(1, int(width * scale)), limit)
+        block = patch * self.merge_size
+        grid_height, grid_width = -(-rows // block) * self.merge_size, -(-columns // block) * self.merge_size
+        return ImageLayout(
+            grid_thw=(1, grid_height, grid_width),
+            num_tokens=grid_height * grid_width // self.merge_size**2,
+            resized_height=rows,
+            resized_width=columns,
+        )
+
+    def payload(self, layout: ImageLayout) -> dict[str, Any]:
+        """`{"image_grid_thw": [t, h, w], "resized_hw": [height, width]}`: patches, and pixels before padding."""
+        return {
+            "image_grid_thw": list(layout.grid_thw),
+            "resized_hw": [layout.resized_height, layout.resized_width],
+        }
+
+    def check_payload(self, payload: Mapping[str, Any], layout: ImageLayout) -> None:
+        """Checks that a payload is the one that an image of this layout has.
+
+        Raises:
+            LayoutError: Another payload.
+        """
+        expected = self.payload(layout)
+        for key in expected.keys() | payload.keys():
+            value = payload.get(key)
+            if (
+                not isinstance(value, list)
+                or any(type(item) is not int for item in value)
+                or value != expected.get(key)
+            ):
+                raise LayoutError(f"payload has {key} {str(value)[:60]}, the image has {expected.get(key)}")
+
+    def expand(self, logical_ids: Sequence[int], layouts: Sequence[ImageLayout]) -> Expansion:
+        """Each `<|media_pad|>` becomes as many as its image has tokens; its neighbours stay."""
+        return expand_one_placeholder(logical_ids, self.image_token_id, layouts)
+
+    def placeholder_layout(self, num_tokens: int) -> ImageLayout:
+        """One row of blocks."""
+        side = self.patch_size * self.merge_size
+        return ImageLayout((1, self.merge_size, self.merge_size * num_tokens), num_tokens, side, side * num_tokens)
+
+    def materialize(
+        self, images: Sequence[NDArray[np.uint8] | None], layouts: Sequence[ImageLayout]
+    ) -> dict[str, NDArray[Any]]:
+        """Patches of all images, one after the other.
+
+        Returns:
+            `pixel_values` float32 `(patches, 3, patch_size, patch_size)` and `image_grid_thw` int64 `(images, 3)`, bit
+            for bit what `Kimi_K25ImageProcessor` (torchvision) makes of the same RGB pixels.
+        """
+        patch = self.patch_size
+        values = [
+            np.zeros((math.prod(layout.grid_thw), 3, patch, patch), dtype=np.float32)
+            if pixels is None
+            else self._patches(pixels, layout)
+            for pixels, layout in zip(images, layouts, strict=True)
+        ]
+        return {
+            "pixel_values": np.concatenate(values) if values else np.zeros((0, 3, patch, patch), dtype=np.float32),
+            "image_grid_thw": np.array([layout.grid_thw for layout in layouts], dtype=np.int64).reshape(-1, 3),
+        }
+
+    def _patches(self, pixels: NDArray[np.uint8], layout: ImageLayout) -> NDArray[np.float32]:
+        patch = self.patch_size
+        _, grid_height, grid_width = layout.grid_thw
+        canvas = np.zeros((grid_height * patch, grid_width * patch, 3), dtype=np.uint8)
+        canvas[: layout.resized_height, : layout.resized_width] = _shrink(pixels, layout)
+        patches = canvas.reshape(grid_height, patch, grid_width, patch, 3).transpose(0, 2, 4, 1, 3)
+        out = np.empty((grid_height * grid_width, 3, patch, patch), dtype=np.float32)
+        for channel in range(3):
+            out[:, channel] = self._table[channel][patches[:, :, channel].reshape(-1, patch, patch)]
+        return out
+
+    def _normalization_table(self) -> NDArray[np.float32]:
+        """Normalised value of each of the 256 levels, per channel.
+
+        Source: the fused `rescale_and_normalize` of transformers' torchvision backend, in float32.
+        """
+        fields = self.layout_fields
+        factor = np.float32(1.0 / fields["rescale_factor"])
+        mean = np.array(fields["image_mean"], dtype=np.float32) * factor
+        std = np.array(fields["image_std"], dtype=np.float32) * factor
+        table: NDArray[np.float32] = (np.arange(256, dtype=np.float32)[None, :] - mean[:, None]) / std[:, None]
+        return table
+
+
+def _shrink(pixels: NDArray[np.uint8], layout: ImageLayout) -> NDArray[np.uint8]:
+    """Antialiased bicubic by torch, which the family's processor uses; Pillow's differs by a level here and there."""
+    size = (layout.resized_height, layout.resized_width)
+    if pixels.shape[:2] == size:
+        return pixels
+    import torch
+
+    tensor = torch.tensor(pixels).permute(2, 0, 1)[None]
+    resized = torch.nn.functional.interpolate(tensor, size=size, mode="bicubic", antialias=True, align_corners=False)
+    return resized[0].permute(1, 2, 0).numpy()  # type: ignore[no-any-return]
