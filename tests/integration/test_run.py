@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pointillist.config.run_paths import RunPaths, read_jsonl
-from tests.integration.conftest import Digits, processes_of, wait_for
+from tests.integration.conftest import Digits, pointillist, processes_of, wait_for
 
 pytestmark = pytest.mark.integration
 
@@ -34,6 +34,10 @@ def test_a_run_from_start_to_summary(digits_run: Digits) -> None:
 
     AutoModelForImageTextToText.from_pretrained(digits_run.output_dir / "model")
     assert processes_of(digits_run.root) == {}
+    verified = pointillist("store", "verify", "--run", digits_run.output_dir)
+    output, _ = verified.communicate(timeout=60)
+    assert verified.returncode == 0, output
+    assert f"{len(list((digits_run.output_dir / 'assets' / 'images').rglob('*.png')))} good" in output
     # Nothing of it is overwritten by accident.
     code, output = digits_run.run()
     assert code == 1
@@ -161,3 +165,39 @@ def test_a_stale_image_folder_in_the_environment_is_overridden(digits_run: Digit
     assert code == 0, output
     assert "VF_RENDERER_IMAGE_OFFLOAD_DIR was /nowhere/stale" in output
     assert list((digits_run.output_dir / "assets" / "images").rglob("*.png"))
+
+
+VANISHING = """
+from pathlib import Path
+from pointillist.environments.digits import DigitsEnvironment
+
+
+class Vanishing(DigitsEnvironment):
+    def __init__(self, data_dir, share):
+        super().__init__(data_dir)
+        self.share = share
+
+    async def rollout(self, task, session):
+        await super().rollout(task, session)
+        if task.id.startswith("train") and int(task.id[6:10]) % 10 < self.share:
+            uri = session.messages[0]["content"][0]["image_url"]["url"]
+            Path(uri.removeprefix("file://")).unlink(missing_ok=True)
+        return float(session.turns[0].completion.token_ids[0])
+"""
+
+
+@pytest.mark.parametrize(("share", "fraction"), [(5, 1.0), (10, 0.05)])
+def test_images_that_vanish_cost_their_samples_or_stop_the_run(digits_run: Digits, share: int, fraction: float) -> None:
+    (digits_run.root / "vanishing.py").write_text(VANISHING)
+    code, output = digits_run.run(
+        "--env.id", "vanishing:Vanishing", "--env.args.share", share, "--multimodal.missing_image_retries", 0,
+        "--multimodal.missing_image_max_fraction", fraction, environ={"PYTHONPATH": str(digits_run.root)},
+    )  # fmt: skip
+    records = read_jsonl(RunPaths(digits_run.output_dir).metrics / "trainer.jsonl")
+    if fraction == 1.0:
+        assert code == 0, output
+        assert sum(record["mm/images_missing"] for record in records) > 0
+        assert sum(record["mm/samples_zeroed"] for record in records) > 0
+        assert sum(record["tokens/trained"] for record in records) > 0
+    else:
+        _assert_clear(code, output, "images are missing, more than multimodal.missing_image_max_fraction = 0.05")

@@ -1,3 +1,5 @@
+import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +8,8 @@ import numpy as np
 import pytest
 
 from pointillist.errors import MissingImageError, RefError
-from pointillist.families import Family, RawImageMaterializer
+from pointillist.families import Family, ModelFiles, RawImageMaterializer, write_layout_record
+from pointillist.families.qwen_vl import QwenVLFamily
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.images.store import local_path
 from pointillist.refs import ImageRef, RawImageDescriptor
@@ -82,3 +85,29 @@ def test_messages_never_tell_the_actual_hash(
     with pytest.raises(RefError) as error:
         materializer.materialize([msgspec.structs.replace(ref, hash="0" * 64)], [length])
     assert ref.hash not in str(error.value)
+
+
+def test_a_fingerprint_mismatch_names_the_first_setting(family: Family, store: ImageStore, tmp_path: Path) -> None:
+    tokens = {"image_token_id": 6, "video_token_id": 7, "vision_start_token_id": 3, "vision_end_token_id": 4}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_vl", **tokens}))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"patch_size": 16, "max_pixels": 4096}))
+    other = QwenVLFamily(ModelFiles(tmp_path))
+    ref, length = _ref(family, store)
+    reader = RawImageMaterializer(other, [store.root], ImageLimits())
+    with pytest.raises(RefError, match="another image processor configuration"):
+        reader.materialize([ref], [length])
+    write_layout_record(family, store.root)
+    with pytest.raises(RefError, match=f"{ref.layout_fingerprint}.*{other.layout_fingerprint}.*differs is image_mean"):
+        reader.materialize([ref], [length])
+
+
+def test_a_file_that_comes_late_is_waited_for(family: Family, store: ImageStore) -> None:
+    ref, length = _ref(family, store)
+    path = local_path(ref.raw_image_uri)
+    data = path.read_bytes()
+    path.unlink()
+    timer = threading.Timer(0.1, lambda: path.write_bytes(data))
+    timer.start()
+    late = RawImageMaterializer(family, [store.root], ImageLimits(), missing_image_retries=5)
+    assert late.load(ref, length).pixels is not None
+    timer.join()

@@ -86,3 +86,12 @@ def test_any_string_gives_an_expected_error(tmp_path_factory: pytest.TempPathFac
     sources = Sources(ImageStore(tmp_path_factory.getbasetemp() / "fuzz", ImageLimits()))
     with pytest.raises(PointillistError):
         sources.put(prefix + text)
+
+
+def test_a_hundred_images_in_one_message(sources: Sources) -> None:
+    parts = [{"type": "image_url", "image_url": {"url": DATA_URL}}, {"type": "text", "text": "x"}] * 100
+    images: list[StoredImage] = []
+    message = normalize_images({"role": "user", "content": parts}, sources, images)
+    assert len(images) == 100
+    assert len({image.uri for image in images}) == 1
+    assert message["content"][1] is parts[1]

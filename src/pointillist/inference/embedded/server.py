@@ -28,7 +28,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 
 from pointillist.config import InferenceConfig, RunPaths
-from pointillist.errors import InferenceError, PointillistError
+from pointillist.errors import ConfigError, InferenceError, PointillistError
 from pointillist.families import RawImageMaterializer
 from pointillist.inference.embedded.batch import Prompt
 from pointillist.inference.embedded.engine import Engine, EngineRequest
@@ -250,6 +250,7 @@ def serve(config: InferenceConfig) -> None:
         """A server without an engine must not look alive."""
         http_server.should_exit = http_server.force_exit = True
 
+    _refuse_other_caches(loaded)
     server = Server(
         config, loaded, RawImageMaterializer.for_run(loaded.family, config.multimodal, config.output_dir), end_process
     )
@@ -265,6 +266,17 @@ def serve(config: InferenceConfig) -> None:
     http_server.run()
     if server.engine.failure is not None:
         raise InferenceError(f"engine died: {server.engine.failure!r}")
+
+
+def _refuse_other_caches(loaded: LoadedModel) -> None:
+    """The running batch is made of keys and values; the state of linear attention can not be joined that way.
+
+    Raises:
+        ConfigError: The model has layers with another kind of cache.
+    """
+    layers = getattr(loaded.model.config.get_text_config(), "layer_types", None) or []
+    if other := sorted(set(layers) - {"full_attention", "sliding_attention"}):
+        raise ConfigError(f"the embedded server can not decode models with {', '.join(other)} layers; use vLLM")
 
 
 def _eos_token_ids(loaded: LoadedModel) -> frozenset[int]:
