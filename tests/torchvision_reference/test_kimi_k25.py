@@ -10,21 +10,16 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from PIL import Image
-from transformers import AutoModelForImageTextToText, Kimi_K25Config, Kimi_K25ForConditionalGeneration
+from transformers import Kimi_K25Config, Kimi_K25ForConditionalGeneration
 from transformers.models.kimi_k25.image_processing_kimi_k25 import Kimi_K25ImageProcessor, navit_resize
 
 from pointillist.errors import LayoutError
-from pointillist.families import ModelFiles, RawImageMaterializer
+from pointillist.families import ModelFiles
 from pointillist.families.kimi_k25 import KimiK25Family
-from pointillist.images import ImageLimits, ImageStore
-from pointillist.models import LoadedModel, load_model
-from pointillist.orchestrator.packing import pack
-from pointillist.trainer.data import RowLoader
-from pointillist.trainer.packing_check import check_packing
-from pointillist.trainer.policy import Policy
+from pointillist.images import ImageStore
+from pointillist.models import load_model
 from tests.conftest import picture
-from tests.unit.test_family_models import _sample
+from tests.unit.test_family_models import check_against_huggingface
 
 TOKENS = {"image_token_id": 6, "video_token_id": 7, "vision_start_token_id": 3, "vision_end_token_id": 4}
 SMALL = {"max_patches": 64, "size": {"max_height": 12, "max_width": 12}, "image_mean": [0.48, 0.46, 0.41]}
@@ -113,35 +108,6 @@ def folder(prepare: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-def _huggingface(folder: Path, loaded: LoadedModel, sample: Any, *, blank: bool) -> torch.Tensor:
-    model, ids = AutoModelForImageTextToText.from_pretrained(folder).eval(), torch.tensor([sample.token_ids])
-    kwargs: dict[str, Any] = {}
-    if sample.mm_refs is not None:
-        pictures = [Image.open(image.uri.removeprefix("file://")).convert("RGB") for image in sample.mm_refs.images]
-        if blank:
-            pictures = [Image.new("RGB", each.size) for each in pictures]
-        kwargs = dict(Kimi_K25ImageProcessor.from_pretrained(folder)(images=pictures, return_tensors="pt"))
-    with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False, **kwargs).logits[0]
-    logits[:, loaded.unsampleable] = float("-inf")
-    where = torch.tensor([index for index, on in enumerate(sample.loss_mask) if on])
-    return logits.log_softmax(-1)[where - 1].gather(1, ids[0, where, None])[:, 0]
-
-
 def test_packed_references_equal_the_processors_way(folder: Path, store: ImageStore) -> None:
     loaded = load_model(str(folder), device="cpu", dtype="float32")
-    policy = Policy(loaded)
-    proof = check_packing(policy, loaded)
-    assert proof.can_pack
-    sizes = [[(64, 64)], [], [(100, 70), (300, 84)]]
-    samples = [_sample(loaded, store, each, seed) for seed, each in enumerate(sizes)]
-    ((row,),) = pack(samples, seq_len=256, num_workers=1)
-    stats = policy(RowLoader(loaded, RawImageMaterializer(loaded.family, [store.root], ImageLimits())).load(row))
-    by_id = {sample.sample_id: sample for sample in samples}
-    order = [by_id[name] for name in row.sample_ids]
-    expected = torch.cat([_huggingface(folder, loaded, sample, blank=False) for sample in order])
-    assert (stats.logprobs - expected).abs().max() < 1e-5
-    blank = torch.cat([_huggingface(folder, loaded, sample, blank=True) for sample in order])
-    assert (stats.logprobs - blank).abs().max() > 0.01  # the control
-    stats.logprobs.sum().backward()
-    assert any(bool(p.grad.abs().sum() > 0) for p in loaded.model.model.vision_tower.parameters() if p.grad is not None)
+    assert check_against_huggingface(folder, loaded, store).can_pack

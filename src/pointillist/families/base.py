@@ -144,3 +144,9 @@ def expand_one_placeholder(
         token_ids.extend([token] * count)
         source.extend([index] * count)
     return Expansion(token_ids, source, spans)
+
+
+def one_row_of_blocks(num_tokens: int, patch_size: int, merge_size: int) -> ImageLayout:
+    """A layout with this many tokens, for families that cut images into square blocks of patches."""
+    side = patch_size * merge_size
+    return ImageLayout((1, merge_size, merge_size * num_tokens), num_tokens, side, side * num_tokens)

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pointillist.errors import ConfigError, LayoutError
-from pointillist.families.base import Expansion, ForwardPolicy, ImageLayout, expand_one_placeholder
-from pointillist.families.model_files import ModelFiles, refuse_other_steps, token_id
+from pointillist.families.base import Expansion, ForwardPolicy, ImageLayout, expand_one_placeholder, one_row_of_blocks
+from pointillist.families.model_files import VISION_TOKENS, ModelFiles, refuse_other_steps, token_id
 from pointillist.images.decode import PIXEL_RULES
 from pointillist.refs.descriptor import fingerprint_of
 
@@ -73,10 +73,7 @@ class KimiK25Family:
         self.layout_fingerprint = fingerprint_of(self.layout_fields)
         self.renderer_name: str | None = "kimi-k2.5"
         self.image_token_id = token_id(files, "image_token_id")
-        self.vision_token_ids = frozenset(
-            token_id(files, key)
-            for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        )
+        self.vision_token_ids = frozenset(token_id(files, key) for key in VISION_TOKENS)
         self._table = self._normalization_table()
 
     def layout(self, width: int, height: int) -> ImageLayout:
@@ -124,8 +121,7 @@ class KimiK25Family:
 
     def placeholder_layout(self, num_tokens: int) -> ImageLayout:
         """One row of blocks."""
-        side = self.patch_size * self.merge_size
-        return ImageLayout((1, self.merge_size, self.merge_size * num_tokens), num_tokens, side, side * num_tokens)
+        return one_row_of_blocks(num_tokens, self.patch_size, self.merge_size)
 
     def materialize(
         self, images: Sequence[NDArray[np.uint8] | None], layouts: Sequence[ImageLayout]

@@ -10,6 +10,8 @@ from pointillist.errors import ConfigError
 
 _BICUBIC: Final = 3
 """Pillow's number of the filter, as image processors write it."""
+VISION_TOKENS: Final = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+"""Keys of `config.json` under which most models name their special tokens of images and videos."""
 
 
 def resolve_model_dir(name: str) -> Path:
