@@ -173,31 +173,42 @@ from pointillist.environments.digits import DigitsEnvironment
 
 
 class Vanishing(DigitsEnvironment):
-    def __init__(self, data_dir, share):
+    def __init__(self, data_dir, share, corrupt):
         super().__init__(data_dir)
         self.share = share
+        self.corrupt = corrupt
 
     async def rollout(self, task, session):
         await super().rollout(task, session)
         if task.id.startswith("train") and int(task.id[6:10]) % 10 < self.share:
             uri = session.messages[0]["content"][0]["image_url"]["url"]
-            Path(uri.removeprefix("file://")).unlink(missing_ok=True)
+            path = Path(uri.removeprefix("file://"))
+            path.write_bytes(b"noise") if self.corrupt else path.unlink(missing_ok=True)
         return float(session.turns[0].completion.token_ids[0])
 """
 
 
-@pytest.mark.parametrize(("share", "fraction"), [(5, 1.0), (10, 0.05)])
-def test_images_that_vanish_cost_their_samples_or_stop_the_run(digits_run: Digits, share: int, fraction: float) -> None:
+@pytest.mark.parametrize(
+    ("corrupt", "share", "fraction"), [(False, 5, 1.0), (False, 10, 0.05), (True, 5, 1.0), (True, 10, 0.05)]
+)
+def test_lost_images_cost_their_samples_or_stop_the_run(
+    digits_run: Digits, corrupt: bool, share: int, fraction: float
+) -> None:
     (digits_run.root / "vanishing.py").write_text(VANISHING)
     code, output = digits_run.run(
-        "--env.id", "vanishing:Vanishing", "--env.args.share", share, "--multimodal.missing_image_retries", 0,
-        "--multimodal.missing_image_max_fraction", fraction, environ={"PYTHONPATH": str(digits_run.root)},
+        "--env.id", "vanishing:Vanishing", "--env.args",
+        json.dumps({"data_dir": str(digits_run.root / "data"), "share": share, "corrupt": corrupt}),
+        "--multimodal.missing_image_retries", 0, "--multimodal.missing_image_max_fraction", fraction, environ={"PYTHONPATH": str(digits_run.root)},
     )  # fmt: skip
     records = read_jsonl(RunPaths(digits_run.output_dir).metrics / "trainer.jsonl")
     if fraction == 1.0:
         assert code == 0, output
-        assert sum(record["mm/images_missing"] for record in records) > 0
-        assert sum(record["mm/samples_zeroed"] for record in records) > 0
+        count = "mm/samples_quarantined" if corrupt else "mm/samples_zeroed"
+        assert sum(record[count] for record in records) > 0
+        quarantine = read_jsonl(digits_run.output_dir / "quarantine.jsonl")
+        assert bool(quarantine) == corrupt
+        assert all("is corrupt" in record["message"] for record in quarantine)
         assert sum(record["tokens/trained"] for record in records) > 0
     else:
-        _assert_clear(code, output, "images are missing, more than multimodal.missing_image_max_fraction = 0.05")
+        kind = "corrupt" if corrupt else "missing"
+        _assert_clear(code, output, f"images are {kind}, more than multimodal.missing_image_max_fraction = 0.05")

@@ -1,4 +1,6 @@
 import statistics
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -7,11 +9,14 @@ from hypothesis import strategies as st
 from pointillist.errors import EnvironmentLoadError, RefError
 from pointillist.images import Sources, normalize_images
 from pointillist.orchestrator.advantages import group_advantages
+from pointillist.orchestrator.orchestrator import _Batch
+from pointillist.orchestrator.packing import OverlongMultimodalSample
 from pointillist.orchestrator.samples import make_sample
 from pointillist.orchestrator.tasks import TaskOrder
 from pointillist.render import RawRenderer
 from pointillist.rollouts import Branch, Task, load_environment
 from tests.conftest import picture
+from tests.unit.test_transport import sample
 
 
 @given(st.lists(st.floats(-10, 10), min_size=2, max_size=16))
@@ -79,3 +84,32 @@ def test_samples_train_what_was_sampled(renderer: RawRenderer, sources: Sources)
 def test_environments_that_can_not_be_had(name: str, message: str) -> None:
     with pytest.raises(EnvironmentLoadError, match=message):
         load_environment(name, {})
+
+
+def _rollouts(rewards: list[float]) -> list[Any]:
+    branch = SimpleNamespace(token_ids=[1] * 9, sampled=[True] * 9, images=[])
+    session = SimpleNamespace(branches=[branch], turns=[None], messages=[])
+    return [
+        SimpleNamespace(id=str(i), task=Task("t"), reward=reward, session=session) for i, reward in enumerate(rewards)
+    ]
+
+
+@pytest.mark.parametrize("seq_len", [8, 9])
+def test_overlong_samples_are_dropped_and_counted_or_stop_the_run(seq_len: int) -> None:
+    batch = _Batch(lambda *_: sample(), seq_len, "drop")  # a sample of nine tokens
+    batch.add_group(_rollouts([0.0, 1.0]), normalize_std=True)
+    assert batch.metrics()["mm/samples_overlong"] == (2 if seq_len == 8 else 0)
+    assert len(batch.samples) == (0 if seq_len == 8 else 2)
+    if seq_len == 8:
+        with pytest.raises(OverlongMultimodalSample, match="9 tokens and 1 images, seq_len is 8"):
+            _Batch(lambda *_: sample(), seq_len, "error").add_group(_rollouts([0.0, 1.0]), normalize_std=True)
+
+
+def test_groups_that_agree_train_nothing_but_count_in_the_denominator() -> None:
+    batch = _Batch(lambda *_: sample(), 64, "drop")
+    batch.add_group(_rollouts([1.0, 1.0]), normalize_std=True)
+    batch.add_group(_rollouts([1.0]), normalize_std=True)
+    batch.add_group(_rollouts([0.0, 1.0]), normalize_std=True)
+    assert batch.metrics()["groups/dropped_zero_variance"] == 2
+    assert len(batch.samples) == 2
+    assert batch.num_tokens == 5 * 9

@@ -34,7 +34,10 @@ def draw_curve(orchestrator: list[dict[str, Any]], evals: list[dict[str, Any]], 
         marker="o",
         label="held-out accuracy (greedy)",
     )
-    axes.set(xlabel="optimiser step", ylabel="mean reward", title=title, ylim=(0, 1))
+    axes.set(xlabel="optimiser step", ylabel="mean reward", title=title)
+    values = [value for line in axes.lines for value in line.get_ydata()]
+    if values and min(values) >= 0 and max(values) <= 1:
+        axes.set_ylim(0, 1)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.tight_layout()
