@@ -195,10 +195,10 @@ def test_lost_images_cost_their_samples_or_stop_the_run(
     digits_run: Digits, corrupt: bool, share: int, fraction: float
 ) -> None:
     (digits_run.root / "vanishing.py").write_text(VANISHING)
+    arguments = {"data_dir": str(digits_run.root / "data"), "share": share, "corrupt": corrupt}
     code, output = digits_run.run(
-        "--env.id", "vanishing:Vanishing", "--env.args",
-        json.dumps({"data_dir": str(digits_run.root / "data"), "share": share, "corrupt": corrupt}),
-        "--multimodal.missing_image_retries", 0, "--multimodal.missing_image_max_fraction", fraction, environ={"PYTHONPATH": str(digits_run.root)},
+        "--env.id", "vanishing:Vanishing", "--env.args", json.dumps(arguments), "--multimodal.missing_image_retries", 0,
+        "--multimodal.missing_image_max_fraction", fraction, environ={"PYTHONPATH": str(digits_run.root)},
     )  # fmt: skip
     records = read_jsonl(RunPaths(digits_run.output_dir).metrics / "trainer.jsonl")
     if fraction == 1.0:
