@@ -164,7 +164,7 @@ def _settle_addresses(config: RLConfig) -> None:
 def _environment(config: RLConfig) -> dict[str, str]:
     """Environment of all processes; the image folder is the launcher's word, whatever was there before."""
     environ = {**os.environ, **config.env_vars, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-    image_dir = str(resolve_image_dir(config.multimodal, config.output_dir, os.environ))
+    image_dir = str(resolve_image_dir(config.multimodal, config.output_dir, environ))
     before = os.environ.get(CARRIER)
     if before is not None and before != image_dir:
         console.print(
