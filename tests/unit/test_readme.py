@@ -1,0 +1,38 @@
+"""The README's own environment and config are used as they stand there."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from pointillist.config import RLConfig, load_toml
+from pointillist.rollouts import load_environment
+
+README = Path(__file__).parent.parent.parent / "README.md"
+
+
+def _block(language: str) -> str:
+    (found,) = re.findall(rf"```{language}\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    return found
+
+
+def test_the_environment_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "oranges.py").write_text(_block("python"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    environment = load_environment("oranges:Oranges", {})
+    assert [task.id for task in environment.train_tasks()] == ["0"]
+    assert [task.id for task in environment.eval_tasks()] == ["1"]
+
+
+def test_the_config_is_valid(tmp_path: Path) -> None:
+    (tmp_path / "oranges.toml").write_text(_block("toml"))
+    config = load_toml(RLConfig, tmp_path / "oranges.toml")
+    assert config.orchestrator.env.id == "oranges:Oranges"
+    assert config.trainer.max_steps == 200
+
+
+def test_its_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([\w/.-]+)\)", README.read_text()):
+        assert (README.parent / target).exists(), target
