@@ -1,5 +1,6 @@
 """The embedded engine against plain Hugging Face forwards."""
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -180,6 +181,23 @@ def test_new_weights_between_two_steps(engine: Engine, tmp_path: Path) -> None:
     with pytest.raises(InferenceError):
         engine.update_weights(tmp_path / "step_4", 4)
     assert engine.weight_version == 3
+
+
+def test_a_token_belongs_to_the_weights_that_computed_its_logits(engine: Engine, tmp_path: Path) -> None:
+    loaded = engine._loaded
+    weights = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+    write_weights({name: tensor * 1.01 for name, tensor in weights.items()}, tmp_path / "step_1")
+    running = _submit(engine, _prompt(loaded, 5, [], 1), max_tokens=300)
+    while not (engine._rows and engine._rows[0].token_ids):
+        time.sleep(0.001)
+    engine.pause()
+    sampled = len(engine._rows[0].token_ids)
+    assert sampled < 299
+    engine.update_weights(tmp_path / "step_1", 1)
+    engine.resume()
+    old, new = running.result(60)[0].weight_versions
+    # The next token's logits were there before the new weights were.
+    assert (old.version, old.end, new.version) == ("0", sampled + 1, "1")
 
 
 def test_aborted_requests_leave_the_batch(engine: Engine) -> None:

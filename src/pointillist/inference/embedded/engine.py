@@ -12,7 +12,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -56,6 +57,8 @@ class _Sequence:
     request: EngineRequest
     index: int
     generator: torch.Generator
+    logits_version: int
+    """Weights that computed the logits which its next token is sampled from."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[LogProbsContent] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
@@ -210,7 +213,7 @@ class Engine:
     def _fail_all(self, error: BaseException) -> None:
         self._take_commands()  # requests among them
         for request in [*self._waiting, *{sequence.request for sequence in self._rows}]:
-            if not request.future.done():
+            with suppress(InvalidStateError):
                 request.future.set_exception(RuntimeError(f"engine died: {error!r}"))
         self._waiting.clear()
         self._rows.clear()
@@ -235,7 +238,10 @@ class Engine:
                 unique[request.share_key] = len(prompts)
                 prompts.append(request.prompt)
             rows += [unique[request.share_key]] * request.params.n
-            self._rows += [_Sequence(request, i, self._generator(request.params, i)) for i in range(request.params.n)]
+            self._rows += [
+                _Sequence(request, i, self._generator(request.params, i), self.weight_version)
+                for i in range(request.params.n)
+            ]
         new = prefill(self._loaded, prompts).select(rows)
         self._batch = new if self._batch is None else self._batch.join(new)
         self._metrics.prefilled(len(prompts), sum(len(p.token_ids) for p in prompts), len(rows))
@@ -263,6 +269,8 @@ class Engine:
         self._keep(going)
         if self._batch is not None:
             self._batch = decode(self._loaded, self._batch, tokens)
+            for sequence in self._rows:
+                sequence.logits_version = self.weight_version
         self._metrics.queues(len(self._rows), len(self._waiting))
 
     def _keep(self, rows: list[int]) -> None:
@@ -274,7 +282,7 @@ class Engine:
     def _append(self, sequence: _Sequence, row: int, sampled: Sampled) -> None:
         token = int(sampled.token_ids[row])
         sequence.token_ids.append(token)
-        sequence.versions.append(self.weight_version)
+        sequence.versions.append(sequence.logits_version)
         if (count := sequence.request.params.logprobs) is not None:
             sequence.logprobs.append(_logprobs_content(token, sampled.logprobs[row], count))
 
@@ -298,8 +306,9 @@ class Engine:
             logprobs=LogProbs(content=sequence.logprobs) if request.params.logprobs is not None else None,
             weight_versions=_spans(sequence.versions),
         )
-        if len(request.choices) == request.params.n and not request.future.cancelled():
-            request.future.set_result([request.choices[index] for index in range(request.params.n)])
+        if len(request.choices) == request.params.n:
+            with suppress(InvalidStateError):  # cancelled meanwhile: nobody waits
+                request.future.set_result([request.choices[index] for index in range(request.params.n)])
 
     def _generator(self, params: SamplingParams, index: int) -> torch.Generator:
         if params.seed is None:
