@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pointillist.config import OrchestratorConfig, RunPaths, writer_image_dir
-from pointillist.config.run_paths import ORCHESTRATOR_STATE, append_jsonl
+from pointillist.config.run_paths import ORCHESTRATOR_STATE, append_jsonl, write_atomically
 from pointillist.errors import InferenceError, PointillistError
 from pointillist.families import load_family, resolve_model_dir, write_layout_record
 from pointillist.images import ImageStore, Sources
@@ -111,6 +111,8 @@ class Orchestrator:
         batch = await self._collect(step)
         packing = time.perf_counter()
         ranks = pack(batch.samples, seq_len=self.config.seq_len, num_workers=self.config.num_train_workers)
+        # Before the batch: whoever looks after images must find every reference that can be trained on.
+        batch.record(self.paths.rollout_step(step) / "rollouts.jsonl")
         state = json.dumps({"step": step, "task_position": self.tasks.position}).encode()
         self.sender.send(
             [
@@ -119,7 +121,6 @@ class Orchestrator:
             ]
         )
         ended = time.perf_counter()
-        batch.record(self.paths.rollout_step(step) / "rollouts.jsonl")
         errors, self.runner.errors = self.runner.errors, RolloutErrors()
         metrics = {
             "step": step,
@@ -254,9 +255,7 @@ class _Batch:
 
     def record(self, path: Path) -> None:
         """Writes the rollouts, one JSON a line; pictures are URLs of the store."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in self._records)
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in self._records).encode())
 
     def _drop_overlong(self, sample: TrainingSample) -> None:
         """A sample is never cut: its reward was earned by all of it."""
