@@ -117,6 +117,7 @@ class Server:
         if not folder.is_relative_to(broadcasts):
             raise RequestError(f"weight_dir is not below {broadcasts}", param="weight_dir")
         self.engine.update_weights(folder, request.weight_version)
+        logger.info("weight version %d serves", request.weight_version)
 
     def _max_tokens(self, request: GenerateRequest) -> int:
         params, prompt = request.sampling_params, len(request.token_ids)
@@ -263,6 +264,7 @@ def serve(config: InferenceConfig) -> None:
             timeout_graceful_shutdown=2,
         )
     )
+    logger.info("serving %s on %s:%d", config.model.name, config.server.host, config.server.port)
     http_server.run()
     if server.engine.failure is not None:
         raise InferenceError(f"engine died: {server.engine.failure!r}")
