@@ -80,8 +80,12 @@ def test_resume_goes_on_after_the_last_checkpoint(digits_run: Digits) -> None:
     checkpoint = max(int(path.name.removeprefix("step_")) for path in paths.checkpoints.glob("step_*"))
     state = json.loads((paths.checkpoint_step(checkpoint) / "orchestrator.json").read_text())
     assert state["task_position"] >= 4 * checkpoint
+    half = digits_run.output_dir / "assets" / "images" / "ab" / ".abc.png.1.2.tmp"
+    half.parent.mkdir(exist_ok=True)
+    half.write_bytes(b"what a killed writer leaves")
     code, output = digits_run.run("--max-steps", checkpoint + 3, "--resume")
     assert code == 0, output
+    assert not half.exists()
     assert f"resuming after step {checkpoint}" in output
     for name in ("trainer", "orchestrator"):
         steps = [record["step"] for record in read_jsonl(paths.metrics / f"{name}.jsonl")]

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Final
 
@@ -134,9 +135,13 @@ def _show_death(child: Child) -> None:
 
 
 def _check_model(config: RLConfig) -> None:
-    """Everything about the model that can be known without loading it."""
+    """Everything about the model that can be known without loading it; a local folder becomes an absolute path."""
     load_family(config.model.name)
-    FolderTokenizer(resolve_model_dir(config.model.name))
+    folder = resolve_model_dir(config.model.name)
+    FolderTokenizer(folder)
+    if Path(config.model.name).expanduser().is_dir():
+        for component in (config, config.inference, config.orchestrator, config.trainer):
+            component.model.name = str(folder)
 
 
 def _settle_addresses(config: RLConfig) -> None:

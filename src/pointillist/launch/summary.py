@@ -1,6 +1,7 @@
 """What came of a run: `summary.json`, a table on the terminal, and the learning curve."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -19,7 +20,7 @@ def summarize(config: RLConfig, paths: RunPaths, console: Console) -> None:
     summary = build_summary(trainer, orchestrator, evals)
     write_atomically(paths.output_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     curve = paths.output_dir / "curve.png"
-    draw_curve(orchestrator, evals, curve, title=f"{config.env.id}: {config.model.name}")
+    draw_curve(orchestrator, evals, curve, title=f"{config.env.id}: {Path(config.model.name).name}")
     table = Table(title="summary", show_header=False)
     for key, value in summary.items():
         table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
