@@ -1,6 +1,6 @@
 """Floor 2: configuration. Validates everything that can be known before a process starts."""
 
-from pointillist.config.assets import CARRIER, resolve_image_dir, writer_image_dir
+from pointillist.config.assets import CARRIER, own_image_dir, resolve_image_dir, writer_image_dir
 from pointillist.config.base import Config, load_toml, parse_cli, write_toml
 from pointillist.config.inference import InferenceConfig
 from pointillist.config.orchestrator import EnvConfig, OrchestratorConfig, SamplingConfig
@@ -23,6 +23,7 @@ __all__ = [
     "SamplingConfig",
     "TrainerConfig",
     "load_toml",
+    "own_image_dir",
     "parse_cli",
     "resolve_image_dir",
     "write_toml",

@@ -32,6 +32,11 @@ def resolve_image_dir(multimodal: MultimodalConfig, output_dir: Path, environ: M
         return Path(_expand(multimodal.offload_dir, environ)).expanduser().absolute()
     if run_id := environ.get("RUN_ID"):
         return Path(f"/data/outputs/run_{run_id.removeprefix('run_')}/assets/images")
+    return own_image_dir(output_dir)
+
+
+def own_image_dir(output_dir: Path) -> Path:
+    """The image folder inside a run's own folder, where images lie unless a setting says otherwise."""
     return output_dir.expanduser().absolute() / "assets" / "images"
 
 

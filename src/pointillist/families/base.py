@@ -121,6 +121,32 @@ class Family(Protocol):
         ...
 
 
+def check_placeholder_count(logical_ids: Sequence[int], placeholder_id: int, layouts: Sequence[ImageLayout]) -> None:
+    """Makes sure that there is one placeholder for every image.
+
+    Raises:
+        LayoutError: There are more or fewer.
+    """
+    found = sum(1 for token in logical_ids if token == placeholder_id)
+    if found != len(layouts):
+        raise LayoutError(f"{found} image placeholders in the tokens, but {len(layouts)} images")
+
+
+def pil_normalization_table(fields: Mapping[str, Any]) -> NDArray[np.float32]:
+    """Normalised value of each of the 256 levels, float32 `(3, 256)`, bit for bit as the PIL backend has it.
+
+    Args:
+        fields: `rescale_factor`, `image_mean` and `image_std`.
+
+    Source: `rescale` (float64, rounded to float32) and `normalize` (float32) of transformers.image_transforms.
+    """
+    levels = (np.arange(256, dtype=np.float64) * fields["rescale_factor"]).astype(np.float32)
+    mean = np.array(fields["image_mean"], dtype=np.float32)
+    std = np.array(fields["image_std"], dtype=np.float32)
+    table: NDArray[np.float32] = (levels[None, :] - mean[:, None]) / std[:, None]
+    return table
+
+
 def expand_one_placeholder(
     logical_ids: Sequence[int], placeholder_id: int, layouts: Sequence[ImageLayout]
 ) -> Expansion:
@@ -129,9 +155,7 @@ def expand_one_placeholder(
     Raises:
         LayoutError: As many layouts as placeholders were expected.
     """
-    found = sum(1 for token in logical_ids if token == placeholder_id)
-    if found != len(layouts):
-        raise LayoutError(f"{found} image placeholders in the tokens, but {len(layouts)} images")
+    check_placeholder_count(logical_ids, placeholder_id, layouts)
     token_ids: list[int] = []
     source: list[int] = []
     spans: list[tuple[int, int]] = []

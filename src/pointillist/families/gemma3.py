@@ -14,7 +14,13 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from pointillist.errors import ConfigError, LayoutError
-from pointillist.families.base import Expansion, ForwardPolicy, ImageLayout
+from pointillist.families.base import (
+    Expansion,
+    ForwardPolicy,
+    ImageLayout,
+    check_placeholder_count,
+    pil_normalization_table,
+)
 from pointillist.families.model_files import ModelFiles, refuse_other_steps, token_id
 from pointillist.images.decode import PIXEL_RULES
 from pointillist.refs.descriptor import fingerprint_of
@@ -70,6 +76,7 @@ class Gemma3Family:
         self.image_token_id = token_id(files, "image_token_index")
         self._begin, self._end = token_id(files, "boi_token_index"), token_id(files, "eoi_token_index")
         self.vision_token_ids = frozenset({self.image_token_id, self._begin, self._end})
+        self._table = pil_normalization_table(self.layout_fields)
         self._blank_lines, self._line_breaks = _newline_tokens(files)
 
     def layout(self, width: int, height: int) -> ImageLayout:
@@ -96,9 +103,7 @@ class Gemma3Family:
             LayoutError: As many layouts as placeholders were expected; or a line break or another image stands beside
                 one, where the tokenizer would merge line breaks and this expansion would not.
         """
-        found = sum(1 for token in logical_ids if token == self._begin)
-        if found != len(layouts):
-            raise LayoutError(f"{found} image placeholders in the tokens, but {len(layouts)} images")
+        check_placeholder_count(logical_ids, self._begin, layouts)
         token_ids: list[int] = []
         source: list[int] = []
         spans: list[tuple[int, int]] = []
@@ -133,13 +138,13 @@ class Gemma3Family:
             same RGB pixels.
         """
         values = np.zeros((len(layouts), 3, self.height, self.width), dtype=np.float32)
-        mean, std = self.layout_fields["image_mean"], self.layout_fields["image_std"]
         for pixels, out in zip(images, values, strict=True):
             if pixels is None:
                 continue
             resized = Image.fromarray(pixels).resize((self.width, self.height), Image.Resampling.BILINEAR)
-            levels = (np.asarray(resized).astype(np.float64) * self.layout_fields["rescale_factor"]).astype(np.float32)
-            out[:] = ((levels - np.array(mean, np.float32)) / np.array(std, np.float32)).transpose(2, 0, 1)
+            levels = np.asarray(resized)
+            for channel in range(3):
+                out[channel] = self._table[channel][levels[:, :, channel]]
         return {"pixel_values": values}
 
     def _refuse_merges(self, around: Sequence[int]) -> None:

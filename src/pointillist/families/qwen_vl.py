@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pointillist.errors import LayoutError
-from pointillist.families.base import Expansion, ForwardPolicy, ImageLayout, expand_one_placeholder, one_row_of_blocks
+from pointillist.families.base import (
+    Expansion,
+    ForwardPolicy,
+    ImageLayout,
+    expand_one_placeholder,
+    one_row_of_blocks,
+    pil_normalization_table,
+)
 from pointillist.families.model_files import VISION_TOKENS, ModelFiles, refuse_other_steps, token_id
 from pointillist.images.decode import PIXEL_RULES
 from pointillist.refs.descriptor import fingerprint_of
@@ -85,7 +92,7 @@ class QwenVLFamily:
         self.renderer_name: str | None = _RENDERERS[files.model_type]
         self.image_token_id = token_id(files, "image_token_id")
         self.vision_token_ids = frozenset(token_id(files, key) for key in VISION_TOKENS)
-        self._table = self._normalization_table()
+        self._table = pil_normalization_table(self.layout_fields)
 
     def layout(self, width: int, height: int) -> ImageLayout:
         """Layout of an image of this size; equal to `smart_resize` of the Hugging Face processor for every size.
@@ -180,15 +187,3 @@ class QwenVLFamily:
         patches = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, patch * patch)
         for channel in range(3):
             out[:, channel] = self._table[channel][patches[:, channel]][:, None]
-
-    def _normalization_table(self) -> NDArray[np.float32]:
-        """Normalised value of each of the 256 levels, per channel: the processor's own steps, in its own precision.
-
-        Source: `rescale` (float64, rounded to float32) and `normalize` (float32) of transformers.image_transforms.
-        """
-        fields = self.layout_fields
-        levels = (np.arange(256, dtype=np.float64) * fields["rescale_factor"]).astype(np.float32)
-        mean = np.array(fields["image_mean"], dtype=np.float32)
-        std = np.array(fields["image_std"], dtype=np.float32)
-        table: NDArray[np.float32] = (levels[None, :] - mean[:, None]) / std[:, None]
-        return table

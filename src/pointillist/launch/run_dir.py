@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from pointillist.config import MultimodalConfig, resolve_image_dir
+from pointillist.config import own_image_dir
 from pointillist.config.run_paths import RunPaths, latest_checkpoint, read_jsonl, remove_steps_after
 from pointillist.errors import LaunchError
 from pointillist.images.inventory import collect_garbage
@@ -44,7 +44,7 @@ def prepare_resume(paths: RunPaths) -> int:
     if step is None:
         raise LaunchError(f"nothing to resume: {paths.checkpoints} holds no complete checkpoint")
     # Writers that were killed may have left half a file each; none of them lives now.
-    own_store = resolve_image_dir(MultimodalConfig(), paths.output_dir, {})
+    own_store = own_image_dir(paths.output_dir)
     collect_garbage(own_store, keep=None, older_than=0.0, dry_run=False)
     remove_steps_after(paths.rollouts, step)
     remove_steps_after(paths.broadcasts, step - 1)  # the trainer broadcasts the resumed weights itself

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
+from pointillist.config.assets import own_image_dir
 from pointillist.config.run_paths import RunPaths, write_atomically
 from pointillist.errors import PointillistError
 from pointillist.images.decode import ImageLimits
@@ -74,7 +75,7 @@ def import_run(archive: Path, output_dir: Path, limits: ImageLimits) -> ArchiveC
     """
     if output_dir.exists() and any(output_dir.iterdir()):
         raise PointillistError(f"{output_dir} is not empty")
-    store = ImageStore(output_dir / "assets" / "images", limits)
+    store = ImageStore(own_image_dir(output_dir), limits)
     images = records = 0
     old_root = ""
     for name, data in _members(archive, limits):

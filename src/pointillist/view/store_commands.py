@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 from rich.progress import track
 
-from pointillist.config import MultimodalConfig, OrchestratorConfig, RunPaths, load_toml, resolve_image_dir
+from pointillist.config import OrchestratorConfig, RunPaths, load_toml, own_image_dir, resolve_image_dir
 from pointillist.errors import ConfigError, PointillistError
 from pointillist.families import Family, RawImageMaterializer, load_family
 from pointillist.images import ImageLimits
@@ -96,7 +96,7 @@ def image_dir_of(paths: RunPaths) -> Path:
     Raises:
         ConfigError: It is in neither place.
     """
-    own = resolve_image_dir(MultimodalConfig(), paths.output_dir, {})
+    own = own_image_dir(paths.output_dir)
     if own.is_dir():
         return own
     config = paths.configs / "orchestrator.toml"
