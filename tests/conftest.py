@@ -4,12 +4,15 @@ import importlib.util
 import io
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
-from pointillist.families import Family, load_family
+from pointillist.families import Family, PatchJoiner, load_family
+from pointillist.families.pixels import PixelDtype
 from pointillist.images import ImageLimits, ImageStore, Sources
 from pointillist.render import FolderTokenizer, RawRenderer
 
@@ -29,6 +32,30 @@ def encoded(image: Image.Image, file_format: str = "PNG", **options: object) -> 
     buffer = io.BytesIO()
     image.save(buffer, format=file_format, **options)
     return buffer.getvalue()
+
+
+def joined(family: Family, images: list[Image.Image], dtype: PixelDtype = "float32") -> dict[str, NDArray[Any]]:
+    """The family's tensors of these pictures."""
+    return PatchJoiner(family).join_pixels([np.asarray(image) for image in images], dtype)
+
+
+def check_pixels(family: Family, images: list[Image.Image], expected: NDArray[np.float32]) -> None:
+    """Every way to the model's pixels gives `expected`, the processor's own, bit for bit; other pictures do not."""
+    import torch
+
+    from pointillist.models import PixelNormalizer
+
+    ours = joined(family, images)["pixel_values"]
+    assert ours.dtype == expected.dtype
+    np.testing.assert_array_equal(ours, expected)
+    half = torch.from_numpy(joined(family, images, "bfloat16")["pixel_values"].view(np.uint16)).view(torch.bfloat16)
+    assert torch.equal(half, torch.from_numpy(expected).to(torch.bfloat16))
+    raw = joined(family, images, "uint8")["pixel_values"]
+    assert raw.nbytes * 4 * family.frames == expected.nbytes
+    on_device = PixelNormalizer(family)(torch.from_numpy(raw))
+    assert torch.equal(on_device.reshape(expected.shape), torch.from_numpy(expected))
+    gray = joined(family, [Image.new("RGB", image.size, (128, 128, 128)) for image in images])["pixel_values"]
+    assert np.abs(gray - expected).max() > 0.1  # the control
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForCondi
 from transformers.utils import logging
 
 from pointillist.environments.digits import QUESTION
-from pointillist.families import load_family
+from pointillist.families import PatchJoiner, load_family
 
 TRAIN_DIGITS = 1400
 IMAGE_SIDE = 32
@@ -104,6 +104,7 @@ def warm_up_format(model: Qwen3VLForConditionalGeneration, folder: Path, data: P
 
     tokenizer, family = AutoTokenizer.from_pretrained(folder), load_family(str(folder))
     layout = family.layout(IMAGE_SIDE, IMAGE_SIDE)
+    joiner = PatchJoiner(family)
     pictures = [np.asarray(Image.open(data / f"{index:04d}.png").convert("RGB")) for index in range(256)]
     prompt = tokenizer.encode(
         f"<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
@@ -115,7 +116,7 @@ def warm_up_format(model: Qwen3VLForConditionalGeneration, folder: Path, data: P
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10))
     for _ in range(steps):
         shown = torch.randint(0, len(pictures), (16,)).tolist()
-        arrays = family.materialize([pictures[index] for index in shown], [layout] * len(shown))
+        arrays = joiner.join_pixels([pictures[index] for index in shown])
         labels = answers[torch.randint(0, 10, (len(shown),))]
         ids = torch.cat([torch.tensor(prompt).expand(len(shown), -1), labels], dim=1)
         logits = model(

@@ -18,7 +18,7 @@ from pointillist.families import ModelFiles
 from pointillist.families.kimi_k25 import KimiK25Family
 from pointillist.images import ImageStore
 from pointillist.models import load_model
-from tests.conftest import picture
+from tests.conftest import check_pixels, joined, picture
 from tests.unit.test_family_models import check_against_huggingface
 
 TOKENS = {"image_token_id": 6, "video_token_id": 7, "vision_start_token_id": 3, "vision_end_token_id": 4}
@@ -61,12 +61,8 @@ def test_pixels_equal_the_processors_bit_for_bit(
     family, processor = _family(tmp_path, **changes), Kimi_K25ImageProcessor(**changes)
     images = [picture(*size, seed) for seed in (1, 2)]
     expected = processor(images=images, return_tensors="np")
-    layouts = [family.layout(*size)] * 2
-    ours = family.materialize([np.asarray(image) for image in images], layouts)
-    np.testing.assert_array_equal(ours["image_grid_thw"], expected["image_grid_thw"])
-    np.testing.assert_array_equal(ours["pixel_values"], expected["pixel_values"])
-    blank = family.materialize([np.full((size[1], size[0], 3), 128, np.uint8)] * 2, layouts)
-    assert np.abs(blank["pixel_values"] - expected["pixel_values"]).max() > 0.1  # the control
+    np.testing.assert_array_equal(joined(family, images)["image_grid_thw"], expected["image_grid_thw"])
+    check_pixels(family, images, expected["pixel_values"])
 
 
 @pytest.mark.parametrize(

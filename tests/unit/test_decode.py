@@ -105,3 +105,34 @@ def test_blank_image_keeps_the_size() -> None:
     assert len(np.unique(pixels)) == 1
     with pytest.raises(ImageError):
         blank_image(b"no image")
+
+
+@given(
+    size=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    options=st.fixed_dictionaries({
+        "quality": st.integers(1, 100), "subsampling": st.sampled_from([0, 1, 2]), "progressive": st.booleans(),
+        "optimize": st.booleans(), "restart_marker_rows": st.sampled_from([0, 1]),
+    }),
+    mode=st.sampled_from(["RGB", "L", "CMYK", "YCbCr"]),
+    seed=st.integers(0, 2**31),
+)  # fmt: skip
+@settings(max_examples=300, deadline=None)
+def test_jpegs_decode_to_pillows_pixels(size: tuple[int, int], options: dict, mode: str, seed: int) -> None:
+    smooth = picture(8, 8, seed).resize(size, Image.Resampling.BICUBIC)
+    data = encoded(smooth.convert(mode), "JPEG", **options)
+    np.testing.assert_array_equal(decode_rgb(data, LIMITS), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+@given(seed=st.integers(0, 2**31), flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), max_size=4))
+@settings(max_examples=500, deadline=None)
+def test_damaged_jpegs_decode_as_pillow_decodes_them_or_not_at_all(seed: int, flips: list[tuple[int, int]]) -> None:
+    data = bytearray(encoded(picture(8, 8, seed % 100).resize((48, 40)), "JPEG", progressive=seed % 2 == 0))
+    for place, value in flips:
+        data[place % len(data)] ^= value
+    try:
+        ours = decode_rgb(bytes(data), LIMITS)
+    except ImageError:
+        return
+    with Image.open(io.BytesIO(bytes(data))) as image:
+        if image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(0x0112, 1) == 1:
+            np.testing.assert_array_equal(ours, np.asarray(image))

@@ -16,9 +16,9 @@ from pointillist.inference.embedded.engine import Engine, EngineRequest
 from pointillist.inference.embedded.metrics import EngineMetrics
 from pointillist.inference.embedded.sampling import sample
 from pointillist.inference.protocol import Choice, SamplingParams
-from pointillist.models import LoadedModel, load_model, write_weights
+from pointillist.models import LoadedModel, PixelNormalizer, load_model, write_weights
 from pointillist.refs import mm_token_type_ids
-from tests.conftest import picture
+from tests.conftest import joined, picture
 
 END = 2
 
@@ -45,8 +45,8 @@ def _prompt(loaded: LoadedModel, text: int, sizes: list[tuple[int, int]], seed: 
     layouts = [family.layout(*size) for size in sizes]
     for layout in layouts:
         ids += [3, *[family.image_token_id] * layout.num_tokens, 4, 20]
-    pictures = [np.asarray(picture(*size, seed + index)) for index, size in enumerate(sizes)]
-    tensors = family.materialize(pictures, layouts) if sizes else {}
+    pictures = [picture(*size, seed + index) for index, size in enumerate(sizes)]
+    tensors = joined(family, pictures, "uint8") if sizes else {}
     return Prompt(
         torch.tensor(ids),
         torch.tensor(mm_token_type_ids(ids, family.image_token_id)),
@@ -66,6 +66,7 @@ def _expected_logprobs(loaded: LoadedModel, prompt: Prompt, choice: Choice, temp
     ids = torch.cat([prompt.token_ids, torch.tensor(choice.token_ids)])[None]
     kwargs = dict(prompt.tensors)
     if kwargs:
+        kwargs["pixel_values"] = PixelNormalizer(loaded.family)(kwargs["pixel_values"])
         kwargs["mm_token_type_ids"] = (ids == loaded.family.image_token_id).int()
     with torch.no_grad():
         logits = loaded.model(input_ids=ids, use_cache=False, **kwargs).logits[0]

@@ -9,11 +9,12 @@ import pytest
 
 from pointillist.errors import MissingImageError, RefError
 from pointillist.families import Family, ModelFiles, RawImageMaterializer, write_layout_record
+from pointillist.families.pixels import PixelDtype
 from pointillist.families.qwen_vl import QwenVLFamily
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.images.store import local_path
 from pointillist.refs import ImageRef, RawImageDescriptor
-from tests.conftest import encoded, picture
+from tests.conftest import encoded, joined, picture
 
 
 def _ref(family: Family, store: ImageStore, width: int = 64, height: int = 96, seed: int = 0) -> tuple[ImageRef, int]:
@@ -30,7 +31,8 @@ def _ref(family: Family, store: ImageStore, width: int = 64, height: int = 96, s
 
 @pytest.fixture
 def materializer(family: Family, store: ImageStore) -> RawImageMaterializer:
-    return RawImageMaterializer(family, [store.root], ImageLimits())
+    """Keeps nothing: every call reads the file."""
+    return RawImageMaterializer(family, [store.root], ImageLimits(), cache_bytes=0)
 
 
 def test_tensors_are_those_of_the_pictures(
@@ -38,8 +40,7 @@ def test_tensors_are_those_of_the_pictures(
 ) -> None:
     refs, lengths = zip(_ref(family, store), _ref(family, store, 100, 70, 1), strict=True)
     result = materializer.materialize(refs, lengths)
-    pictures = [np.asarray(picture(64, 96)), np.asarray(picture(100, 70, 1))]
-    expected = family.materialize(pictures, [family.layout(64, 96), family.layout(100, 70)])
+    expected = joined(family, [picture(64, 96), picture(100, 70, 1)])
     np.testing.assert_array_equal(result["pixel_values"], expected["pixel_values"])
     np.testing.assert_array_equal(result["image_grid_thw"], expected["image_grid_thw"])
 
@@ -109,5 +110,44 @@ def test_a_file_that_comes_late_is_waited_for(family: Family, store: ImageStore)
     timer = threading.Timer(0.1, lambda: path.write_bytes(data))
     timer.start()
     late = RawImageMaterializer(family, [store.root], ImageLimits(), missing_image_retries=5)
-    assert late.load(ref, length).pixels is not None
+    assert late.materialize([ref], [length])["pixel_values"].any()
     timer.join()
+
+
+def test_a_batch_loads_each_distinct_image_once_and_faults_stay_alone(family: Family, store: ImageStore) -> None:
+    reader = RawImageMaterializer(family, [store.root], ImageLimits(), cache_bytes=0)
+    (one, length), (two, other_length) = _ref(family, store), _ref(family, store, 100, 70, 1)
+    wrong = msgspec.structs.replace(one, payload={"image_grid_thw": [1, 4, 4]})
+    gone = msgspec.structs.replace(one, raw_image_uri=one.raw_image_uri.replace(one.hash, two.hash))
+    refs = [one, two, one, wrong, gone, one]
+    batch = reader.materialize_many(refs, [length, other_length, length, length, length, length])
+    assert batch.index == [0, 1, 0, 2, 3, 0]
+    assert batch.errors.keys() == {3, 4}
+    assert [image.patches is None for image in batch.images] == [False, False, True, True]
+    assert reader.cache.counts.misses == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8"])
+def test_every_type_comes_from_the_file(dtype: PixelDtype, family: Family, store: ImageStore) -> None:
+    reader = RawImageMaterializer(family, [store.root], ImageLimits(), threads=3)
+    refs, lengths = zip(*(_ref(family, store, 64 + 32 * seed, 96, seed) for seed in range(5)), strict=True)
+    expected = joined(family, [picture(64 + 32 * seed, 96, seed) for seed in range(5)], dtype)
+    for _ in range(2):  # the second time from the cache
+        ours = reader.materialize(refs, lengths, dtype)["pixel_values"]
+        assert ours.dtype == expected["pixel_values"].dtype
+        np.testing.assert_array_equal(ours, expected["pixel_values"])
+    assert reader.cache.counts.misses == 5
+    assert (
+        reader.num_bytes(lengths)
+        == joined(family, [picture(64 + 32 * n, 96) for n in range(5)], "uint8")["pixel_values"].nbytes
+    )
+
+
+def test_a_reference_is_checked_even_if_its_image_is_in_the_cache(family: Family, store: ImageStore) -> None:
+    reader = RawImageMaterializer(family, [store.root], ImageLimits())
+    ref, length = _ref(family, store)
+    reader.materialize([ref], [length])
+    outside = msgspec.structs.replace(ref, raw_image_uri=f"file:///elsewhere/{ref.hash[:2]}/{ref.hash}.png")
+    for bad, bad_length in ((outside, length), (ref, length + 1), (msgspec.structs.replace(ref, payload={}), length)):
+        with pytest.raises(RefError):
+            reader.materialize([bad], [bad_length])

@@ -12,7 +12,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from pointillist.errors import ConfigError, LayoutError
 from pointillist.families import Family, ModelFiles
 from pointillist.families.qwen_vl import QwenVLFamily
-from tests.conftest import picture
+from tests.conftest import check_pixels, joined, picture
 
 
 def _family(tmp_path: Path, **settings_: object) -> QwenVLFamily:
@@ -66,14 +66,8 @@ def test_pixels_equal_the_processors_bit_for_bit(config: dict, size: tuple[int, 
     processor = Qwen2VLImageProcessorPil(**config)
     images = [picture(*size, seed) for seed in (1, 2)]
     expected = processor(images=images, return_tensors="np")
-    layouts = [family.layout(*size)] * 2
-    ours = family.materialize([np.asarray(image) for image in images], layouts)
-    np.testing.assert_array_equal(ours["image_grid_thw"], expected["image_grid_thw"])
-    np.testing.assert_array_equal(ours["pixel_values"], expected["pixel_values"])
-    assert ours["pixel_values"].dtype == expected["pixel_values"].dtype
-    # The control: the same comparison must fail for a picture that is not this one.
-    blank = family.materialize([np.full((size[1], size[0], 3), 128, np.uint8)] * 2, layouts)
-    assert np.abs(blank["pixel_values"] - expected["pixel_values"]).max() > 0.1
+    np.testing.assert_array_equal(joined(family, images)["image_grid_thw"], expected["image_grid_thw"])
+    check_pixels(family, images, expected["pixel_values"])
 
 
 def test_fingerprint_follows_every_deciding_setting(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_a_faulty_image_costs_its_own_sample_only(
 ) -> None:
     samples = _samples(family, store)
     ((row,),) = pack(samples, seq_len=512, num_workers=1)
-    materializer = RawImageMaterializer(family, [store.root], ImageLimits())
+    materializer = RawImageMaterializer(family, [store.root], ImageLimits(), cache_bytes=0)
     with torch.no_grad():
         whole = Policy(loaded)(RowLoader(loaded, materializer).load(row)).logprobs
     _damage(samples[2], kind)

@@ -63,6 +63,16 @@ class MultimodalConfig(Config):
     missing_image_max_fraction: float = Field(0.05, ge=0, le=1)
     """Part of a step's images that may be missing, and part that may be corrupt, before the trainer stops."""
 
+    materialize_threads: int | None = Field(None, gt=0)
+    """Images that a reader decodes at once; one a core by default."""
+
+    cache_bytes: int = Field(256 * 1024 * 1024, ge=0)
+    """Decoded images that each reader keeps, in bytes of uint8 pixels: groups and turns bring the same ones again."""
+
+    inflight_bytes: int = Field(1024 * 1024 * 1024, gt=0)
+    """Decoded images that may wait in the inference server, and rows of them in the trainer, in bytes of uint8 pixels;
+    beyond it requests wait. One that is larger by itself is served alone."""
+
     overlong_policy: Literal["drop", "error"] = "drop"
     """What the orchestrator does with a sample that is longer than `seq_len`; it is never cut."""
 

@@ -1,8 +1,10 @@
 """Floor 2: what differs between model families, and the one function that turns references into tensors."""
 
 from pointillist.families.base import Expansion, Family, ForwardPolicy, ImageLayout
+from pointillist.families.image_cache import LoadedImage
+from pointillist.families.joining import PatchJoiner
 from pointillist.families.layout_record import write_layout_record
-from pointillist.families.materializer import LoadedImage, RawImageMaterializer
+from pointillist.families.materializer import ImageBatch, RawImageMaterializer
 from pointillist.families.model_files import ModelFiles, resolve_model_dir
 from pointillist.families.registry import load_family
 
@@ -10,9 +12,11 @@ __all__ = [
     "Expansion",
     "Family",
     "ForwardPolicy",
+    "ImageBatch",
     "ImageLayout",
     "LoadedImage",
     "ModelFiles",
+    "PatchJoiner",
     "RawImageMaterializer",
     "load_family",
     "resolve_model_dir",

@@ -2,8 +2,9 @@
 
 An adapter owns one family of models. It is built from the model folder's own configuration and answers, without
 torch and without an image processor: how many placeholder tokens an image of a given size takes (`layout`), how a
-token stream with one placeholder an image grows to the real one (`expand`), and which tensors the model wants
-(`materialize`). A third-party adapter registers its class in the entry point group `pointillist.families`.
+token stream with one placeholder an image grows to the real one (`expand`), and how its pixels become the patches that
+the model sees (`patches`, `pixel_levels`). A third-party adapter registers its class in the entry point group
+`pointillist.families`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -71,6 +72,10 @@ class Family(Protocol):
     layout_fields: Mapping[str, Any]
     """Everything that decides layout and pixels; its digest is the fingerprint."""
     layout_fingerprint: str
+    pixel_levels: NDArray[np.float32]
+    """Normalised value of each of the 256 levels, `(3, 256)`: normalising is one look-up, the same on every device."""
+    frames: int
+    """How often each patch is repeated in time, as a film of equal frames; 1 if the model takes no films."""
 
     def __init__(self, files: ModelFiles) -> None: ...
 
@@ -106,18 +111,24 @@ class Family(Protocol):
         """Some layout with this many tokens, for an image that is not to be had."""
         ...
 
-    def materialize(
-        self, images: Sequence[NDArray[np.uint8] | None], layouts: Sequence[ImageLayout]
-    ) -> dict[str, NDArray[Any]]:
-        """The model's image tensors, as numpy arrays.
+    def patches(self, pixels: NDArray[np.uint8], layout: ImageLayout) -> NDArray[np.uint8]:
+        """One image in the model's order, before it is normalised.
 
         Args:
-            images: Decoded pixels, uint8, `(height, width, 3)` each; None gives zeros of the layout's shape.
-            layouts: Their layouts.
+            pixels: Decoded image, uint8, `(height, width, 3)`.
+            layout: Its layout.
 
         Returns:
-            Keyword arguments of the model's `forward`.
+            uint8 of shape `patches_shape(layout)`, C-contiguous.
         """
+        ...
+
+    def patches_shape(self, layout: ImageLayout) -> tuple[int, ...]:
+        """Shape of an image's patches: `(patches, 3, ...)`; the second axis is the colour channel."""
+        ...
+
+    def image_inputs(self, layouts: Sequence[ImageLayout]) -> dict[str, NDArray[Any]]:
+        """What the model's `forward` takes beside `pixel_values`, such as `image_grid_thw`."""
         ...
 
 
@@ -130,21 +141,6 @@ def check_placeholder_count(logical_ids: Sequence[int], placeholder_id: int, lay
     found = sum(1 for token in logical_ids if token == placeholder_id)
     if found != len(layouts):
         raise LayoutError(f"{found} image placeholders in the tokens, but {len(layouts)} images")
-
-
-def pil_normalization_table(fields: Mapping[str, Any]) -> NDArray[np.float32]:
-    """Normalised value of each of the 256 levels, float32 `(3, 256)`, bit for bit as the PIL backend has it.
-
-    Args:
-        fields: `rescale_factor`, `image_mean` and `image_std`.
-
-    Source: `rescale` (float64, rounded to float32) and `normalize` (float32) of transformers.image_transforms.
-    """
-    levels = (np.arange(256, dtype=np.float64) * fields["rescale_factor"]).astype(np.float32)
-    mean = np.array(fields["image_mean"], dtype=np.float32)
-    std = np.array(fields["image_std"], dtype=np.float32)
-    table: NDArray[np.float32] = (levels[None, :] - mean[:, None]) / std[:, None]
-    return table
 
 
 def expand_one_placeholder(

@@ -19,9 +19,9 @@ from pointillist.families.base import (
     ForwardPolicy,
     ImageLayout,
     check_placeholder_count,
-    pil_normalization_table,
 )
 from pointillist.families.model_files import ModelFiles, refuse_other_steps, token_id
+from pointillist.families.pixels import pil_normalization_levels, resize_by_pillow
 from pointillist.images.decode import PIXEL_RULES
 from pointillist.refs.descriptor import fingerprint_of
 
@@ -76,7 +76,8 @@ class Gemma3Family:
         self.image_token_id = token_id(files, "image_token_index")
         self._begin, self._end = token_id(files, "boi_token_index"), token_id(files, "eoi_token_index")
         self.vision_token_ids = frozenset({self.image_token_id, self._begin, self._end})
-        self._table = pil_normalization_table(self.layout_fields)
+        self.pixel_levels = pil_normalization_levels(self.layout_fields)
+        self.frames = 1
         self._blank_lines, self._line_breaks = _newline_tokens(files)
 
     def layout(self, width: int, height: int) -> ImageLayout:
@@ -128,24 +129,18 @@ class Gemma3Family:
             raise LayoutError(f"an image of this model has {self.num_tokens} tokens, not {num_tokens}")
         return self.layout(1, 1)
 
-    def materialize(
-        self, images: Sequence[NDArray[np.uint8] | None], layouts: Sequence[ImageLayout]
-    ) -> dict[str, NDArray[Any]]:
-        """All images, resized and normalised.
+    def patches(self, pixels: NDArray[np.uint8], layout: ImageLayout) -> NDArray[np.uint8]:
+        """uint8 `(1, 3, height, width)`: the whole picture, resized."""
+        resized = resize_by_pillow(pixels, self.width, self.height, Image.Resampling.BILINEAR)
+        return np.ascontiguousarray(resized.transpose(2, 0, 1))[None]
 
-        Returns:
-            `pixel_values` float32 `(images, 3, height, width)`, bit for bit what `Gemma3ImageProcessorPil` makes of the
-            same RGB pixels.
-        """
-        values = np.zeros((len(layouts), 3, self.height, self.width), dtype=np.float32)
-        for pixels, out in zip(images, values, strict=True):
-            if pixels is None:
-                continue
-            resized = Image.fromarray(pixels).resize((self.width, self.height), Image.Resampling.BILINEAR)
-            levels = np.asarray(resized)
-            for channel in range(3):
-                out[channel] = self._table[channel][levels[:, :, channel]]
-        return {"pixel_values": values}
+    def patches_shape(self, layout: ImageLayout) -> tuple[int, ...]:
+        """`(1, 3, height, width)`."""
+        return (1, 3, self.height, self.width)
+
+    def image_inputs(self, layouts: Sequence[ImageLayout]) -> dict[str, NDArray[Any]]:
+        """Nothing: all images have the same size."""
+        return {}
 
     def _refuse_merges(self, around: Sequence[int]) -> None:
         """The tokenizer merges line breaks that meet; this expansion would leave them apart."""

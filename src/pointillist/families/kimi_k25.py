@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pointillist.errors import ConfigError, LayoutError
 from pointillist.families.base import Expansion, ForwardPolicy, ImageLayout, expand_one_placeholder, one_row_of_blocks
 from pointillist.families.model_files import VISION_TOKENS, ModelFiles, refuse_other_steps, token_id
+from pointillist.families.pixels import grids_of
 from pointillist.images.decode import PIXEL_RULES
 from pointillist.refs.descriptor import fingerprint_of
 
@@ -74,7 +75,8 @@ class KimiK25Family:
         self.renderer_name: str | None = "kimi-k2.5"
         self.image_token_id = token_id(files, "image_token_id")
         self.vision_token_ids = frozenset(token_id(files, key) for key in VISION_TOKENS)
-        self._table = self._normalization_table()
+        self.pixel_levels = self._normalization_levels()
+        self.frames = 1
 
     def layout(self, width: int, height: int) -> ImageLayout:
         """Layout of an image of this size; equal to `navit_resize` of the Hugging Face processor for every size."""
@@ -123,39 +125,24 @@ class KimiK25Family:
         """One row of blocks."""
         return one_row_of_blocks(num_tokens, self.patch_size, self.merge_size)
 
-    def materialize(
-        self, images: Sequence[NDArray[np.uint8] | None], layouts: Sequence[ImageLayout]
-    ) -> dict[str, NDArray[Any]]:
-        """Patches of all images, one after the other.
-
-        Returns:
-            `pixel_values` float32 `(patches, 3, patch_size, patch_size)` and `image_grid_thw` int64 `(images, 3)`, bit
-            for bit what `Kimi_K25ImageProcessor` (torchvision) makes of the same RGB pixels.
-        """
+    def patches(self, pixels: NDArray[np.uint8], layout: ImageLayout) -> NDArray[np.uint8]:
+        """uint8 `(patches, 3, patch_size, patch_size)`, row by row."""
         patch = self.patch_size
-        values = [
-            np.zeros((math.prod(layout.grid_thw), 3, patch, patch), dtype=np.float32)
-            if pixels is None
-            else self._patches(pixels, layout)
-            for pixels, layout in zip(images, layouts, strict=True)
-        ]
-        return {
-            "pixel_values": np.concatenate(values) if values else np.zeros((0, 3, patch, patch), dtype=np.float32),
-            "image_grid_thw": np.array([layout.grid_thw for layout in layouts], dtype=np.int64).reshape(-1, 3),
-        }
+        _, rows, columns = layout.grid_thw
+        canvas = np.zeros((3, rows * patch, columns * patch), dtype=np.uint8)
+        canvas[:, : layout.resized_height, : layout.resized_width] = _shrink(pixels, layout).transpose(2, 0, 1)
+        patches = canvas.reshape(3, rows, patch, columns, patch).transpose(1, 3, 0, 2, 4)
+        return np.ascontiguousarray(patches).reshape(self.patches_shape(layout))
 
-    def _patches(self, pixels: NDArray[np.uint8], layout: ImageLayout) -> NDArray[np.float32]:
-        patch = self.patch_size
-        _, grid_height, grid_width = layout.grid_thw
-        canvas = np.zeros((grid_height * patch, grid_width * patch, 3), dtype=np.uint8)
-        canvas[: layout.resized_height, : layout.resized_width] = _shrink(pixels, layout)
-        patches = canvas.reshape(grid_height, patch, grid_width, patch, 3).transpose(0, 2, 4, 1, 3)
-        out = np.empty((grid_height * grid_width, 3, patch, patch), dtype=np.float32)
-        for channel in range(3):
-            out[:, channel] = self._table[channel][patches[:, :, channel].reshape(-1, patch, patch)]
-        return out
+    def patches_shape(self, layout: ImageLayout) -> tuple[int, ...]:
+        """`(patches, 3, patch_size, patch_size)`."""
+        return (math.prod(layout.grid_thw), 3, self.patch_size, self.patch_size)
 
-    def _normalization_table(self) -> NDArray[np.float32]:
+    def image_inputs(self, layouts: Sequence[ImageLayout]) -> dict[str, NDArray[Any]]:
+        """`image_grid_thw`, int64 `(images, 3)`."""
+        return {"image_grid_thw": grids_of(layouts)}
+
+    def _normalization_levels(self) -> NDArray[np.float32]:
         """Normalised value of each of the 256 levels, per channel.
 
         Source: the fused `rescale_and_normalize` of transformers' torchvision backend, in float32.
@@ -164,8 +151,8 @@ class KimiK25Family:
         factor = np.float32(1.0 / fields["rescale_factor"])
         mean = np.array(fields["image_mean"], dtype=np.float32) * factor
         std = np.array(fields["image_std"], dtype=np.float32) * factor
-        table: NDArray[np.float32] = (np.arange(256, dtype=np.float32)[None, :] - mean[:, None]) / std[:, None]
-        return table
+        levels: NDArray[np.float32] = (np.arange(256, dtype=np.float32)[None, :] - mean[:, None]) / std[:, None]
+        return levels
 
 
 def _shrink(pixels: NDArray[np.uint8], layout: ImageLayout) -> NDArray[np.uint8]:

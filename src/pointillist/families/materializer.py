@@ -1,44 +1,64 @@
 """From references to tensors: the one function that inference server and trainer both call.
 
 For each image: family and fingerprint are the reader's own; the file lies under an allowed root, is named by its
-hash and hashes to it; its header gives the layout that payload and placeholder claim; then its pixels are decoded
-and cut into patches. Both sides call the same code, so both see the same pixels, bit for bit, or an error.
+hash and hashes to it; its header gives the layout that payload and placeholder claim; its pixels are decoded and cut
+into uint8 patches. Both sides call the same code, so both see the same pixels, bit for bit, or an error.
+
+Images of a batch are loaded by a pool of threads (hashing, decoding, copying and looking up release the GIL), each
+distinct one once; patches are kept in a cache of bounded size, because groups and turns bring the same image again.
 """
 
+import math
 import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tenacity
 from numpy.typing import NDArray
 
 from pointillist.config import MultimodalConfig, resolve_image_dir
 from pointillist.errors import ImageError, LayoutError, MissingImageError, RefError
 from pointillist.families.base import Family, ImageLayout
+from pointillist.families.image_cache import ImageCache, LoadedImage
+from pointillist.families.joining import PatchJoiner
 from pointillist.families.layout_record import first_difference
+from pointillist.families.pixels import PixelDtype
 from pointillist.images.decode import ImageLimits, decode_rgb, read_header
-from pointillist.images.store import read_verified, resolve_roots
+from pointillist.images.store import check_named, read_verified, resolve_roots
 from pointillist.refs.wire import ImageRef
 
 _FIRST_WAIT_SECONDS = 0.05
+_MIB = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class LoadedImage:
-    """One image, decoded; without pixels it stands for an image that is not to be had."""
+class ImageBatch:
+    """The distinct images of a batch of references."""
 
-    pixels: NDArray[np.uint8] | None
-    layout: ImageLayout
+    images: list[LoadedImage]
+    """Distinct, in order of first appearance."""
+    index: list[int]
+    """Per reference: its image."""
+    errors: dict[int, RefError | MissingImageError]
+    """Per reference that could not be materialised: why. Its image is a stand-in of zeros."""
 
 
 class RawImageMaterializer:
-    """Materialises references for one model."""
+    """Materialises references for one model. Safe to be called from several threads."""
 
     def __init__(
-        self, family: Family, allowed_roots: Iterable[Path], limits: ImageLimits, *, missing_image_retries: int = 0
+        self,
+        family: Family,
+        allowed_roots: Iterable[Path],
+        limits: ImageLimits,
+        *,
+        missing_image_retries: int = 0,
+        threads: int | None = None,
+        cache_bytes: int = 256 * _MIB,
     ) -> None:
         """Sets what may be read.
 
@@ -47,10 +67,15 @@ class RawImageMaterializer:
             allowed_roots: Folders that references may point into.
             limits: What an image may be at most.
             missing_image_retries: How often a file that is not there is looked for again.
+            threads: Images that are loaded at once; None is one a core.
+            cache_bytes: uint8 patches that are kept, in bytes.
         """
-        self._family = family
+        self.family = family
+        self.cache = ImageCache(cache_bytes)
         self._roots = resolve_roots(allowed_roots)
         self._limits = limits
+        self._pool = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), thread_name_prefix="materialize")
+        self._joiner = PatchJoiner(family)
         self._retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(MissingImageError),
             stop=tenacity.stop_after_attempt(missing_image_retries + 1),
@@ -73,43 +98,94 @@ class RawImageMaterializer:
             [own, *multimodal.allowed_roots],
             multimodal.limits.image_limits(),
             missing_image_retries=multimodal.missing_image_retries,
+            threads=multimodal.materialize_threads,
+            cache_bytes=multimodal.cache_bytes,
         )
 
-    def materialize(self, refs: Sequence[ImageRef], lengths: Sequence[int]) -> dict[str, NDArray[Any]]:
-        """Tensors of the referenced images.
+    def materialize(
+        self, refs: Sequence[ImageRef], lengths: Sequence[int], dtype: PixelDtype = "float32"
+    ) -> dict[str, NDArray[Any]]:
+        """Tensors of the referenced images, as the model's `forward` takes them.
 
         Args:
             refs: References, in token order; an image that appears twice appears twice in the tensors.
             lengths: Number of placeholder tokens of each, as the prompt or sample has them.
-
-        Returns:
-            Keyword arguments of the model's `forward`, as numpy arrays.
+            dtype: Of `pixel_values`; see `tensors`.
 
         Raises:
             RefError: A reference does not fit this reader, the file, or its placeholder; the message begins with
                 `image[i]`.
             MissingImageError: A file is not there.
         """
-        images: list[LoadedImage] = []
-        for index, (ref, length) in enumerate(zip(refs, lengths, strict=True)):
-            try:
-                images.append(self.load(ref, length))
-            except RefError as error:
-                raise RefError(f"image[{index}]: {error}") from error
-        return self.tensors(images)
+        batch = self.materialize_many(refs, lengths)
+        if batch.errors:
+            index = min(batch.errors)
+            error = batch.errors[index]
+            if isinstance(error, MissingImageError):
+                raise error
+            raise RefError(f"image[{index}]: {error}") from error
+        return self.tensors([batch.images[which] for which in batch.index], dtype)
 
-    def load(self, ref: ImageRef, length: int) -> LoadedImage:
-        """Checks and decodes one image.
+    def materialize_many(self, refs: Sequence[ImageRef], lengths: Sequence[int]) -> ImageBatch:
+        """Loads a batch of references, each distinct image once; a faulty one does not stop the others.
 
         Args:
-            ref: Its reference.
-            length: Number of its placeholder tokens.
+            refs: References.
+            lengths: Number of placeholder tokens of each.
+        """
+        keys = [(ref.hash, ref.raw_image_uri, ref.family, ref.layout_fingerprint) for ref in refs]
+        loads = {key: self._pool.submit(self._load, ref) for key, ref in dict(zip(keys, refs, strict=True)).items()}
+        images: list[LoadedImage] = []
+        places: dict[object, int] = {}
+        index: list[int] = []
+        errors: dict[int, RefError | MissingImageError] = {}
+        for number, (ref, length, key) in enumerate(zip(refs, lengths, keys, strict=True)):
+            place: object = key
+            try:
+                image = loads[key].result()
+                self._check_layout(ref, length, image.layout)
+            except (RefError, MissingImageError) as error:
+                errors[number] = error
+                place, image = number, LoadedImage(None, self.family.placeholder_layout(length))
+            if place not in places:
+                places[place] = len(images)
+                images.append(image)
+            index.append(places[place])
+        return ImageBatch(images, index, errors)
+
+    def num_bytes(self, lengths: Sequence[int]) -> int:
+        """uint8 bytes of images with these numbers of placeholder tokens, before any of them is read.
 
         Raises:
-            RefError: The reference does not fit this reader, the file, or its placeholder.
-            MissingImageError: The file is not there, after all retries.
+            LayoutError: The family has no image with so many tokens.
         """
-        family = self._family
+        layouts = [self.family.placeholder_layout(length) for length in lengths]
+        return sum(math.prod(self.family.patches_shape(layout)) for layout in layouts)
+
+    def tensors(self, images: Sequence[LoadedImage], dtype: PixelDtype = "float32") -> dict[str, NDArray[Any]]:
+        """Tensors of loaded images, one after the other.
+
+        Args:
+            images: At least one.
+            dtype: Of `pixel_values`; see `PatchJoiner.join`.
+
+        Returns:
+            `pixel_values` and the family's other image inputs.
+        """
+        return self._joiner.join(images, dtype, self._pool.map)
+
+    def _load(self, ref: ImageRef) -> LoadedImage:
+        """Runs in the pool."""
+        self._check_reader(ref)
+        return self.cache.get(ref.hash, partial(self._read, ref))
+
+    def _check_reader(self, ref: ImageRef) -> None:
+        """Family, fingerprint, root and name, without touching the file system.
+
+        Raises:
+            RefError: It does not fit this reader.
+        """
+        family = self.family
         if ref.family != family.name:
             raise RefError(f"family is {ref.family!r}, this model is served by {family.name!r}")
         if ref.layout_fingerprint != family.layout_fingerprint:
@@ -117,21 +193,24 @@ class RawImageMaterializer:
                 f"layout_fingerprint is {ref.layout_fingerprint}, this model's is {family.layout_fingerprint}"
                 + first_difference(ref.layout_fingerprint, family.layout_fields, self._roots)
             )
+        # Also for an image that is in the cache: a reference must be good by itself.
+        check_named(ref.raw_image_uri, ref.hash, self._roots)
+
+    def _read(self, ref: ImageRef) -> LoadedImage:
         data: bytes = self._retrying(read_verified, ref.raw_image_uri, ref.hash, self._roots, self._limits)
         try:
             header = read_header(data, self._limits)
-            layout = family.layout(header.width, header.height)
-            family.check_payload(ref.payload, layout)
-            if length != layout.num_tokens:
-                raise RefError(f"placeholder has {length} tokens, the image has {layout.num_tokens}")
-            return LoadedImage(decode_rgb(data, self._limits), layout)
+            layout = self.family.layout(header.width, header.height)
+            patches = self.family.patches(decode_rgb(data, self._limits), layout)
         except (LayoutError, ImageError) as error:
             raise RefError(str(error)) from error
+        patches.setflags(write=False)
+        return LoadedImage(patches, layout)
 
-    def stand_in(self, length: int) -> LoadedImage:
-        """Zeros for an image that is not to be had and has this many placeholder tokens."""
-        return LoadedImage(None, self._family.placeholder_layout(length))
-
-    def tensors(self, images: Sequence[LoadedImage]) -> dict[str, NDArray[Any]]:
-        """Tensors of decoded images, as `materialize` returns them."""
-        return self._family.materialize([image.pixels for image in images], [image.layout for image in images])
+    def _check_layout(self, ref: ImageRef, length: int, layout: ImageLayout) -> None:
+        try:
+            self.family.check_payload(ref.payload, layout)
+        except LayoutError as error:
+            raise RefError(str(error)) from error
+        if length != layout.num_tokens:
+            raise RefError(f"placeholder has {length} tokens, the image has {layout.num_tokens}")

@@ -20,9 +20,9 @@ from pointillist.families.base import (
     ImageLayout,
     expand_one_placeholder,
     one_row_of_blocks,
-    pil_normalization_table,
 )
 from pointillist.families.model_files import VISION_TOKENS, ModelFiles, refuse_other_steps, token_id
+from pointillist.families.pixels import grids_of, pil_normalization_levels, resize_by_pillow
 from pointillist.images.decode import PIXEL_RULES
 from pointillist.refs.descriptor import fingerprint_of
 
@@ -92,7 +92,8 @@ class QwenVLFamily:
         self.renderer_name: str | None = _RENDERERS[files.model_type]
         self.image_token_id = token_id(files, "image_token_id")
         self.vision_token_ids = frozenset(token_id(files, key) for key in VISION_TOKENS)
-        self._table = pil_normalization_table(self.layout_fields)
+        self.pixel_levels = pil_normalization_levels(self.layout_fields)
+        self.frames = self.temporal_patch_size
 
     def layout(self, width: int, height: int) -> ImageLayout:
         """Layout of an image of this size; equal to `smart_resize` of the Hugging Face processor for every size.
@@ -153,37 +154,28 @@ class QwenVLFamily:
         """One row of blocks."""
         return one_row_of_blocks(num_tokens, self.patch_size, self.merge_size)
 
-    def materialize(
-        self, images: Sequence[NDArray[np.uint8] | None], layouts: Sequence[ImageLayout]
-    ) -> dict[str, NDArray[Any]]:
-        """Patches of all images, one after the other.
-
-        Returns:
-            `pixel_values` float32 `(patches, 3 * temporal_patch_size * patch_size**2)` and `image_grid_thw` int64
-            `(images, 3)`, bit for bit what `Qwen2VLImageProcessorPil` makes of the same RGB pixels.
-        """
-        counts = [math.prod(layout.grid_thw) for layout in layouts]
-        values = np.empty((sum(counts), 3, self.temporal_patch_size, self.patch_size**2), dtype=np.float32)
-        start = 0
-        for pixels, layout, count in zip(images, layouts, counts, strict=True):
-            if pixels is None:
-                values[start : start + count] = 0.0
-            else:
-                self._write_patches(pixels, layout, values[start : start + count])
-            start += count
-        return {
-            "pixel_values": values.reshape(values.shape[0], -1),
-            "image_grid_thw": np.array([layout.grid_thw for layout in layouts], dtype=np.int64).reshape(-1, 3),
-        }
-
-    def _write_patches(self, pixels: NDArray[np.uint8], layout: ImageLayout, out: NDArray[np.float32]) -> None:
-        """Fills `out` of shape `(patches, 3, time, patch_size**2)`; the pixels stay uint8 until the last step."""
+    def patches(self, pixels: NDArray[np.uint8], layout: ImageLayout) -> NDArray[np.uint8]:
+        """uint8 `(patches, 3, patch_size**2)`, block by block; one frame, not yet repeated in time."""
         height, width = layout.resized_height, layout.resized_width
-        if pixels.shape[:2] != (height, width):
-            pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+        pixels = resize_by_pillow(pixels, width, height, Image.Resampling.BICUBIC)
         patch, merge = self.patch_size, self.merge_size
-        blocks = pixels.reshape(height // (patch * merge), merge, patch, width // (patch * merge), merge, patch, 3)
-        # (block row, block column, row in block, column in block, channel, y, x)
-        patches = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, patch * patch)
+        # Colours first, then whole rows of a patch are moved at once, each as one item of `patch` bytes.
+        planes = np.empty((3, height, width), dtype=np.uint8)
         for channel in range(3):
-            out[:, channel] = self._table[channel][patches[:, channel]][:, None]
+            planes[channel] = pixels[:, :, channel]
+        row = np.dtype((np.void, patch))
+        rows, columns = height // (patch * merge), width // (patch * merge)
+        out = np.empty((rows * columns * merge**2, 3, patch**2), dtype=np.uint8)
+        # From (channel, block row, row in block, y, block column, column in block) ...
+        source = planes.view(row).reshape(3, rows, merge, patch, columns, merge)
+        # ... to (block row, block column, row in block, column in block, channel, y).
+        out.view(row).reshape(rows, columns, merge, merge, 3, patch)[...] = source.transpose(1, 4, 2, 5, 0, 3)
+        return out
+
+    def patches_shape(self, layout: ImageLayout) -> tuple[int, ...]:
+        """`(patches, 3, patch_size**2)`."""
+        return (math.prod(layout.grid_thw), 3, self.patch_size**2)
+
+    def image_inputs(self, layouts: Sequence[ImageLayout]) -> dict[str, NDArray[Any]]:
+        """`image_grid_thw`, int64 `(images, 3)`."""
+        return {"image_grid_thw": grids_of(layouts)}

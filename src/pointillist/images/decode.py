@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -105,6 +106,8 @@ def decode_rgb(data: bytes, limits: ImageLimits) -> NDArray[np.uint8]:
         image = _open(data, limits)
         header = _header(image)
         orientation = _orientation(image)
+        if orientation == 1 and (fast := _decode_jpeg(image, data)) is not None:
+            return fast
         image.load()
         rgb = _to_rgb(image)
         # Pillow turns TIFF files upright by itself when it loads them.
@@ -116,6 +119,22 @@ def decode_rgb(data: bytes, limits: ImageLimits) -> NDArray[np.uint8]:
             f"image decodes to {pixels.shape[1]}x{pixels.shape[0]}, its header says {header.width}x{header.height}"
         )
     return pixels
+
+
+def _decode_jpeg(image: Image.Image, data: bytes) -> NDArray[np.uint8] | None:
+    """Pixels of a plain JPEG without the detour through Pillow's memory; None where Pillow must decide.
+
+    simplejpeg calls the same libjpeg-turbo with the same settings (exact DCT, smooth upsampling), so the pixels are the
+    same; what it warns about (`strict`), such as a truncated file, is left to Pillow.
+    """
+    if image.format not in ("JPEG", "MPO") or image.mode != "RGB":
+        return None
+    try:
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+    except ValueError:
+        return None
+    width, height = image.size
+    return pixels if pixels.shape == (height, width, 3) else None
 
 
 def _open(data: bytes, limits: ImageLimits) -> Image.Image:

@@ -125,6 +125,18 @@ def stored_name(uri: str, allowed_roots: Iterable[Path]) -> tuple[Path, str, str
     raise RefError("raw_image_uri is not an image under an allowed root")
 
 
+def check_named(uri: str, sha256: str, allowed_roots: Iterable[Path]) -> tuple[Path, str]:
+    """`(root, name below it)` of the stored image that a reference names, without touching the file system.
+
+    Raises:
+        RefError: Not a stored image's name under an allowed root, or another image's.
+    """
+    root, name, named_sha256 = stored_name(uri, allowed_roots)
+    if named_sha256 != sha256:
+        raise RefError("hash differs from the name of the image that raw_image_uri points to")
+    return root, name
+
+
 def read_verified(uri: str, sha256: str, allowed_roots: Iterable[Path], limits: ImageLimits) -> bytes:
     """Bytes of a stored image, after checking that it is the image that `sha256` says.
 
@@ -139,9 +151,7 @@ def read_verified(uri: str, sha256: str, allowed_roots: Iterable[Path], limits: 
             `max_bytes`, or other bytes than the hash says.
         MissingImageError: The name is good, the file is not there.
     """
-    root, name, named_sha256 = stored_name(uri, allowed_roots)
-    if named_sha256 != sha256:
-        raise RefError("hash differs from the name of the image that raw_image_uri points to")
+    root, name = check_named(uri, sha256, allowed_roots)
     try:
         descriptor = _open_without_links(root, name)
     except FileNotFoundError:

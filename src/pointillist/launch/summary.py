@@ -48,6 +48,8 @@ def build_summary(
         "rollouts": sum(record["rollouts/total"] for record in orchestrator),
         "rollouts_dropped": sum(record["errors/dropped"] for record in orchestrator),
         "images_materialized": int(sum(record["mm/images_materialized"] for record in trainer)),
+        "image_wait_fraction": sum(record["time/mm_wait"] for record in trainer)
+        / max(sum(record["time/step"] for record in trainer), 1e-9),
         "max_logprob_mismatch": max((record["mismatch/mean_abs"] for record in trainer), default=None),
         "mm_bytes_per_image": max((record["mm/bytes_per_image"] for record in images), default=None),
         "torch_in_orchestrator": any(record["torch_imported"] for record in evals),

@@ -6,7 +6,7 @@ once; `image_index` says which of the distinct images stands behind each span.
 
 import time
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any, Literal
@@ -15,8 +15,8 @@ import msgspec
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from pointillist.errors import MissingImageError, PointillistError, RefError
-from pointillist.families import LoadedImage, RawImageMaterializer
+from pointillist.errors import MissingImageError, RefError
+from pointillist.families import RawImageMaterializer
 from pointillist.models import LoadedModel, sample_positions
 from pointillist.refs import MMImageRef
 from pointillist.transport import MicroBatch
@@ -39,7 +39,8 @@ class RowTensors:
     """int64. MRoPE families: `(3, rows, columns)`, time, height, width; packed, a row of text positions that restart
     per sample comes before them. Others: `(rows, columns)`, restarting per sample. The restarts keep samples apart."""
     images: dict[str, torch.Tensor]
-    """Image arguments of the model's `forward`, of the distinct images; empty without any."""
+    """Image arguments of the model's `forward`, of the distinct images; empty without any. `pixel_values` are uint8
+    patches `(patches, 3, ...)`; the policy normalises them on the device."""
     image_index: list[int]
     """Per image span of the row, in order: index of its distinct image."""
     predict_from: torch.Tensor
@@ -78,9 +79,18 @@ class ImageCounts:
     images_corrupt: int = 0
     images_materialized: int = 0
     """Distinct images a row."""
+    images_decoded: int = 0
+    """Of these, those that were in no cache."""
+    image_bytes: int = 0
+    """Bytes of their tensors."""
     samples_zeroed: int = 0
     samples_quarantined: int = 0
     materialize_seconds: float = 0.0
+
+    def add(self, other: "ImageCounts") -> None:
+        """Adds another row's counts to these."""
+        for name, value in asdict(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
     def numbers(self) -> dict[str, float]:
         """All counts by name."""
@@ -124,54 +134,42 @@ class RowLoader:
         if micro_batch.mm_refs is None:
             return assemble_row(self._loaded, micro_batch, {}, [], packed=self.packed)
         started = time.perf_counter()
-        distinct: dict[tuple[str, str, int], int] = {}
-        images: list[LoadedImage] = []
-        image_index: list[int] = []
-        faults: dict[int, PointillistError] = {}
-        for image in micro_batch.mm_refs.images:
-            key = (image.hash, image.uri, image.length)
-            if key not in distinct:
-                distinct[key] = len(images)
-                images.append(self._image(image, len(images), faults))
-            image_index.append(distinct[key])
-        arrays = self._materializer.tensors(images)
-        self._counts.images_total += len(image_index)
-        self._counts.images_materialized += len(images) - len(faults)
-        if faults:
-            errors = [faults.get(which) for which in image_index]
-            micro_batch = self._without_loss(micro_batch, micro_batch.mm_refs.images, errors)
+        spans = micro_batch.mm_refs.images
+        decoded_before = self._materializer.cache.counts.misses
+        batch = self._materializer.materialize_many(
+            [each.image_ref() for each in spans], [each.length for each in spans]
+        )
+        if self._missing_image_policy == "error":
+            for error in batch.errors.values():
+                if isinstance(error, MissingImageError):
+                    raise error
+        arrays = self._materializer.tensors(batch.images, "uint8")
+        self._counts.images_total += len(spans)
+        self._counts.images_materialized += len(batch.images) - len(batch.errors)
+        self._counts.images_decoded += self._materializer.cache.counts.misses - decoded_before
+        self._counts.image_bytes += sum(array.nbytes for array in arrays.values())
+        if batch.errors:
+            micro_batch = self._without_loss(micro_batch, spans, batch.errors)
         self._counts.materialize_seconds += time.perf_counter() - started
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return assemble_row(self._loaded, micro_batch, tensors, image_index, packed=self.packed)
-
-    def _image(self, image: MMImageRef, index: int, faults: dict[int, PointillistError]) -> LoadedImage:
-        try:
-            return self._materializer.load(image.image_ref(), image.length)
-        except MissingImageError as error:
-            if self._missing_image_policy == "error":
-                raise
-            faults[index] = error
-        except RefError as error:
-            faults[index] = error
-        return self._materializer.stand_in(image.length)
+        return assemble_row(self._loaded, micro_batch, tensors, batch.index, packed=self.packed)
 
     def _without_loss(
-        self, micro_batch: MicroBatch, images: list[MMImageRef], errors: list[PointillistError | None]
+        self, micro_batch: MicroBatch, images: list[MMImageRef], errors: Mapping[int, RefError | MissingImageError]
     ) -> MicroBatch:
         """The row with no loss on samples that hold a faulty image.
 
         Args:
             micro_batch: The row.
             images: Its image spans.
-            errors: Per image span, what is wrong with it.
+            errors: What is wrong, by index of the image span.
         """
         bounds = list(accumulate(micro_batch.seq_lens, initial=0))
         names = micro_batch.sample_ids or [f"{index}" for index in range(len(micro_batch.seq_lens))]
         corrupt_samples: set[int] = set()
         missing_samples: set[int] = set()
-        for image, error in zip(images, errors, strict=True):
-            if error is None:
-                continue
+        for index, error in errors.items():
+            image = images[index]
             sample = bisect_right(bounds, image.offset) - 1
             corrupt = isinstance(error, RefError)
             (corrupt_samples if corrupt else missing_samples).add(sample)
@@ -182,8 +180,8 @@ class RowLoader:
         self._counts.samples_zeroed += len(missing_samples - corrupt_samples)
         loss_mask, advantages = list(micro_batch.loss_mask), list(micro_batch.advantages)
         for sample in corrupt_samples | missing_samples:
-            for index in range(bounds[sample], bounds[sample + 1]):
-                loss_mask[index], advantages[index] = False, 0.0
+            for token in range(bounds[sample], bounds[sample + 1]):
+                loss_mask[token], advantages[token] = False, 0.0
         return msgspec.structs.replace(micro_batch, loss_mask=loss_mask, advantages=advantages)
 
 

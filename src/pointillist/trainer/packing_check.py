@@ -97,9 +97,9 @@ def _row(loaded: LoadedModel, seeds: Sequence[int], *, packed: bool = True) -> R
         seq_lens=seq_lens,
         mm_refs=MMRefs(refs),
     )
-    tensors = {
-        name: torch.from_numpy(array) for name, array in family.materialize(pixels, [layout] * len(seeds)).items()
-    }
+    patches = np.concatenate([family.patches(each, layout) for each in pixels])
+    arrays = {"pixel_values": patches, **family.image_inputs([layout] * len(seeds))}
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return assemble_row(loaded, micro_batch, tensors, list(range(len(seeds))), packed=packed)
 
 

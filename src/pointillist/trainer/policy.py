@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from pointillist.models import LoadedModel
+from pointillist.models import LoadedModel, PixelNormalizer
 from pointillist.trainer.data import RowTensors
 
 
@@ -25,6 +25,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model: Any = loaded.model
         self.forward_policy = loaded.family.forward_policy
+        self.normalize = PixelNormalizer(loaded.family).to(loaded.device)
         self.register_buffer("unsampleable", loaded.unsampleable, persistent=False)
 
     def forward(self, row: RowTensors) -> TokenStats:
@@ -55,7 +56,8 @@ class Policy(nn.Module):
 
     def _encode_images(self, row: RowTensors) -> Any:
         """Features of the row's spans; each distinct image goes through the vision tower once."""
-        features = self.model.model.get_image_features(**row.images, return_dict=True)
+        images = {**row.images, "pixel_values": self.normalize(row.images["pixel_values"])}
+        features = self.model.model.get_image_features(**images, return_dict=True)
         distinct = features.pooler_output  # a tensor where all images have equally many tokens, else one each
         by_span = [distinct[index] for index in row.image_index]
         features.pooler_output = torch.stack(by_span) if isinstance(distinct, torch.Tensor) else by_span

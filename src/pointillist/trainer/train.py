@@ -1,6 +1,7 @@
 """The training loop.
 
     receive a step's rows -> materialise -> forward, loss, backward per row -> clip, step -> broadcast weights
+    (the first two in a thread, ahead of the others)
 
 Before the first step the trainer proves that its packing does not leak and broadcasts the weights it starts from, so
 that the path of the weights is known to work before any rollout is spent on it.
@@ -25,12 +26,13 @@ from pointillist.errors import TrainingError
 from pointillist.families import RawImageMaterializer, resolve_model_dir
 from pointillist.models import LoadedModel, load_model, pick_device, write_weights
 from pointillist.trainer.checkpoint import Checkpoints
-from pointillist.trainer.data import ImageFault, RowLoader
+from pointillist.trainer.data import ImageCounts, ImageFault, RowLoader, RowTensors
+from pointillist.trainer.feed import RowFeed
 from pointillist.trainer.loss import LossTerms, policy_gradient_loss
 from pointillist.trainer.packing_check import check_packing
 from pointillist.trainer.parallel import Ranks
 from pointillist.trainer.policy import Policy, TokenStats
-from pointillist.transport import FilesystemReceiver, MicroBatch, RankBatch
+from pointillist.transport import FilesystemReceiver, RankBatch
 
 logger = logging.getLogger(__name__)
 
@@ -101,18 +103,20 @@ class Trainer:
             proof.packed, proof.padded, proof.leaking,
         )  # fmt: skip
         self._broadcast(start)
-        for step in range(start + 1, self.config.max_steps + 1):
-            self._step(step)
+        steps = range(start + 1, self.config.max_steps + 1)
+        feed = RowFeed(self.receiver, self.loader, steps, self.config.multimodal.inflight_bytes)
+        for step in steps:
+            self._step(step, feed)
         self._export()
         self.ranks.barrier()  # a rank that leaves early takes the others' connections with it
 
-    def _step(self, step: int) -> None:
-        self.phases = {}
+    def _step(self, step: int, feed: RowFeed) -> None:
+        self.phases = dict.fromkeys(("mm_wait", "mm_materialize"), 0.0)
         started = time.perf_counter()
         with self._phase("wait_for_batch"):
-            batch = self.receiver.receive(step)
+            batch = feed.batch()
         with self._phase("forward_backward"):
-            sums = self.ranks.sum(self._accumulate(batch))
+            sums = self.ranks.sum(self._accumulate(batch, feed))
         self._stop_if_too_many_faults(step, sums)
         with self._phase("optimizer"):
             grad_norm = self._update()
@@ -125,14 +129,20 @@ class Trainer:
         self._report(step, sums, grad_norm)
         self.receiver.discard_before(step)
 
-    def _accumulate(self, batch: RankBatch) -> dict[str, float]:
+    def _accumulate(self, batch: RankBatch, feed: RowFeed) -> dict[str, float]:
         """Gradients of all rows; returns sums over this rank's trained tokens."""
         self.optimizer.zero_grad()
         sums: dict[str, float] = dict.fromkeys(
             ("loss", "entropy", "mismatch", "mismatch_kl", "masked", "kl", "trained", "tokens", "stale"), 0.0
         )
+        counts = ImageCounts()
         for micro_batch in batch.micro_batches:
-            stats, terms, staleness = self._row(micro_batch, batch)
+            started = time.perf_counter()
+            ready = feed.row()
+            self.phases["mm_wait"] += time.perf_counter() - started
+            counts.add(ready.counts)
+            self._note_faults(batch.step, ready.faults)
+            stats, terms, staleness = self._row(ready.tensors, batch)
             # FSDP averages gradients over the ranks; the loss is a sum over all of them.
             (terms.loss * self.ranks.world_size).backward()
             for name, value in (
@@ -149,13 +159,10 @@ class Trainer:
             sums["tokens"] += len(micro_batch.input_ids)
         if not all(map(math.isfinite, sums.values())):
             raise TrainingError(f"step {batch.step}: loss is not finite ({sums})")
-        counts, faults = self.loader.take_counts()
         self.phases["mm_materialize"] = counts.materialize_seconds
-        self._note_faults(batch.step, faults)
         return {**sums, **counts.numbers()}
 
-    def _row(self, micro_batch: MicroBatch, batch: RankBatch) -> tuple[TokenStats, LossTerms, torch.Tensor]:
-        row = self.loader.load(micro_batch)
+    def _row(self, row: RowTensors, batch: RankBatch) -> tuple[TokenStats, LossTerms, torch.Tensor]:
         with self._autocast():
             stats: TokenStats = self.policy(row)
             reference = None
@@ -232,7 +239,12 @@ class Trainer:
             "tokens/trained": sums["trained"],
             "tokens/total": sums["tokens"],
             "tokens/per_second": sums["tokens"] / self.phases["step"],
+            "mm/images_total": sums["images_total"],
             "mm/images_materialized": sums["images_materialized"],
+            "mm/images_decoded": sums["images_decoded"],
+            "mm/images_per_second": sums["images_materialized"] / max(sums["materialize_seconds"], 1e-9),
+            "mm/hit_rate": 1 - sums["images_decoded"] / max(sums["images_total"], 1.0),
+            "mm/bytes": sums["image_bytes"],
             "mm/images_missing": sums["images_missing"],
             "mm/samples_zeroed": sums["samples_zeroed"],
             "mm/samples_quarantined": sums["samples_quarantined"],

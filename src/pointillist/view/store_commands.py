@@ -125,19 +125,15 @@ def _verify_references(paths: RunPaths, root: Path) -> list[str]:
 
 
 def _check_all(held: Iterable[HeldReference], family: Family, root: Path) -> tuple[list[str], int]:
-    reader = RawImageMaterializer(family, [root], ImageLimits())
-    verdicts: dict[tuple[str, str, int], str | None] = {}
+    reader = RawImageMaterializer(family, [root], ImageLimits(), cache_bytes=0)
+    verdicts: dict[tuple[str, str, int], PointillistError | None] = {}
     problems = []
     checked = 0
     for reference in held:
         checked += 1
         key = (reference.ref.hash, reference.ref.raw_image_uri, reference.length)
         if key not in verdicts:
-            try:
-                reader.load(reference.ref, reference.length)
-                verdicts[key] = None
-            except PointillistError as error:
-                verdicts[key] = str(error)
+            verdicts[key] = reader.materialize_many([reference.ref], [reference.length]).errors.get(0)
         if verdicts[key] is not None:
             problems.append(f"{reference.where}: {verdicts[key]}")
     return problems, checked

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from pointillist.models import LoadedModel, sample_positions
+from pointillist.models import LoadedModel, PixelNormalizer, sample_positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,8 @@ class Prompt:
     mm_token_type_ids: torch.Tensor
     """int64 `(tokens,)`."""
     tensors: dict[str, torch.Tensor]
-    """Image arguments of the model's `forward`; empty without images."""
+    """Image arguments of the model's `forward`, `pixel_values` as uint8 patches `(patches, 3, ...)`; empty without
+    images."""
 
 
 @dataclass(slots=True)
@@ -81,8 +82,14 @@ class RunningBatch:
 
 
 @torch.inference_mode()
-def prefill(loaded: LoadedModel, prompts: Sequence[Prompt]) -> RunningBatch:
-    """Reads prompts, one row each."""
+def prefill(loaded: LoadedModel, normalize: PixelNormalizer, prompts: Sequence[Prompt]) -> RunningBatch:
+    """Reads prompts, one row each.
+
+    Args:
+        loaded: The model.
+        normalize: Of the model's family, on its device.
+        prompts: At least one.
+    """
     longest = max(len(prompt.token_ids) for prompt in prompts)
     ids, types, masks, positions = [], [], [], []
     policy = loaded.family.forward_policy
@@ -102,6 +109,8 @@ def prefill(loaded: LoadedModel, prompts: Sequence[Prompt]) -> RunningBatch:
     mask = torch.stack(masks).to(loaded.device)
     stacked = torch.stack(positions, dim=1).to(loaded.device)  # (rows, batch, columns)
     images = _concatenate([prompt.tensors for prompt in prompts], loaded.device)
+    if images:
+        images["pixel_values"] = normalize(images["pixel_values"])
     if images and policy.requires_mm_token_type_ids:
         images[policy.token_types_argument] = torch.stack(types).int().to(loaded.device)
     cache = DynamicCache()

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ from pointillist.inference.protocol import (
     SamplingParams,
     WeightVersionSpan,
 )
-from pointillist.models import LoadedModel, copy_weights, read_weights
+from pointillist.models import LoadedModel, PixelNormalizer, copy_weights, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,8 @@ class EngineRequest:
     params: SamplingParams
     max_tokens: int
     future: Future[list[Choice]] = field(default_factory=Future)
+    prefilled: Future[None] = field(default_factory=Future)
+    """Done once the prompt has been read: its image tensors are no longer needed."""
     choices: dict[int, Choice] = field(default_factory=dict)
 
 
@@ -88,6 +90,7 @@ class Engine:
             on_failure: Called once if the engine's thread dies, after all requests have failed.
         """
         self._loaded = loaded
+        self._normalize = PixelNormalizer(loaded.family).to(loaded.device)
         self._config = config
         self._eos_token_ids = eos_token_ids
         self._metrics = metrics
@@ -242,7 +245,10 @@ class Engine:
                 _Sequence(request, i, self._generator(request.params, i), self.weight_version)
                 for i in range(request.params.n)
             ]
-        new = prefill(self._loaded, prompts).select(rows)
+        new = prefill(self._loaded, self._normalize, prompts).select(rows)
+        for request in admitted:
+            request.prompt = replace(request.prompt, tensors={})
+            request.prefilled.set_result(None)
         self._batch = new if self._batch is None else self._batch.join(new)
         self._metrics.prefilled(len(prompts), sum(len(p.token_ids) for p in prompts), len(rows))
 

@@ -30,6 +30,7 @@ from fastapi.responses import JSONResponse, Response
 from pointillist.config import InferenceConfig, RunPaths
 from pointillist.errors import ConfigError, InferenceError, PointillistError
 from pointillist.families import RawImageMaterializer
+from pointillist.inference.budget import ByteBudget
 from pointillist.inference.embedded.batch import Prompt
 from pointillist.inference.embedded.engine import Engine, EngineRequest
 from pointillist.inference.embedded.metrics import EngineMetrics
@@ -65,6 +66,7 @@ class Server:
         self.config = config
         self.loaded = loaded
         self.materializer = materializer
+        self.budget = ByteBudget(config.multimodal.inflight_bytes)
         self.metrics = EngineMetrics()
         self.engine = Engine(
             loaded,
@@ -84,8 +86,17 @@ class Server:
         if request.model not in (None, self.config.model.name):
             raise RequestError(f"model is {request.model!r}, this server has {self.config.model.name!r}", code=404)
         max_tokens = self._max_tokens(request)
-        engine_request = await self._prepare(request, max_tokens)
-        choices = await self._await_choices(engine_request, http)
+        refs, lengths = refs_of(
+            request, self.loaded.family.image_token_id, self.config.multimodal.limits.max_images_per_request
+        )
+        share = await self.budget.take(self._num_bytes(refs, lengths))
+        try:
+            engine_request = await self._prepare(request, max_tokens, refs, lengths)
+            loop = asyncio.get_running_loop()
+            engine_request.prefilled.add_done_callback(lambda _: loop.call_soon_threadsafe(share.release))
+            choices = await self._await_choices(engine_request, http)
+        finally:
+            share.release()
         sampled = sum(len(choice.token_ids) for choice in choices)
         return GenerateResponse(
             request_id=request.request_id or uuid.uuid4().hex,
@@ -138,13 +149,19 @@ class Server:
             )
         return params.max_tokens or room
 
-    async def _prepare(self, request: GenerateRequest, max_tokens: int) -> EngineRequest:
-        family = self.loaded.family
-        refs, lengths = refs_of(request, family.image_token_id, self.config.multimodal.limits.max_images_per_request)
+    def _num_bytes(self, refs: list[ImageRef], lengths: list[int]) -> int:
+        try:
+            return self.materializer.num_bytes(lengths)
+        except PointillistError as error:
+            raise request_error(error, refs) from None
+
+    async def _prepare(
+        self, request: GenerateRequest, max_tokens: int, refs: list[ImageRef], lengths: list[int]
+    ) -> EngineRequest:
         tensors = await run_in_threadpool(self._materialize, refs, lengths) if refs else {}
         prompt = Prompt(
             token_ids=torch.tensor(request.token_ids),
-            mm_token_type_ids=torch.tensor(mm_token_type_ids(request.token_ids, family.image_token_id)),
+            mm_token_type_ids=torch.tensor(mm_token_type_ids(request.token_ids, self.loaded.family.image_token_id)),
             tensors=tensors,
         )
         share_key = (tuple(request.token_ids), tuple(ref.hash for ref in refs))
@@ -154,11 +171,10 @@ class Server:
         """Runs in a worker thread."""
         started = time.perf_counter()
         try:
-            arrays = self.materializer.materialize(refs, lengths)
+            arrays = self.materializer.materialize(refs, lengths, "uint8")
         except PointillistError as error:
             raise request_error(error, refs) from None
-        self.metrics.images.inc(len(refs))
-        self.metrics.materialize_seconds.inc(time.perf_counter() - started)
+        self.metrics.materialized(len(refs), time.perf_counter() - started, self.materializer.cache)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     async def _await_choices(self, request: EngineRequest, http: Request) -> list[Choice]:
