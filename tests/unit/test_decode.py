@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from pointillist.errors import ImageError
 from pointillist.images import ImageLimits, decode_rgb, read_header
 from pointillist.images.blank import blank_image
+from pointillist.images.decode import color_planes, to_pillow
 from tests.conftest import encoded, picture
 
 LIMITS = ImageLimits()
@@ -120,7 +121,10 @@ def test_blank_image_keeps_the_size() -> None:
 def test_jpegs_decode_to_pillows_pixels(size: tuple[int, int], options: dict, mode: str, seed: int) -> None:
     smooth = picture(8, 8, seed).resize(size, Image.Resampling.BICUBIC)
     data = encoded(smooth.convert(mode), "JPEG", **options)
-    np.testing.assert_array_equal(decode_rgb(data, LIMITS), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+    expected, ours = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), decode_rgb(data, LIMITS)
+    np.testing.assert_array_equal(ours, expected)
+    np.testing.assert_array_equal(np.stack(color_planes(ours), axis=-1), expected)
+    np.testing.assert_array_equal(np.asarray(to_pillow(ours)), expected)
 
 
 @given(seed=st.integers(0, 2**31), flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), max_size=4))

@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import torch
 
 from pointillist.errors import MissingImageError, RefError
 from pointillist.families import Family, ModelFiles, RawImageMaterializer, write_layout_record
@@ -151,3 +152,14 @@ def test_a_reference_is_checked_even_if_its_image_is_in_the_cache(family: Family
     for bad, bad_length in ((outside, length), (ref, length + 1), (msgspec.structs.replace(ref, payload={}), length)):
         with pytest.raises(RefError):
             reader.materialize([bad], [bad_length])
+
+
+def test_tensors_that_somebody_holds_are_never_written_again(family: Family, store: ImageStore) -> None:
+    reader = RawImageMaterializer(family, [store.root], ImageLimits())
+    batches = [([ref], [length]) for ref, length in (_ref(family, store, 64, 96, seed) for seed in range(4))]
+    held = [torch.from_numpy(reader.materialize(*batch)["pixel_values"])[1:] for batch in batches]
+    for seed, tensor in enumerate(held):
+        expected = joined(family, [picture(64, 96, seed)])["pixel_values"][1:]
+        np.testing.assert_array_equal(tensor.numpy(), expected)
+    address = reader.materialize(*batches[0])["pixel_values"].ctypes.data
+    assert reader.materialize(*batches[1])["pixel_values"].ctypes.data == address  # and what nobody holds, is

@@ -21,7 +21,7 @@ from pointillist.families.base import (
     check_placeholder_count,
 )
 from pointillist.families.model_files import ModelFiles, refuse_other_steps, token_id
-from pointillist.families.pixels import pil_normalization_levels, resize_by_pillow
+from pointillist.families.pixels import pil_normalization_levels, planes_by_pillow
 from pointillist.images.decode import PIXEL_RULES
 from pointillist.refs.descriptor import fingerprint_of
 
@@ -131,8 +131,7 @@ class Gemma3Family:
 
     def patches(self, pixels: NDArray[np.uint8], layout: ImageLayout) -> NDArray[np.uint8]:
         """uint8 `(1, 3, height, width)`: the whole picture, resized."""
-        resized = resize_by_pillow(pixels, self.width, self.height, Image.Resampling.BILINEAR)
-        return np.ascontiguousarray(resized.transpose(2, 0, 1))[None]
+        return np.stack(planes_by_pillow(pixels, self.width, self.height, Image.Resampling.BILINEAR))[None]
 
     def patches_shape(self, layout: ImageLayout) -> tuple[int, ...]:
         """`(1, 3, height, width)`."""

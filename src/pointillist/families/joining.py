@@ -1,9 +1,11 @@
 """From the patches of single images to the tensors of a batch, in the type that the consumer wants."""
 
 import math
+import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +14,8 @@ from pointillist.families.base import Family
 from pointillist.families.image_cache import LoadedImage
 from pointillist.families.pixels import Normalizer, PixelDtype
 
+_KEPT_BYTES: Final = 64 * 1024 * 1024
+
 
 class PatchJoiner:
     """Joins images for one family; the tables of its normalisation are built once a type."""
@@ -19,6 +23,7 @@ class PatchJoiner:
     def __init__(self, family: Family) -> None:
         self._family = family
         self._normalizers: dict[str, Normalizer] = {}
+        self._buffers = _Buffer()
 
     def join(
         self,
@@ -32,7 +37,7 @@ class PatchJoiner:
             images: At least one; without patches an image is zeros.
             dtype: `float32` and `bfloat16` (`ml_dtypes.bfloat16`): normalised and repeated in time, of the shape that
                 the Hugging Face processor gives. `uint8`: patches of one frame, `(patches, 3, ...)`, that the consumer
-                normalises by the family's `pixel_levels`.
+                normalises by the family's `pixel_levels`; they may share memory with the image: do not write.
             map_images: `map`, or a thread pool's: images are written independently of each other.
 
         Returns:
@@ -42,12 +47,14 @@ class PatchJoiner:
         shapes = [self._family.patches_shape(layout) for layout in layouts]
         bounds = list(accumulate((shape[0] for shape in shapes), initial=0))
         rest, frames = shapes[0][2:], self._family.frames
+        if dtype == "uint8" and len(images) == 1 and images[0].patches is not None:
+            return {"pixel_values": images[0].patches, **self._family.image_inputs(layouts)}
         if dtype == "uint8":
             out: NDArray[Any] = np.empty((bounds[-1], 3, *rest), dtype=np.uint8)
             final = out.shape
         else:
             normalizer = self._normalizer(dtype)
-            out = np.empty((bounds[-1], 3, frames, math.prod(rest)), dtype=normalizer.dtype)
+            out = self._buffers.empty((bounds[-1], 3, frames, math.prod(rest)), normalizer.dtype)
             final = (bounds[-1], 3 * frames * math.prod(rest)) if frames > 1 else (bounds[-1], 3, *rest)
 
         def write(image: LoadedImage, start: int, end: int) -> None:
@@ -74,3 +81,22 @@ class PatchJoiner:
         if dtype not in self._normalizers:
             self._normalizers[dtype] = Normalizer(self._family.pixel_levels, self._family.frames, dtype)
         return self._normalizers[dtype]
+
+
+class _Buffer:
+    """One block of memory, given out again once nobody holds it: touching fresh pages costs as much as the pixels."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._block = np.empty(0, dtype=np.uint8)
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """An array of any content."""
+        size = math.prod(shape) * dtype.itemsize
+        if size > _KEPT_BYTES:
+            return np.empty(shape, dtype=dtype)
+        with self._lock:
+            # Views hold the block itself, whatever they are views of. Two references are free: ours and the argument.
+            if len(self._block) < size or sys.getrefcount(self._block) > 2:
+                self._block = np.empty(size, dtype=np.uint8)
+            return self._block[:size].view(dtype).reshape(shape)

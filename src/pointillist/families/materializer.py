@@ -10,29 +10,32 @@ distinct one once; patches are kept in a cache of bounded size, because groups a
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tenacity
 from numpy.typing import NDArray
 
 from pointillist.config import MultimodalConfig, resolve_image_dir
 from pointillist.errors import ImageError, LayoutError, MissingImageError, RefError
-from pointillist.families.base import Family, ImageLayout
+from pointillist.families.base import Family
 from pointillist.families.image_cache import ImageCache, LoadedImage
 from pointillist.families.joining import PatchJoiner
 from pointillist.families.layout_record import first_difference
 from pointillist.families.pixels import PixelDtype
-from pointillist.images.decode import ImageLimits, decode_rgb, read_header
+from pointillist.images.decode import ImageLimits, decode_rgb
 from pointillist.images.store import check_named, read_verified, resolve_roots
 from pointillist.refs.wire import ImageRef
 
 _FIRST_WAIT_SECONDS = 0.05
 _MIB = 1024 * 1024
+
+_T = TypeVar("_T")
+_Outcome = LoadedImage | RefError | MissingImageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +137,8 @@ class RawImageMaterializer:
             lengths: Number of placeholder tokens of each.
         """
         keys = [(ref.hash, ref.raw_image_uri, ref.family, ref.layout_fingerprint) for ref in refs]
-        loads = {key: self._pool.submit(self._load, ref) for key, ref in dict(zip(keys, refs, strict=True)).items()}
+        distinct = dict(zip(keys, refs, strict=True))
+        loaded = dict(zip(distinct, self._map(self._outcome, list(distinct.values())), strict=True))
         images: list[LoadedImage] = []
         places: dict[object, int] = {}
         index: list[int] = []
@@ -142,8 +146,7 @@ class RawImageMaterializer:
         for number, (ref, length, key) in enumerate(zip(refs, lengths, keys, strict=True)):
             place: object = key
             try:
-                image = loads[key].result()
-                self._check_layout(ref, length, image.layout)
+                image = self._fitting(ref, length, loaded[key])
             except (RefError, MissingImageError) as error:
                 errors[number] = error
                 place, image = number, LoadedImage(None, self.family.placeholder_layout(length))
@@ -172,12 +175,19 @@ class RawImageMaterializer:
         Returns:
             `pixel_values` and the family's other image inputs.
         """
-        return self._joiner.join(images, dtype, self._pool.map)
+        return self._joiner.join(images, dtype, self._map)
 
-    def _load(self, ref: ImageRef) -> LoadedImage:
-        """Runs in the pool."""
-        self._check_reader(ref)
-        return self.cache.get(ref.hash, partial(self._read, ref))
+    def _map(self, function: Callable[..., _T], *arguments: Sequence[Any]) -> Iterable[_T]:
+        """`map` by the pool's threads; a single call stays in this one."""
+        return map(function, *arguments) if len(arguments[0]) == 1 else self._pool.map(function, *arguments)
+
+    def _outcome(self, ref: ImageRef) -> _Outcome:
+        """Runs in the pool: the image, or why there is none."""
+        try:
+            self._check_reader(ref)
+            return self.cache.get(ref.hash, partial(self._read, ref))
+        except (RefError, MissingImageError) as error:
+            return error
 
     def _check_reader(self, ref: ImageRef) -> None:
         """Family, fingerprint, root and name, without touching the file system.
@@ -199,18 +209,24 @@ class RawImageMaterializer:
     def _read(self, ref: ImageRef) -> LoadedImage:
         data: bytes = self._retrying(read_verified, ref.raw_image_uri, ref.hash, self._roots, self._limits)
         try:
-            header = read_header(data, self._limits)
-            layout = self.family.layout(header.width, header.height)
-            patches = self.family.patches(decode_rgb(data, self._limits), layout)
+            pixels = decode_rgb(data, self._limits)
+            layout = self.family.layout(pixels.shape[1], pixels.shape[0])
+            return LoadedImage(self.family.patches(pixels, layout), layout)
         except (LayoutError, ImageError) as error:
             raise RefError(str(error)) from error
-        patches.setflags(write=False)
-        return LoadedImage(patches, layout)
 
-    def _check_layout(self, ref: ImageRef, length: int, layout: ImageLayout) -> None:
+    def _fitting(self, ref: ImageRef, length: int, outcome: _Outcome) -> LoadedImage:
+        """The image, if the reference's payload and placeholder are its own.
+
+        Raises:
+            RefError, MissingImageError: What is wrong.
+        """
+        if not isinstance(outcome, LoadedImage):
+            raise outcome
         try:
-            self.family.check_payload(ref.payload, layout)
+            self.family.check_payload(ref.payload, outcome.layout)
         except LayoutError as error:
             raise RefError(str(error)) from error
-        if length != layout.num_tokens:
-            raise RefError(f"placeholder has {length} tokens, the image has {layout.num_tokens}")
+        if length != outcome.layout.num_tokens:
+            raise RefError(f"placeholder has {length} tokens, the image has {outcome.layout.num_tokens}")
+        return outcome

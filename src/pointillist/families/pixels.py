@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pointillist.families.base import ImageLayout
+from pointillist.images.decode import color_planes, to_pillow
 
 PixelDtype = Literal["float32", "bfloat16", "uint8"]
 """Type of `pixel_values`: normalised, or uint8 patches of one frame that the consumer normalises by `pixel_levels`."""
@@ -73,13 +74,14 @@ def pil_normalization_levels(fields: Mapping[str, Any]) -> NDArray[np.float32]:
     return normalized
 
 
-def resize_by_pillow(
+def planes_by_pillow(
     pixels: NDArray[np.uint8], width: int, height: int, resample: Image.Resampling
-) -> NDArray[np.uint8]:
-    """The image at this size; itself if it has it already."""
+) -> list[NDArray[np.uint8]]:
+    """Red, green and blue of the image at this size, `(height, width)` each, resized by Pillow if need be."""
     if pixels.shape[:2] == (height, width):
-        return pixels
-    return np.asarray(Image.fromarray(pixels).resize((width, height), resample))
+        return color_planes(pixels)
+    resized = to_pillow(pixels).resize((width, height), resample)
+    return [np.asarray(band) for band in resized.split()]
 
 
 def grids_of(layouts: Sequence[ImageLayout]) -> NDArray[np.int64]:

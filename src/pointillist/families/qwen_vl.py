@@ -22,7 +22,7 @@ from pointillist.families.base import (
     one_row_of_blocks,
 )
 from pointillist.families.model_files import VISION_TOKENS, ModelFiles, refuse_other_steps, token_id
-from pointillist.families.pixels import grids_of, pil_normalization_levels, resize_by_pillow
+from pointillist.families.pixels import grids_of, pil_normalization_levels, planes_by_pillow
 from pointillist.images.decode import PIXEL_RULES
 from pointillist.refs.descriptor import fingerprint_of
 
@@ -157,19 +157,17 @@ class QwenVLFamily:
     def patches(self, pixels: NDArray[np.uint8], layout: ImageLayout) -> NDArray[np.uint8]:
         """uint8 `(patches, 3, patch_size**2)`, block by block; one frame, not yet repeated in time."""
         height, width = layout.resized_height, layout.resized_width
-        pixels = resize_by_pillow(pixels, width, height, Image.Resampling.BICUBIC)
         patch, merge = self.patch_size, self.merge_size
-        # Colours first, then whole rows of a patch are moved at once, each as one item of `patch` bytes.
-        planes = np.empty((3, height, width), dtype=np.uint8)
-        for channel in range(3):
-            planes[channel] = pixels[:, :, channel]
-        row = np.dtype((np.void, patch))
         rows, columns = height // (patch * merge), width // (patch * merge)
         out = np.empty((rows * columns * merge**2, 3, patch**2), dtype=np.uint8)
-        # From (channel, block row, row in block, y, block column, column in block) ...
-        source = planes.view(row).reshape(3, rows, merge, patch, columns, merge)
-        # ... to (block row, block column, row in block, column in block, channel, y).
-        out.view(row).reshape(rows, columns, merge, merge, 3, patch)[...] = source.transpose(1, 4, 2, 5, 0, 3)
+        # Colours first, then whole rows of a patch are moved at once, each as one item of `patch` bytes: from
+        # (block row, row in block, y, block column, column in block) to
+        # (block row, block column, row in block, column in block, colour, y).
+        item = np.dtype((np.void, patch))
+        target = out.view(item).reshape(rows, columns, merge, merge, 3, patch)
+        for channel, plane in enumerate(planes_by_pillow(pixels, width, height, Image.Resampling.BICUBIC)):
+            source = plane.view(item).reshape(rows, merge, patch, columns, merge)
+            target[:, :, :, :, channel] = source.transpose(0, 3, 1, 4, 2)
         return out
 
     def patches_shape(self, layout: ImageLayout) -> tuple[int, ...]:

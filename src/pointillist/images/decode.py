@@ -44,6 +44,8 @@ _EXTENSION: Final[dict[str, ImageFormat]] = {
 _ALL_FORMATS: Final[tuple[ImageFormat, ...]] = ("png", "jpg", "webp", "gif", "bmp", "tiff")
 _PILLOW_NAMES: Final = tuple(name for name in _EXTENSION if name != "MPO")
 
+# Bytes behind the last cell of a decoded JPEG, so that four bytes can be read from each colour of the last pixel.
+_SPARE: Final = 4
 _EXIF_ORIENTATION: Final = 0x0112
 _TRANSPOSE: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -125,16 +127,42 @@ def _decode_jpeg(image: Image.Image, data: bytes) -> NDArray[np.uint8] | None:
     """Pixels of a plain JPEG without the detour through Pillow's memory; None where Pillow must decide.
 
     simplejpeg calls the same libjpeg-turbo with the same settings (exact DCT, smooth upsampling), so the pixels are the
-    same; what it warns about (`strict`), such as a truncated file, is left to Pillow.
+    same; what it warns about (`strict`), such as a truncated file, is left to Pillow. A pixel takes a cell of four
+    bytes, of which the result shows three: `color_planes` and `to_pillow` are faster on cells.
     """
     if image.format not in ("JPEG", "MPO") or image.mode != "RGB":
         return None
+    width, height = image.size
+    cells = np.empty(width * height * 4 + _SPARE, dtype=np.uint8)[:-_SPARE].reshape(height, width, 4)
     try:
-        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+        decoded = simplejpeg.decode_jpeg(data, colorspace="RGBX", strict=True, buffer=cells)
     except ValueError:
         return None
-    width, height = image.size
-    return pixels if pixels.shape == (height, width, 3) else None
+    return cells[:, :, :3] if decoded.shape == cells.shape else None
+
+
+def color_planes(pixels: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+    """Red, green and blue of decoded pixels, uint8 `(height, width)` each, C-contiguous."""
+    height, width, _ = pixels.shape
+    if (block := _cells(pixels)) is None:
+        return [np.ascontiguousarray(pixels[:, :, channel]) for channel in range(3)]
+    # Read four bytes from where the colour stands and keep the lowest: twice as fast as picking every fourth byte.
+    return [np.ndarray((height, width), "<u4", block, offset=channel).astype(np.uint8) for channel in range(3)]
+
+
+def to_pillow(pixels: NDArray[np.uint8]) -> Image.Image:
+    """Decoded pixels as a Pillow image."""
+    if (block := _cells(pixels)) is None:
+        return Image.fromarray(pixels)
+    return Image.frombytes("RGB", (pixels.shape[1], pixels.shape[0]), block[:-_SPARE], "raw", "RGBX")
+
+
+def _cells(pixels: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
+    """The block of four-byte cells whose first three bytes these pixels are; None if they lie otherwise."""
+    height, width, _ = pixels.shape
+    block = pixels.base
+    whole = isinstance(block, np.ndarray) and block.nbytes == width * height * 4 + _SPARE
+    return block if whole and pixels.strides == (4 * width, 4, 1) else None
 
 
 def _open(data: bytes, limits: ImageLimits) -> Image.Image:

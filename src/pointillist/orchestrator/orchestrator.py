@@ -24,6 +24,7 @@ from pointillist.families import load_family, resolve_model_dir, write_layout_re
 from pointillist.images import ImageStore, Sources
 from pointillist.images.blank import blank_image
 from pointillist.images.remote import RemoteImages
+from pointillist.logs import resident_mb
 from pointillist.orchestrator.advantages import group_advantages
 from pointillist.orchestrator.packing import OverlongMultimodalSample, pack
 from pointillist.orchestrator.runner import Rollout, RolloutErrors, RolloutRunner
@@ -130,6 +131,7 @@ class Orchestrator:
             **{f"errors/{name}": count for name, count in errors.counts.items()},
             "weights/version": self.weights.version,
             "rollouts/per_second": len(batch.rollouts) / max(1e-9, packing - started - waited),
+            "memory/resident_mb": resident_mb(),
             "time/wait_for_weights": waited,
             "time/rollouts": packing - started - waited,
             "time/pack_and_send": ended - packing,

@@ -24,6 +24,7 @@ from pointillist.config.run_paths import append_jsonl, steps_in
 from pointillist.config.trainer import SchedulerConfig
 from pointillist.errors import TrainingError
 from pointillist.families import RawImageMaterializer, resolve_model_dir
+from pointillist.logs import resident_mb
 from pointillist.models import LoadedModel, load_model, pick_device, write_weights
 from pointillist.trainer.checkpoint import Checkpoints
 from pointillist.trainer.data import ImageCounts, ImageFault, RowLoader, RowTensors
@@ -248,6 +249,7 @@ class Trainer:
             "mm/images_missing": sums["images_missing"],
             "mm/samples_zeroed": sums["samples_zeroed"],
             "mm/samples_quarantined": sums["samples_quarantined"],
+            "memory/resident_mb": resident_mb(),
             **{f"time/{name}": seconds for name, seconds in self.phases.items()},
         }
         append_jsonl(self.paths.metrics / "trainer.jsonl", metrics)

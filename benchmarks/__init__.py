@@ -1,0 +1,1 @@
+"""Claims about speed and memory, each as a ratio measured side by side in one run."""
