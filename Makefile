@@ -55,7 +55,7 @@ faults: setup
 
 # All claims about speed and memory, each a ratio measured side by side: a quarter of an hour.
 bench: setup $(VENV)/torchvision-reference
-	PYTHONPATH=$(VENV)/torchvision-reference $(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks $(VENV)/torchvision-reference
 
 # Resolves pyproject.toml anew in an empty environment and writes what it got.
 lock:

@@ -61,7 +61,10 @@ def inference(arguments: list[str]) -> int:
     """Serves a model."""
     config = parse_cli(InferenceConfig, arguments)
     set_up_logging(config.log_level)
-    from pointillist.inference.embedded.server import serve
+    if config.backend == "vllm":
+        from pointillist.inference.vllm.serve import serve
+    else:
+        from pointillist.inference.embedded.server import serve
 
     serve(config)
     return 0

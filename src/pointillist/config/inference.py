@@ -28,8 +28,19 @@ class EngineConfig(Config):
     """Threads of torch's CPU operators."""
 
 
+class VLLMConfig(Config):
+    """The vLLM server, where `backend` is `vllm`."""
+
+    args: dict[str, str | int | float | bool | list[str]] = {}
+    """Further arguments of vLLM's own server by name, such as `gpu_memory_utilization = 0.8`; true and false become
+    `--name` and `--no-name`. They win over what Pointillist sets."""
+
+
 class InferenceConfig(Config):
     """The inference server: `pointillist inference @ inference.toml`."""
+
+    backend: Literal["embedded", "vllm"] = "embedded"
+    """The embedded engine over the Hugging Face model, or vLLM with Pointillist's plugin."""
 
     model: ModelConfig
     seq_len: int = Field(2048, gt=0)
@@ -44,6 +55,9 @@ class InferenceConfig(Config):
     multimodal: MultimodalConfig = MultimodalConfig()
     server: ServerConfig = ServerConfig()
     engine: EngineConfig = EngineConfig()
+    """`dtype`, `num_threads` and `max_batch_size` hold for both backends."""
+
+    vllm: VLLMConfig = VLLMConfig()
     log_level: LogLevel = "info"
 
     @model_validator(mode="after")

@@ -22,13 +22,14 @@ from numpy.typing import NDArray
 
 from pointillist.config import MultimodalConfig, resolve_image_dir
 from pointillist.errors import ImageError, LayoutError, MissingImageError, RefError
-from pointillist.families.base import Family
+from pointillist.families.base import Family, ImageLayout
 from pointillist.families.image_cache import ImageCache, LoadedImage
 from pointillist.families.joining import PatchJoiner
 from pointillist.families.layout_record import first_difference
 from pointillist.families.pixels import PixelDtype
-from pointillist.images.decode import ImageLimits, decode_rgb
-from pointillist.images.store import check_named, read_verified, resolve_roots
+from pointillist.images.decode import ImageLimits, decode_rgb, read_header
+from pointillist.images.store import check_named, read_verified, resolve_roots, stored_name
+from pointillist.refs.descriptor import RawImageDescriptor
 from pointillist.refs.wire import ImageRef
 
 _FIRST_WAIT_SECONDS = 0.05
@@ -120,6 +121,15 @@ class RawImageMaterializer:
                 `image[i]`.
             MissingImageError: A file is not there.
         """
+        batch = self.load(refs, lengths)
+        return self.tensors([batch.images[which] for which in batch.index], dtype)
+
+    def load(self, refs: Sequence[ImageRef], lengths: Sequence[int]) -> ImageBatch:
+        """As `materialize_many`, for readers that want all or nothing.
+
+        Raises:
+            RefError, MissingImageError: As `materialize`.
+        """
         batch = self.materialize_many(refs, lengths)
         if batch.errors:
             index = min(batch.errors)
@@ -127,7 +137,7 @@ class RawImageMaterializer:
             if isinstance(error, MissingImageError):
                 raise error
             raise RefError(f"image[{index}]: {error}") from error
-        return self.tensors([batch.images[which] for which in batch.index], dtype)
+        return batch
 
     def materialize_many(self, refs: Sequence[ImageRef], lengths: Sequence[int]) -> ImageBatch:
         """Loads a batch of references, each distinct image once; a faulty one does not stop the others.
@@ -155,6 +165,31 @@ class RawImageMaterializer:
                 images.append(image)
             index.append(places[place])
         return ImageBatch(images, index, errors)
+
+    def describe(self, uri: str) -> tuple[ImageRef, ImageLayout]:
+        """The reference of a stored image and its layout, from the file's name and header.
+
+        Args:
+            uri: `file://` URL of an image below an allowed root.
+
+        Raises:
+            RefError: Not such a URL, or the file is not the image that its name says.
+            MissingImageError: The file is not there, after all retries.
+        """
+        _, _, sha256 = stored_name(uri, self._roots)
+        data: bytes = self._retrying(read_verified, uri, sha256, self._roots, self._limits)
+        try:
+            header = read_header(data, self._limits)
+            layout = self.family.layout(header.width, header.height)
+        except (LayoutError, ImageError) as error:
+            raise RefError(str(error)) from error
+        descriptor = RawImageDescriptor(
+            family=self.family.name,
+            raw_image_uri=uri,
+            layout_fingerprint=self.family.layout_fingerprint,
+            payload=self.family.payload(layout),
+        )
+        return ImageRef.of(descriptor, sha256), layout
 
     def num_bytes(self, lengths: Sequence[int]) -> int:
         """uint8 bytes of images with these numbers of placeholder tokens, before any of them is read.

@@ -1,16 +1,17 @@
 """From a request's `features` to checked references; every fault is named by the image it belongs to."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pointillist.errors import MissingImageError, PointillistError, RefError
-from pointillist.inference.protocol import GenerateRequest, RequestError
+from pointillist.inference.protocol import PromptFields, RequestError
 from pointillist.refs.mm_refs import IMAGE, MMImageRef, check_spans, mm_token_type_ids
 from pointillist.refs.wire import ImageRef, decode_ref
 
 _FIELD = "features.kwargs_data.image"
 
 
-def refs_of(request: GenerateRequest, image_token_id: int, max_images: int) -> tuple[list[ImageRef], list[int]]:
+def refs_of(request: PromptFields, image_token_id: int, max_images: int) -> tuple[list[ImageRef], list[int]]:
     """References of a request's images and the lengths of their placeholders.
 
     Raises:
@@ -59,6 +60,19 @@ def request_error(error: PointillistError, refs: Sequence[ImageRef]) -> RequestE
 def invalid(message: str, param: str) -> RequestError:
     """A structured 400 for a reference."""
     return RequestError(message, type="invalid_mm_image_ref", param=param)
+
+
+def malformed(fault: Mapping[str, Any]) -> RequestError:
+    """The 400 for a body that does not have the wire's shape.
+
+    Args:
+        fault: One entry of pydantic's `errors()`.
+    """
+    where = ".".join(str(part) for part in fault["loc"] if part != "body")
+    message = f"{where or 'body'}: {fault['msg']}"
+    if where.startswith("features"):
+        return invalid(message, where)
+    return RequestError(message, param=where or None)
 
 
 def _ref(entry: object, sha256: object, index: int) -> ImageRef:

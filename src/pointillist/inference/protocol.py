@@ -77,15 +77,23 @@ class SamplingParams(BaseModel):
         return kept
 
 
-class GenerateRequest(BaseModel):
-    """One prompt."""
+class PromptFields(BaseModel):
+    """The part of a request that says what is read; other fields are somebody else's."""
+
+    token_ids: list[int] = Field(min_length=1)
+    """With `content_parts` the logical stream, one placeholder an image; else the effective one."""
+    features: MultiModalFeatures | None = None
+    content_parts: list[dict[str, Any]] | None = None
+    """`{"type": "image_url", "url": "file://..."}` for every image, in token order."""
+
+
+class GenerateRequest(PromptFields):
+    """One prompt and how to sample."""
 
     model_config = ConfigDict(extra="forbid")
 
     request_id: str | None = None
     model: str | None = None
-    token_ids: list[int] = Field(min_length=1)
-    features: MultiModalFeatures | None = None
     sampling_params: SamplingParams = SamplingParams()
     stream: Literal[False] | None = False
     return_token_ids: bool | None = None

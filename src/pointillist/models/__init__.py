@@ -1,13 +1,14 @@
 """What server and trainer share of the model itself: loading, positions, weights. Needs torch."""
 
 from pointillist.models.loading import LoadedModel, load_model, pick_device
-from pointillist.models.pixels import PixelNormalizer
+from pointillist.models.pixels import PixelNormalizer, as_tensors
 from pointillist.models.positions import sample_positions
 from pointillist.models.weights import copy_weights, read_weights, write_weights
 
 __all__ = [
     "LoadedModel",
     "PixelNormalizer",
+    "as_tensors",
     "copy_weights",
     "load_model",
     "pick_device",

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pointillist.errors import MissingImageError, RefError
 from pointillist.families import RawImageMaterializer
-from pointillist.models import LoadedModel, sample_positions
+from pointillist.models import LoadedModel, as_tensors, sample_positions
 from pointillist.refs import MMImageRef
 from pointillist.transport import MicroBatch
 
@@ -151,8 +151,7 @@ class RowLoader:
         if batch.errors:
             micro_batch = self._without_loss(micro_batch, spans, batch.errors)
         self._counts.materialize_seconds += time.perf_counter() - started
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return assemble_row(self._loaded, micro_batch, tensors, batch.index, packed=self.packed)
+        return assemble_row(self._loaded, micro_batch, as_tensors(arrays), batch.index, packed=self.packed)
 
     def _without_loss(
         self, micro_batch: MicroBatch, images: list[MMImageRef], errors: Mapping[int, RefError | MissingImageError]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pointillist.errors import TrainingError
-from pointillist.models import LoadedModel
+from pointillist.models import LoadedModel, as_tensors
 from pointillist.refs import MMImageRef, MMRefs, mm_token_type_ids
 from pointillist.trainer.data import RowTensors, assemble_row
 from pointillist.trainer.policy import Policy
@@ -99,8 +99,7 @@ def _row(loaded: LoadedModel, seeds: Sequence[int], *, packed: bool = True) -> R
     )
     patches = np.concatenate([family.patches(each, layout) for each in pixels])
     arrays = {"pixel_values": patches, **family.image_inputs([layout] * len(seeds))}
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return assemble_row(loaded, micro_batch, tensors, list(range(len(seeds))), packed=packed)
+    return assemble_row(loaded, micro_batch, as_tensors(arrays), list(range(len(seeds))), packed=packed)
 
 
 def _made_to_leak(row: RowTensors) -> RowTensors:

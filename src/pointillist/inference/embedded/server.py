@@ -34,7 +34,8 @@ from pointillist.inference.budget import ByteBudget
 from pointillist.inference.embedded.batch import Prompt
 from pointillist.inference.embedded.engine import Engine, EngineRequest
 from pointillist.inference.embedded.metrics import EngineMetrics
-from pointillist.inference.features import invalid, refs_of, request_error
+from pointillist.inference.features import malformed, request_error
+from pointillist.inference.prompt import CheckedPrompt, check_prompt
 from pointillist.inference.protocol import (
     Choice,
     ErrorInfo,
@@ -42,10 +43,11 @@ from pointillist.inference.protocol import (
     GenerateRequest,
     GenerateResponse,
     RequestError,
+    SamplingParams,
     UpdateWeightsRequest,
     Usage,
 )
-from pointillist.models import LoadedModel, load_model
+from pointillist.models import LoadedModel, as_tensors, load_model
 from pointillist.refs.mm_refs import mm_token_type_ids
 from pointillist.refs.wire import ImageRef
 from pointillist.rollouts.client import api_key
@@ -85,13 +87,12 @@ class Server:
         """
         if request.model not in (None, self.config.model.name):
             raise RequestError(f"model is {request.model!r}, this server has {self.config.model.name!r}", code=404)
-        max_tokens = self._max_tokens(request)
-        refs, lengths = refs_of(
-            request, self.loaded.family.image_token_id, self.config.multimodal.limits.max_images_per_request
-        )
-        share = await self.budget.take(self._num_bytes(refs, lengths))
+        max_images = self.config.multimodal.limits.max_images_per_request
+        prompt = await run_in_threadpool(check_prompt, request, self.materializer, max_images)
+        max_tokens = self._max_tokens(request.sampling_params, prompt.token_ids)
+        share = await self.budget.take(self._num_bytes(prompt))
         try:
-            engine_request = await self._prepare(request, max_tokens, refs, lengths)
+            engine_request = await self._prepare(request, max_tokens, prompt)
             loop = asyncio.get_running_loop()
             engine_request.prefilled.add_done_callback(lambda _: loop.call_soon_threadsafe(share.release))
             choices = await self._await_choices(engine_request, http)
@@ -103,12 +104,12 @@ class Server:
             model=self.config.model.name,
             choices=choices,
             usage=Usage(
-                prompt_tokens=len(request.token_ids),
+                prompt_tokens=len(prompt.token_ids),
                 completion_tokens=sampled,
-                total_tokens=len(request.token_ids) + sampled,
+                total_tokens=len(prompt.token_ids) + sampled,
             ),
-            prompt_token_ids=request.token_ids if request.return_token_ids else None,
-            mm_placeholders=request.features.mm_placeholders if request.features and request.return_token_ids else None,
+            prompt_token_ids=prompt.token_ids if request.return_token_ids else None,
+            mm_placeholders={"image": prompt.placeholders} if prompt.refs and request.return_token_ids else None,
         )
 
     async def update_weights(self, request: UpdateWeightsRequest) -> None:
@@ -130,10 +131,10 @@ class Server:
         self.engine.update_weights(folder, request.weight_version)
         logger.info("weight version %d serves", request.weight_version)
 
-    def _max_tokens(self, request: GenerateRequest) -> int:
-        params, prompt = request.sampling_params, len(request.token_ids)
+    def _max_tokens(self, params: SamplingParams, token_ids: list[int]) -> int:
+        prompt = len(token_ids)
         vocab_size = self.loaded.model.get_input_embeddings().weight.shape[0]
-        if not all(0 <= token < vocab_size for token in request.token_ids):
+        if not all(0 <= token < vocab_size for token in token_ids):
             raise RequestError(f"token_ids must be from 0 to {vocab_size - 1}", param="token_ids")
         if params.n > self.config.engine.max_batch_size:
             raise RequestError(
@@ -149,23 +150,19 @@ class Server:
             )
         return params.max_tokens or room
 
-    def _num_bytes(self, refs: list[ImageRef], lengths: list[int]) -> int:
+    def _num_bytes(self, prompt: CheckedPrompt) -> int:
         try:
-            return self.materializer.num_bytes(lengths)
+            return self.materializer.num_bytes(prompt.lengths)
         except PointillistError as error:
-            raise request_error(error, refs) from None
+            raise request_error(error, prompt.refs) from None
 
-    async def _prepare(
-        self, request: GenerateRequest, max_tokens: int, refs: list[ImageRef], lengths: list[int]
-    ) -> EngineRequest:
-        tensors = await run_in_threadpool(self._materialize, refs, lengths) if refs else {}
-        prompt = Prompt(
-            token_ids=torch.tensor(request.token_ids),
-            mm_token_type_ids=torch.tensor(mm_token_type_ids(request.token_ids, self.loaded.family.image_token_id)),
-            tensors=tensors,
-        )
-        share_key = (tuple(request.token_ids), tuple(ref.hash for ref in refs))
-        return EngineRequest(prompt, share_key, request.sampling_params, max_tokens)
+    async def _prepare(self, request: GenerateRequest, max_tokens: int, prompt: CheckedPrompt) -> EngineRequest:
+        tensors = await run_in_threadpool(self._materialize, prompt.refs, prompt.lengths) if prompt.refs else {}
+        ids = prompt.token_ids
+        types = mm_token_type_ids(ids, self.loaded.family.image_token_id)
+        read = Prompt(torch.tensor(ids), torch.tensor(types), tensors)
+        share_key = (tuple(ids), tuple(ref.hash for ref in prompt.refs))
+        return EngineRequest(read, share_key, request.sampling_params, max_tokens)
 
     def _materialize(self, refs: list[ImageRef], lengths: list[int]) -> dict[str, torch.Tensor]:
         """Runs in a worker thread."""
@@ -175,7 +172,7 @@ class Server:
         except PointillistError as error:
             raise request_error(error, refs) from None
         self.metrics.materialized(len(refs), time.perf_counter() - started, self.materializer.cache)
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return as_tensors(arrays)
 
     async def _await_choices(self, request: EngineRequest, http: Request) -> list[Choice]:
         """Waits for the engine; a client that hangs up frees its rows."""
@@ -318,13 +315,8 @@ def _add_error_handlers(app: FastAPI, server: Server) -> None:
         return answer(error.info)
 
     @app.exception_handler(RequestValidationError)
-    async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        message = f"{where or 'body'}: {first['msg']}"
-        if where.startswith("features"):
-            return answer(invalid(message, where).info)
-        return answer(ErrorInfo(message=message, type="BadRequestError", param=where or None, code=400))
+    async def wrong_shape(_: Request, error: RequestValidationError) -> JSONResponse:
+        return answer(malformed(error.errors()[0]).info)
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> JSONResponse:

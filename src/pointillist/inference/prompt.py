@@ -1,0 +1,74 @@
+"""From the images of a request, in either form of the wire, to one checked prompt. Every server begins here.
+
+A request brings `features` with an `mmraw:` reference for every image, over the effective token stream; or, as other
+clients of the ecosystem do, `content_parts` with a `file://` URL for every image, over the logical one (a single
+placeholder an image). The second form becomes the first here; after that there is one way.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pointillist.errors import MissingImageError, PointillistError
+from pointillist.families import ImageLayout, RawImageMaterializer
+from pointillist.inference.features import invalid, refs_of
+from pointillist.inference.protocol import PlaceholderRange, PromptFields, RequestError
+from pointillist.refs.wire import ImageRef
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedPrompt:
+    """Tokens as the model reads them, and their images."""
+
+    token_ids: list[int]
+    """The effective stream."""
+    refs: list[ImageRef]
+    placeholders: list[PlaceholderRange]
+    """Per image: where its tokens lie in `token_ids`."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Per image: number of its placeholder tokens."""
+        return [place.length for place in self.placeholders]
+
+
+def check_prompt(fields: PromptFields, materializer: RawImageMaterializer, max_images: int) -> CheckedPrompt:
+    """Checks the images of a request. With `content_parts` it reads files: call it in a worker thread.
+
+    Raises:
+        RequestError: 400, by the contract's section 4.
+    """
+    if fields.content_parts:
+        return _from_parts(fields, materializer, max_images)
+    refs, _ = refs_of(fields, materializer.family.image_token_id, max_images)
+    placeholders = fields.features.mm_placeholders.get("image", []) if fields.features else []
+    return CheckedPrompt(fields.token_ids, refs, placeholders)
+
+
+def _from_parts(fields: PromptFields, materializer: RawImageMaterializer, max_images: int) -> CheckedPrompt:
+    parts = fields.content_parts or []
+    if fields.features is not None:
+        raise invalid("request has features and content_parts, expected one of them", "content_parts")
+    if len(parts) > max_images:
+        raise invalid(f"{len(parts)} images, at most {max_images} are accepted", "content_parts")
+    described = [_describe(part, index, materializer) for index, part in enumerate(parts)]
+    try:
+        expansion = materializer.family.expand(fields.token_ids, [layout for _, layout in described])
+    except PointillistError as error:
+        raise invalid(str(error), "content_parts") from None
+    placeholders = [PlaceholderRange(offset=offset, length=length) for offset, length in expansion.spans]
+    return CheckedPrompt(expansion.token_ids, [ref for ref, _ in described], placeholders)
+
+
+def _describe(part: dict[str, Any], index: int, materializer: RawImageMaterializer) -> tuple[ImageRef, ImageLayout]:
+    where = f"content_parts[{index}]"
+    url = part.get("url")
+    if part.get("type") != "image_url" or not isinstance(url, str):
+        raise invalid(f"part has type {str(part.get('type'))[:32]!r}, expected image_url with a url", where)
+    if not url.startswith("file://"):
+        raise invalid(f"url has scheme {url.split(':')[0][:16]!r}, expected file:// into the image store", where)
+    try:
+        return materializer.describe(url)
+    except MissingImageError as error:
+        raise RequestError(str(error), type="missing_mm_image", param=where) from None
+    except PointillistError as error:
+        raise invalid(str(error), where) from None

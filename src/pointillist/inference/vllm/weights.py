@@ -1,0 +1,131 @@
+"""Weight versions of a vLLM server: checked before anything is touched, loaded while decoding is frozen."""
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from pointillist.config.run_paths import WEIGHTS_FILE, RunPaths
+from pointillist.errors import InferenceError
+from pointillist.inference.protocol import RequestError, UpdateWeightsRequest
+
+logger = logging.getLogger(__name__)
+
+# Everything of a vision-language checkpoint that is not the language model decides what the encoder gives.
+_LANGUAGE = ("model.language_model.", "lm_head.")
+
+
+class WeightUpdates:
+    """Loads versions one at a time into an engine.
+
+    pause (`keep`) -> load in every worker -> reset the caches -> set the version -> resume
+
+    Requests in flight are frozen and go on; what they have read is read again with the new weights, because a prefix
+    that other requests may share must not be of two versions. The encoder cache is reset exactly when a weight outside
+    the language model has changed.
+    """
+
+    def __init__(self, engine: Any, model_dir: Path, output_dir: Path) -> None:
+        """Takes the engine's current weights for those of the model folder.
+
+        Args:
+            engine: vLLM's `EngineClient`.
+            model_dir: Folder that the engine was started with; its names and shapes are what an update must have.
+            output_dir: The run's folder; weights are taken from its `broadcasts` only.
+        """
+        self._engine = engine
+        self._broadcasts = RunPaths(output_dir.resolve()).broadcasts
+        self._shapes = _shapes_of(sorted(model_dir.glob("*.safetensors")))
+        self._encoder = _encoder_digest(sorted(model_dir.glob("*.safetensors")))
+        self._folder: Path | None = None
+        self._lock = asyncio.Lock()
+        self.version = 0
+        self.encoder_resets = 0
+        """How often the encoder cache had to be emptied."""
+
+    async def apply(self, request: UpdateWeightsRequest) -> None:
+        """Loads a version.
+
+        Raises:
+            RequestError: 400: not below `broadcasts`, or weights that do not fit; nothing was touched. 500: the engine
+                failed to load them; the last version that it had was loaded again.
+        """
+        async with self._lock:
+            try:
+                folder, digest = await asyncio.to_thread(self._check, Path(request.weight_dir))
+            except InferenceError as error:
+                raise RequestError(f"{error}; version {self.version} serves on", param="weight_dir") from None
+            await self._engine.pause_generation(mode="keep", clear_cache=False)
+            try:
+                await self._load(folder, digest != self._encoder)
+                await self._engine.update_weight_version(str(request.weight_version))
+            finally:
+                await self._engine.resume_generation()
+            self._folder, self._encoder, self.version = folder, digest, request.weight_version
+            logger.info("weight version %d serves", self.version)
+
+    async def _load(self, folder: Path, encoder_changed: bool) -> None:
+        try:
+            await self._engine.collective_rpc("pointillist_load_weights", args=(str(folder),))
+        except Exception as error:
+            if self._folder is not None:
+                await self._engine.collective_rpc("pointillist_load_weights", args=(str(self._folder),))
+            raise RequestError(
+                f"weights could not be loaded ({error}); version {self.version} serves on",
+                type="InternalServerError",
+                code=500,
+            ) from error
+        await self._engine.reset_prefix_cache(reset_running_requests=True)
+        await self._engine.reset_mm_cache()
+        if encoder_changed:
+            self.encoder_resets += 1
+            await self._engine.reset_encoder_cache()
+
+    def _check(self, folder: Path) -> tuple[Path, str]:
+        """The resolved folder and the digest of its encoder's weights; names and shapes must be the model's."""
+        folder = folder.resolve()
+        if not folder.is_relative_to(self._broadcasts):
+            raise InferenceError(f"weight_dir is not below {self._broadcasts}")
+        shapes = _shapes_of([folder / WEIGHTS_FILE])
+        missing, unknown = self._shapes.keys() - shapes.keys(), shapes.keys() - self._shapes.keys()
+        if missing or unknown:
+            raise InferenceError(
+                f"weights do not fit the model: missing {sorted(missing)[:3]}, unknown {sorted(unknown)[:3]}"
+            )
+        for name, shape in shapes.items():
+            if shape != self._shapes[name]:
+                raise InferenceError(f"weight {name} has shape {shape}, expected {self._shapes[name]}")
+        return folder, _encoder_digest([folder / WEIGHTS_FILE])
+
+
+def _shapes_of(files: list[Path]) -> Mapping[str, list[int]]:
+    shapes: dict[str, list[int]] = {}
+    for file in files:
+        with _opened(file) as tensors:
+            shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    return shapes
+
+
+def _encoder_digest(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with _opened(file) as tensors:
+            for name in sorted(tensors.keys()):
+                if not name.startswith(_LANGUAGE):
+                    digest.update(tensors.get_tensor(name).contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except (OSError, SafetensorError) as error:
+        raise InferenceError(f"weights in {file} can not be read ({error})") from None
