@@ -51,19 +51,24 @@ class RunningServer:
         return Sources(self.store)
 
 
+# The same tests hold for both servers; `make test-vllm` sets this in an environment that has vLLM.
+BACKEND = os.environ.get("POINTILLIST_TEST_BACKEND", "embedded")
+
+
 @pytest.fixture(scope="session")
 def server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     output_dir, port = tmp_path_factory.mktemp("server"), free_port()
     process = pointillist(
-        "inference", "--model.name", model_dir, "--output-dir", output_dir, "--server.port", port, "--seq-len", 512
-    )
+        "inference", "--backend", BACKEND, "--model.name", model_dir, "--output-dir", output_dir, "--server.port", port,
+        "--seq-len", 512,
+    )  # fmt: skip
     family = load_family(str(model_dir))
     renderer = RawRenderer(family, FolderTokenizer(model_dir))
     url = f"http://127.0.0.1:{port}"
-    wait_for(lambda: httpx.get(f"{url}/health").status_code == 200, process)
+    wait_for(lambda: httpx.get(f"{url}/health").status_code == 200, process, seconds=300)
     yield RunningServer(url, output_dir, family, renderer, process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(15) in (0, -signal.SIGTERM)
+    assert process.wait(30) in (0, -signal.SIGTERM)
 
 
 def wait_for(ready: object, process: subprocess.Popen[str] | None = None, seconds: float = 90.0) -> None:

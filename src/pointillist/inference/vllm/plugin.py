@@ -20,8 +20,9 @@ from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateReque
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import load_aware_call, with_cancellation
 
-from pointillist.config import InferenceConfig, load_toml
+from pointillist.config import InferenceConfig, MultimodalConfig, load_toml
 from pointillist.config.assets import CARRIER
+from pointillist.config.shared import ModelConfig
 from pointillist.errors import PointillistError
 from pointillist.families import RawImageMaterializer, load_family, resolve_model_dir
 from pointillist.inference.budget import ByteBudget
@@ -102,10 +103,9 @@ class _Shared:
 def _config(args: Namespace) -> InferenceConfig:
     """The config that `pointillist inference` wrote, or for a plain `vllm serve` what its arguments tell."""
     if path := os.environ.get(CONFIG_VARIABLE):
-        config: InferenceConfig = load_toml(InferenceConfig, Path(path))
-        return config
-    roots = [os.environ[CARRIER]] if os.environ.get(CARRIER) else []
-    return InferenceConfig.model_validate({"model": {"name": args.model}, "multimodal": {"allowed_roots": roots}})
+        return load_toml(InferenceConfig, Path(path))
+    roots = [Path(os.environ[CARRIER])] if os.environ.get(CARRIER) else []
+    return InferenceConfig(model=ModelConfig(name=args.model), multimodal=MultimodalConfig(allowed_roots=roots))
 
 
 def _authorized(request: Request) -> None:
