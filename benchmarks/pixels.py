@@ -47,7 +47,7 @@ def _processors() -> dict[str, Callable[..., object]]:
     """The Hugging Face processors that can be had here."""
     with_torchvision = importlib.util.find_spec("torchvision") is not None
     if with_torchvision:
-        importlib.import_module("tests.torchvision_reference.conftest")  # declares operators that its import asks for
+        importlib.import_module("tests.torchvision_operators").declare()
     pil = importlib.import_module("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
     processors: dict[str, Callable[..., object]] = {"hf_pil": pil.Qwen2VLImageProcessorPil(**SETTINGS)}
     if with_torchvision:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,12 +15,15 @@ from PIL import Image
 from pointillist.families import Family, PatchJoiner, load_family
 from pointillist.families.pixels import PixelDtype
 from pointillist.images import ImageLimits, ImageStore, Sources
+from pointillist.refs import ImageRef, RawImageDescriptor
 from pointillist.render import FolderTokenizer, RawRenderer
 
 ROOT = Path(__file__).parent.parent
 
 # These need torchvision and run in a process of their own, where it is within reach; see that folder's conftest.py.
 collect_ignore = [] if importlib.util.find_spec("torchvision") else ["torchvision_reference"]
+# This needs vLLM and a server of it: `make test-vllm`.
+collect_ignore += [] if importlib.util.find_spec("vllm") else ["integration/test_vllm.py"]
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -32,6 +36,19 @@ def encoded(image: Image.Image, file_format: str = "PNG", **options: object) -> 
     buffer = io.BytesIO()
     image.save(buffer, format=file_format, **options)
     return buffer.getvalue()
+
+
+def stored_ref(family: Family, store: ImageStore, image: Image.Image) -> tuple[ImageRef, int]:
+    """The picture in the store: its reference and its number of tokens."""
+    stored = store.put(encoded(image))
+    layout = family.layout(*image.size)
+    descriptor = RawImageDescriptor(
+        family=family.name,
+        raw_image_uri=stored.uri,
+        layout_fingerprint=family.layout_fingerprint,
+        payload=json.loads(json.dumps(family.payload(layout))),
+    )
+    return ImageRef.of(descriptor, stored.sha256), layout.num_tokens
 
 
 def joined(family: Family, images: list[Image.Image], dtype: PixelDtype = "float32") -> dict[str, NDArray[Any]]:

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ from pointillist.images.store import local_path
 from pointillist.models import load_model, write_weights
 from pointillist.rollouts import InferenceClient, Sampling, Session
 from tests.conftest import picture
-from tests.integration.conftest import RunningServer
+from tests.integration.conftest import BACKEND, RunningServer
 
 pytestmark = pytest.mark.integration
+
+# What only one server has, or counts in metrics of its own.
+only_embedded = pytest.mark.skipif(BACKEND != "embedded", reason="about the embedded server")
 
 GENERATE = "/inference/v1/generate"
 
@@ -85,11 +89,9 @@ def test_response_has_vllms_fields(server: RunningServer) -> None:
     assert answer["request_id"].endswith("mine")  # vLLM puts a prefix before it
     assert answer["prompt_token_ids"] == body["token_ids"]
     assert answer["mm_placeholders"] == body["features"]["mm_placeholders"]
-    assert answer["usage"] == {
-        "prompt_tokens": len(body["token_ids"]),
-        "completion_tokens": 15,
-        "total_tokens": len(body["token_ids"]) + 15,
-    }
+    counts = {"prompt_tokens": len(body["token_ids"]), "completion_tokens": 15}
+    assert counts.items() <= answer["usage"].items()
+    assert answer["usage"]["total_tokens"] == len(body["token_ids"]) + 15
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
     choice = answer["choices"][0]
     assert choice["finish_reason"] == "length"
@@ -185,8 +187,6 @@ FAULTS = [
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faulty_references_are_structured_400s(server: RunningServer, fault: str) -> None:
-    import re
-
     body, message = _faults(server)[fault]
     response = _post(server, body)
     assert response.status_code == 400, response.text
@@ -227,7 +227,6 @@ def test_missing_and_corrupt_files(server: RunningServer) -> None:
         ({"token_ids": "abc"}, "token_ids"),
         ({"sampling_params": {"temperature": -1}}, "temperature"),
         ({"sampling_params": {"temprature": 1}}, "temprature"),
-        ({"sampling_params": {"repetition_penalty": 1.5}}, "repetition_penalty"),
         ({"sampling_params": {"n": 10_000}}, "n is 10000"),
         ({"sampling_params": {"max_tokens": 10_000}}, "at most 512"),
         ({"stream": True}, "stream"),
@@ -238,6 +237,13 @@ def test_other_bad_requests_are_structured_400s(server: RunningServer, change: d
     response = _post(server, {**_body(server), **change})
     assert response.status_code == 400, response.text
     assert message in response.json()["error"]["message"]
+
+
+@only_embedded
+def test_parameters_that_are_not_served_are_refused(server: RunningServer) -> None:
+    response = _post(server, {**_body(server), "sampling_params": {"repetition_penalty": 1.5}})
+    assert response.status_code == 400
+    assert "repetition_penalty" in response.json()["error"]["message"]
 
 
 def test_neutral_parameters_of_other_clients_are_accepted(server: RunningServer) -> None:
@@ -254,7 +260,8 @@ def test_health_models_metrics_pause(server: RunningServer) -> None:
     assert httpx.post(server.url + "/resume").status_code == 200
     assert len(_choices(server, _body(server))) == 1
     metrics = httpx.get(server.url + "/metrics").text
-    assert "\npointillist_running 0.0" in metrics  # the request whose client hung up is gone
+    running = re.search(r"^(?:pointillist_running|vllm:num_requests_running\{.*\}) 0.0$", metrics, re.MULTILINE)
+    assert running is not None  # the request whose client hung up is gone
     assert "pointillist_images_materialized_total" in metrics
 
 
@@ -294,6 +301,86 @@ def test_new_weights_while_requests_run(server: RunningServer, model_dir: Path) 
     assert _logprobs(_choices(server, body)[0]).tolist() == _logprobs(before).tolist()
 
 
+def _as_parts(server: RunningServer, body: dict[str, Any]) -> dict[str, Any]:
+    """The same prompt in the second form: one placeholder an image, and the files' URLs."""
+    logical: list[int] = []
+    for token in body["token_ids"]:
+        if token != server.family.image_token_id or logical[-1] != token:
+            logical.append(token)
+    urls = [(server.store.root / sha[:2] / f"{sha}.png").as_uri() for sha in body["features"]["mm_hashes"]["image"]]
+    parts = [{"type": "image_url", "url": url} for url in urls]
+    rest = {key: value for key, value in body.items() if key != "features"}
+    return {**rest, "token_ids": logical, "content_parts": parts, "return_token_ids": True}
+
+
+def test_content_parts_are_the_same_prompt(server: RunningServer) -> None:
+    body = _body(server, 31, 32)
+    answer = _post(server, _as_parts(server, body)).json()
+    assert answer["prompt_token_ids"] == body["token_ids"]
+    assert answer["mm_placeholders"] == body["features"]["mm_placeholders"]
+    (expected,) = _choices(server, body)
+    assert answer["choices"][0]["token_ids"] == expected["token_ids"]
+    torch.testing.assert_close(_logprobs(answer["choices"][0]), _logprobs(expected), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"url": "data:image/png;base64,aaaa"}, "invalid_mm_image_ref", "expected file://"),
+        ({"url": "http://127.0.0.1/a.png"}, "invalid_mm_image_ref", "expected file://"),
+        ({"url": "file:///etc/passwd"}, "invalid_mm_image_ref", "allowed root"),
+        ({"url": None}, "invalid_mm_image_ref", "image_url"),
+        ({"type": "video_url"}, "invalid_mm_image_ref", "video_url"),
+        ("missing", "missing_mm_image", "not in the store"),
+        ("one more", "invalid_mm_image_ref", "placeholders"),
+        ("both forms", "invalid_mm_image_ref", "one of them"),
+    ],
+)
+def test_faulty_content_parts_are_structured_400s(server: RunningServer, change: Any, kind: str, message: str) -> None:
+    whole = _body(server, 33)
+    body = _as_parts(server, whole)
+    (part,) = body["content_parts"]
+    if isinstance(change, dict):
+        body["content_parts"] = [{**part, **change}]
+    elif change == "missing":
+        name = "00" * 32
+        body["content_parts"] = [{**part, "url": (server.store.root / "00" / f"{name}.png").as_uri()}]
+    elif change == "one more":
+        body["content_parts"] = [part, part]
+    else:
+        body["features"] = whole["features"]
+    response = _post(server, body)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["type"] == kind
+    assert message in error["message"]
+    assert error["param"].startswith("content_parts")
+
+
+def test_a_group_of_16_and_a_prompt_of_32_images(server: RunningServer) -> None:
+    group = _choices(server, _body(server, 40, n=16, max_tokens=2))
+    assert [choice["index"] for choice in group] == list(range(16))
+    alone = _choices(server, _body(server, 40, max_tokens=2, seed=4))[0]
+    assert group[3]["token_ids"] == alone["token_ids"]  # choice i is sampled with seed + i
+    many = _body(server, *range(41, 73), max_tokens=1)
+    assert len(many["features"]["mm_hashes"]["image"]) == 32
+    assert len(_choices(server, many)) == 1
+
+
+def test_stop_tokens_and_top_logprobs(server: RunningServer) -> None:
+    body = _body(server, 1, max_tokens=20, temperature=0, logprobs=3)
+    free = _choices(server, body)[0]
+    stop = free["token_ids"][4]
+    first = free["token_ids"].index(stop)
+    params = {**body["sampling_params"], "stop_token_ids": [stop]}
+    stopped = _choices(server, {**body, "sampling_params": params})[0]
+    assert stopped["token_ids"] == free["token_ids"][: first + 1]
+    assert stopped["finish_reason"] == "stop"
+    top = stopped["logprobs"]["content"][0]["top_logprobs"]
+    assert top[0]["token_id"] == stopped["token_ids"][0]  # greedy
+    assert [entry["logprob"] for entry in top] == sorted((entry["logprob"] for entry in top), reverse=True)
+
+
 async def test_sessions_record_what_was_read_and_sampled(server: RunningServer, model_dir: Path) -> None:
     """A conversation of three turns with a picture each; a tool result among them."""
     client = InferenceClient(server.url)
@@ -324,6 +411,7 @@ async def test_sessions_record_what_was_read_and_sampled(server: RunningServer, 
         assert local_path(image.descriptor.raw_image_uri).is_file()
 
 
+@only_embedded
 async def test_a_groups_first_requests_travel_as_one(server: RunningServer) -> None:
     client = InferenceClient(server.url)
     body = _body(server, 1)

@@ -14,20 +14,12 @@ from pointillist.families.pixels import PixelDtype
 from pointillist.families.qwen_vl import QwenVLFamily
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.images.store import local_path
-from pointillist.refs import ImageRef, RawImageDescriptor
-from tests.conftest import encoded, joined, picture
+from pointillist.refs import ImageRef
+from tests.conftest import joined, picture, stored_ref
 
 
 def _ref(family: Family, store: ImageStore, width: int = 64, height: int = 96, seed: int = 0) -> tuple[ImageRef, int]:
-    stored = store.put(encoded(picture(width, height, seed)))
-    layout = family.layout(width, height)
-    descriptor = RawImageDescriptor(
-        family=family.name,
-        raw_image_uri=stored.uri,
-        layout_fingerprint=family.layout_fingerprint,
-        payload=family.payload(layout),
-    )
-    return ImageRef.of(descriptor, stored.sha256), layout.num_tokens
+    return stored_ref(family, store, picture(width, height, seed))
 
 
 @pytest.fixture

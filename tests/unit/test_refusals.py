@@ -26,6 +26,7 @@ FILES = [
     "families/materializer.py",
     "render/raw.py",
     "inference/features.py",
+    "inference/prompt.py",
     "transport/types.py",
 ]
 

@@ -5,6 +5,7 @@ clients of the ecosystem do, `content_parts` with a `file://` URL for every imag
 placeholder an image). The second form becomes the first here; after that there is one way.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,17 @@ class CheckedPrompt:
     def lengths(self) -> list[int]:
         """Per image: number of its placeholder tokens."""
         return [place.length for place in self.placeholders]
+
+
+@dataclass(frozen=True, slots=True)
+class ServerBounds:
+    """How much a server can do."""
+
+    seq_len: int
+    """Longest sequence, prompt and completion together, in tokens."""
+    vocab_size: int
+    max_batch_size: int
+    """Sequences that are decoded at once."""
 
 
 def check_prompt(fields: PromptFields, materializer: RawImageMaterializer, max_images: int) -> CheckedPrompt:
@@ -72,3 +84,23 @@ def _describe(part: dict[str, Any], index: int, materializer: RawImageMaterializ
         raise RequestError(str(error), type="missing_mm_image", param=where) from None
     except PointillistError as error:
         raise invalid(str(error), where) from None
+
+
+def check_sizes(token_ids: Sequence[int], max_tokens: int | None, n: int, bounds: ServerBounds) -> None:
+    """Checks what a request asks for against what a server can do.
+
+    Raises:
+        RequestError: 400, naming the parameter.
+    """
+    if not all(0 <= token < bounds.vocab_size for token in token_ids):
+        raise RequestError(f"token_ids must be from 0 to {bounds.vocab_size - 1}", param="token_ids")
+    if n > bounds.max_batch_size:
+        raise RequestError(
+            f"n is {n}, at most {bounds.max_batch_size} completions are decoded at once", param="sampling_params.n"
+        )
+    if len(token_ids) + (max_tokens or 1) > bounds.seq_len:
+        raise RequestError(
+            f"prompt has {len(token_ids)} tokens, max_tokens is {max_tokens or 1}, together at most "
+            f"{bounds.seq_len} are accepted",
+            param="token_ids",
+        )

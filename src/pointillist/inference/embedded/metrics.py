@@ -2,7 +2,7 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
-from pointillist.families.image_cache import ImageCache
+from pointillist.inference.metrics import ImageMetrics
 
 
 class EngineMetrics:
@@ -15,30 +15,11 @@ class EngineMetrics:
         self._prompt_tokens = counter("pointillist_prompt_tokens_prefilled", "Tokens of distinct prompts")
         self._completions = counter("pointillist_completions_started", "Completions that share those prompts")
         self._tokens = counter("pointillist_tokens_sampled", "Sampled tokens")
-        self._images = counter("pointillist_images_materialized", "Images turned into tensors")
-        self._materialize_seconds = counter("pointillist_materialize_seconds", "Seconds spent on that")
-        self._cached = {
-            name: Gauge(f"pointillist_image_cache_{name}", text, registry=self.registry)
-            for name, text in (
-                ("hits", "Images that were decoded already"),
-                ("misses", "Images that were decoded"),
-                ("bytes_loaded", "Bytes of uint8 pixels that were decoded"),
-                ("bytes", "Bytes of uint8 pixels that are kept"),
-            )
-        }
+        self.images = ImageMetrics(self.registry)
         self.refused = counter("pointillist_requests_refused", "Requests answered with an error")
         self._running = Gauge("pointillist_running", "Sequences being decoded", registry=self.registry)
         self._waiting = Gauge("pointillist_waiting", "Requests waiting for room", registry=self.registry)
         self.weight_version = Gauge("pointillist_weight_version", "Weights that serve", registry=self.registry)
-
-    def materialized(self, images: int, seconds: float, cache: ImageCache) -> None:
-        """Counts one request's images."""
-        self._images.inc(images)
-        self._materialize_seconds.inc(seconds)
-        self._cached["hits"].set(cache.counts.hits)
-        self._cached["misses"].set(cache.counts.misses)
-        self._cached["bytes_loaded"].set(cache.counts.bytes_loaded)
-        self._cached["bytes"].set(cache.num_bytes)
 
     def prefilled(self, prompts: int, tokens: int, completions: int) -> None:
         """Counts one prefill."""

@@ -35,7 +35,7 @@ from pointillist.inference.embedded.batch import Prompt
 from pointillist.inference.embedded.engine import Engine, EngineRequest
 from pointillist.inference.embedded.metrics import EngineMetrics
 from pointillist.inference.features import malformed, request_error
-from pointillist.inference.prompt import CheckedPrompt, check_prompt
+from pointillist.inference.prompt import CheckedPrompt, ServerBounds, check_prompt, check_sizes
 from pointillist.inference.protocol import (
     Choice,
     ErrorInfo,
@@ -43,7 +43,6 @@ from pointillist.inference.protocol import (
     GenerateRequest,
     GenerateResponse,
     RequestError,
-    SamplingParams,
     UpdateWeightsRequest,
     Usage,
 )
@@ -68,6 +67,8 @@ class Server:
         self.config = config
         self.loaded = loaded
         self.materializer = materializer
+        vocab_size = loaded.model.get_input_embeddings().weight.shape[0]
+        self.bounds = ServerBounds(config.seq_len, vocab_size, config.engine.max_batch_size)
         self.budget = ByteBudget(config.multimodal.inflight_bytes)
         self.metrics = EngineMetrics()
         self.engine = Engine(
@@ -89,7 +90,9 @@ class Server:
             raise RequestError(f"model is {request.model!r}, this server has {self.config.model.name!r}", code=404)
         max_images = self.config.multimodal.limits.max_images_per_request
         prompt = await run_in_threadpool(check_prompt, request, self.materializer, max_images)
-        max_tokens = self._max_tokens(request.sampling_params, prompt.token_ids)
+        params = request.sampling_params
+        check_sizes(prompt.token_ids, params.max_tokens, params.n, self.bounds)
+        max_tokens = params.max_tokens or self.bounds.seq_len - len(prompt.token_ids)
         share = await self.budget.take(self._num_bytes(prompt))
         try:
             engine_request = await self._prepare(request, max_tokens, prompt)
@@ -131,25 +134,6 @@ class Server:
         self.engine.update_weights(folder, request.weight_version)
         logger.info("weight version %d serves", request.weight_version)
 
-    def _max_tokens(self, params: SamplingParams, token_ids: list[int]) -> int:
-        prompt = len(token_ids)
-        vocab_size = self.loaded.model.get_input_embeddings().weight.shape[0]
-        if not all(0 <= token < vocab_size for token in token_ids):
-            raise RequestError(f"token_ids must be from 0 to {vocab_size - 1}", param="token_ids")
-        if params.n > self.config.engine.max_batch_size:
-            raise RequestError(
-                f"n is {params.n}, at most {self.config.engine.max_batch_size} completions are decoded at once",
-                param="sampling_params.n",
-            )
-        room = self.config.seq_len - prompt
-        if room < (params.max_tokens or 1):
-            raise RequestError(
-                f"prompt has {prompt} tokens, max_tokens is {params.max_tokens or 1}, together at most "
-                f"{self.config.seq_len} are accepted",
-                param="token_ids",
-            )
-        return params.max_tokens or room
-
     def _num_bytes(self, prompt: CheckedPrompt) -> int:
         try:
             return self.materializer.num_bytes(prompt.lengths)
@@ -171,7 +155,7 @@ class Server:
             arrays = self.materializer.materialize(refs, lengths, "uint8")
         except PointillistError as error:
             raise request_error(error, refs) from None
-        self.metrics.materialized(len(refs), time.perf_counter() - started, self.materializer.cache)
+        self.metrics.images.materialized(len(refs), time.perf_counter() - started, self.materializer.cache)
         return as_tensors(arrays)
 
     async def _await_choices(self, request: EngineRequest, http: Request) -> list[Choice]:

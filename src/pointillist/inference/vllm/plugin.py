@@ -9,16 +9,19 @@ import asyncio
 import logging
 import os
 import secrets
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Final
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from prometheus_client import REGISTRY
 from pydantic import ValidationError
 from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import load_aware_call, with_cancellation
+from vllm.sampling_params import SamplingParams
 
 from pointillist.config import InferenceConfig, MultimodalConfig, load_toml
 from pointillist.config.assets import CARRIER
@@ -27,7 +30,8 @@ from pointillist.errors import PointillistError
 from pointillist.families import RawImageMaterializer, load_family, resolve_model_dir
 from pointillist.inference.budget import ByteBudget
 from pointillist.inference.features import malformed, request_error
-from pointillist.inference.prompt import CheckedPrompt, check_prompt
+from pointillist.inference.metrics import ImageMetrics
+from pointillist.inference.prompt import CheckedPrompt, ServerBounds, check_prompt, check_sizes
 from pointillist.inference.protocol import ErrorResponse as OurErrorResponse
 from pointillist.inference.protocol import PromptFields, RequestError, UpdateWeightsRequest
 from pointillist.inference.vllm.serving import ItemMaker, RawServingTokens
@@ -84,9 +88,12 @@ class _Shared:
         state.serving_tokens = self.serving
         processor = state.online_renderer.renderer.get_mm_processor()
         self.items = ItemMaker(engine.vllm_config, processor, self.materializer)
+        self.metrics = ImageMetrics(REGISTRY)
+        scheduler, model = engine.vllm_config.scheduler_config, engine.vllm_config.model_config
+        self.bounds = ServerBounds(model.max_model_len, model.get_vocab_size(), scheduler.max_num_seqs)
         self.budget = ByteBudget(self.config.multimodal.inflight_bytes)
         self.weights = WeightUpdates(engine, resolve_model_dir(self.config.model.name), self.config.output_dir)
-        if engine.vllm_config.model_config.logprobs_mode != "processed_logprobs":
+        if model.logprobs_mode != "processed_logprobs":
             logger.warning(
                 "logprobs are not at the sampling temperature: start vLLM with --logprobs-mode processed_logprobs"
             )
@@ -109,6 +116,8 @@ def _config(args: Namespace) -> InferenceConfig:
 
 
 def _authorized(request: Request) -> None:
+    if request.url.path == "/health":
+        return
     key = request.app.state.pointillist.key
     given = request.headers.get("authorization", "").encode()
     if key is not None and not secrets.compare_digest(given, f"Bearer {key}".encode()):
@@ -131,14 +140,27 @@ async def generate(body: dict[str, Any], raw_request: Request) -> Response:
         raise malformed(error.errors()[0]) from None
     prompt = await asyncio.to_thread(check_prompt, fields, shared.materializer, max_images)
     request = _stock_request(body, prompt)
+    params = request.sampling_params
+    given = params.max_tokens if request.is_sampling_param_provided("max_tokens") else None
+    check_sizes(prompt.token_ids, given, params.n, shared.bounds)
     share = await shared.budget.take(shared.num_bytes(prompt))
     try:
+        started = time.perf_counter()
         items = await shared.items.items(prompt)
+        shared.metrics.materialized(len(items), time.perf_counter() - started, shared.materializer.cache)
         answer = await shared.serving.serve_with_items(request, items, raw_request)
     finally:
         share.release()
     code = answer.error.code if isinstance(answer, ErrorResponse) else 200
     return JSONResponse(answer.model_dump(), status_code=code)
+
+
+@router.get("/health")
+async def health(raw_request: Request) -> dict[str, Any]:
+    """Whether the engine lives, and which weights serve."""
+    shared: _Shared = raw_request.app.state.pointillist
+    await shared.engine.check_health()
+    return {"status": "ok", "weight_version": shared.weights.version}
 
 
 @router.post("/update_weights")
@@ -176,6 +198,7 @@ def _stock_request(body: dict[str, Any], prompt: CheckedPrompt) -> GenerateReque
         places = [place.model_dump() for place in prompt.placeholders]
         features = {"mm_hashes": {"image": [ref.hash for ref in prompt.refs]}, "mm_placeholders": {"image": places}}
     stock = {**body, "token_ids": prompt.token_ids, "features": features, "content_parts": None}
+    _refuse_unknown(body)
     if stock.get("request_id") is None:
         stock.pop("request_id", None)
     if stock.get("stream"):
@@ -184,6 +207,18 @@ def _stock_request(body: dict[str, Any], prompt: CheckedPrompt) -> GenerateReque
         return GenerateRequest.model_validate(stock)
     except ValidationError as error:
         raise malformed(error.errors()[0]) from None
+
+
+def _refuse_unknown(body: dict[str, Any]) -> None:
+    """VLLM drops names that it does not know; a misspelt parameter would silently be another run."""
+    params = body.get("sampling_params")
+    known = {
+        "": (body, GenerateRequest.model_fields.keys()),
+        "sampling_params.": (params if isinstance(params, dict) else {}, set(SamplingParams.__struct_fields__)),
+    }
+    for prefix, (given, names) in known.items():
+        if unknown := sorted(given.keys() - names):
+            raise RequestError(f"{prefix}{unknown[0]}: no such parameter", param=f"{prefix}{unknown[0]}")
 
 
 async def _answer(_: Request, error: Exception) -> Response:

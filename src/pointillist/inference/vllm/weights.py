@@ -41,6 +41,8 @@ class WeightUpdates:
         """
         self._engine = engine
         self._broadcasts = RunPaths(output_dir.resolve()).broadcasts
+        text_config = engine.vllm_config.model_config.hf_text_config
+        self._tied = bool(getattr(text_config, "tie_word_embeddings", False))
         self._shapes = _shapes_of(sorted(model_dir.glob("*.safetensors")))
         self._encoder = _encoder_digest(sorted(model_dir.glob("*.safetensors")))
         self._folder: Path | None = None
@@ -93,12 +95,15 @@ class WeightUpdates:
         if not folder.is_relative_to(self._broadcasts):
             raise InferenceError(f"weight_dir is not below {self._broadcasts}")
         shapes = _shapes_of([folder / WEIGHTS_FILE])
-        missing, unknown = self._shapes.keys() - shapes.keys(), shapes.keys() - self._shapes.keys()
+        # Where it is tied to the embedding, an output layer that comes along is the embedding once more.
+        tied = {"lm_head.weight"} if self._tied else set()
+        missing, unknown = self._shapes.keys() - shapes.keys() - tied, shapes.keys() - self._shapes.keys() - tied
         if missing or unknown:
             raise InferenceError(
                 f"weights do not fit the model: missing {sorted(missing)[:3]}, unknown {sorted(unknown)[:3]}"
             )
-        for name, shape in shapes.items():
+        for name in shapes.keys() & self._shapes.keys():
+            shape = shapes[name]
             if shape != self._shapes[name]:
                 raise InferenceError(f"weight {name} has shape {shape}, expected {self._shapes[name]}")
         return folder, _encoder_digest([folder / WEIGHTS_FILE])
