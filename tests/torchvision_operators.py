@@ -33,13 +33,15 @@ _libraries: list[Any] = []
 
 
 def declare() -> None:
-    """Declares the operators' schemas."""
+    """Declares the operators' schemas, once a process."""
     import torch
 
-    library = torch.library.Library("torchvision", "DEF")
+    if _libraries:
+        return
+
+    _libraries.append(torch.library.Library("torchvision", "DEF"))  # kept: the schemas are gone with it
     for schema in _OPERATORS.strip().splitlines():
-        library.define(schema)
-    _libraries.append(library)  # they are gone with it
+        _libraries[0].define(schema)
 
 
 def install() -> None:

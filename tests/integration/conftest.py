@@ -29,7 +29,8 @@ def free_port() -> int:
 def pointillist(*arguments: object, **options: object) -> subprocess.Popen[str]:
     """Starts a `pointillist` command."""
     command = [sys.executable, "-m", "pointillist", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **options}
+    return subprocess.Popen(command, text=True, **pipes)
 
 
 @dataclass
@@ -60,7 +61,7 @@ def server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     output_dir, port = tmp_path_factory.mktemp("server"), free_port()
     process = pointillist(
         "inference", "--backend", BACKEND, "--model.name", model_dir, "--output-dir", output_dir, "--server.port", port,
-        "--seq-len", 512,
+        "--seq-len", 512, stdout=(output_dir / "server.log").open("w"),  # a pipe that nobody reads would fill
     )  # fmt: skip
     family = load_family(str(model_dir))
     renderer = RawRenderer(family, FolderTokenizer(model_dir))
@@ -81,7 +82,8 @@ def wait_for(ready: object, process: subprocess.Popen[str] | None = None, second
         except httpx.HTTPError:
             pass
         if process is not None and process.poll() is not None:
-            pytest.fail(f"process ended with {process.returncode}: {process.stdout.read()}")
+            said = process.stdout.read() if process.stdout else "see its server.log"
+            pytest.fail(f"process ended with {process.returncode}: {said}")
         time.sleep(0.05)
     pytest.fail(f"not ready after {seconds} s")
 

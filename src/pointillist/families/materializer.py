@@ -10,6 +10,7 @@ distinct one once; patches are kept in a cache of bounded size, because groups a
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tenacity
 from numpy.typing import NDArray
 
 from pointillist.config import MultimodalConfig, resolve_image_dir
@@ -33,10 +33,12 @@ from pointillist.refs.descriptor import RawImageDescriptor
 from pointillist.refs.wire import ImageRef
 
 _FIRST_WAIT_SECONDS = 0.05
+_LONGEST_WAIT_SECONDS = 2.0
 _MIB = 1024 * 1024
 
 _T = TypeVar("_T")
 _Outcome = LoadedImage | RefError | MissingImageError
+_Key = tuple[str, str, str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +82,9 @@ class RawImageMaterializer:
         self._limits = limits
         self._pool = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), thread_name_prefix="materialize")
         self._joiner = PatchJoiner(family)
-        self._retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(MissingImageError),
-            stop=tenacity.stop_after_attempt(missing_image_retries + 1),
-            wait=tenacity.wait_exponential(multiplier=_FIRST_WAIT_SECONDS, max=2.0),
-            reraise=True,
-        )
+        self._waits = [
+            min(_FIRST_WAIT_SECONDS * 2**attempt, _LONGEST_WAIT_SECONDS) for attempt in range(missing_image_retries)
+        ]
 
     @classmethod
     def for_run(cls, family: Family, multimodal: MultimodalConfig, output_dir: Path) -> "RawImageMaterializer":
@@ -148,7 +147,7 @@ class RawImageMaterializer:
         """
         keys = [(ref.hash, ref.raw_image_uri, ref.family, ref.layout_fingerprint) for ref in refs]
         distinct = dict(zip(keys, refs, strict=True))
-        loaded = dict(zip(distinct, self._map(self._outcome, list(distinct.values())), strict=True))
+        loaded = self._load_all(distinct)
         images: list[LoadedImage] = []
         places: dict[object, int] = {}
         index: list[int] = []
@@ -177,7 +176,7 @@ class RawImageMaterializer:
             MissingImageError: The file is not there, after all retries.
         """
         _, _, sha256 = stored_name(uri, self._roots)
-        data: bytes = self._retrying(read_verified, uri, sha256, self._roots, self._limits)
+        data = self._read_patiently(uri, sha256)
         try:
             header = read_header(data, self._limits)
             layout = self.family.layout(header.width, header.height)
@@ -190,6 +189,14 @@ class RawImageMaterializer:
             payload=self.family.payload(layout),
         )
         return ImageRef.of(descriptor, sha256), layout
+
+    def _read_patiently(self, uri: str, sha256: str) -> bytes:
+        for seconds in self._waits:
+            try:
+                return read_verified(uri, sha256, self._roots, self._limits)
+            except MissingImageError:
+                time.sleep(seconds)
+        return read_verified(uri, sha256, self._roots, self._limits)
 
     def num_bytes(self, lengths: Sequence[int]) -> int:
         """uint8 bytes of images with these numbers of placeholder tokens, before any of them is read.
@@ -215,6 +222,17 @@ class RawImageMaterializer:
     def _map(self, function: Callable[..., _T], *arguments: Sequence[Any]) -> Iterable[_T]:
         """`map` by the pool's threads; a single call stays in this one."""
         return map(function, *arguments) if len(arguments[0]) == 1 else self._pool.map(function, *arguments)
+
+    def _load_all(self, distinct: dict[_Key, ImageRef]) -> dict[_Key, _Outcome]:
+        """Loads references in the pool; a file that is not there is tried again, without holding up its threads."""
+        loaded = dict(zip(distinct, self._map(self._outcome, list(distinct.values())), strict=True))
+        for seconds in self._waits:
+            missing = [key for key, outcome in loaded.items() if isinstance(outcome, MissingImageError)]
+            if not missing:
+                break
+            time.sleep(seconds)
+            loaded |= zip(missing, self._map(self._outcome, [distinct[key] for key in missing]), strict=True)
+        return loaded
 
     def _outcome(self, ref: ImageRef) -> _Outcome:
         """Runs in the pool: the image, or why there is none."""
@@ -242,7 +260,7 @@ class RawImageMaterializer:
         check_named(ref.raw_image_uri, ref.hash, self._roots)
 
     def _read(self, ref: ImageRef) -> LoadedImage:
-        data: bytes = self._retrying(read_verified, ref.raw_image_uri, ref.hash, self._roots, self._limits)
+        data = read_verified(ref.raw_image_uri, ref.hash, self._roots, self._limits)
         try:
             pixels = decode_rgb(data, self._limits)
             layout = self.family.layout(pixels.shape[1], pixels.shape[0])

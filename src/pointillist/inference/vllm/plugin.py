@@ -5,7 +5,6 @@ vLLM's of the same path: `/inference/v1/generate` checks and materialises refere
 `/update_weights`, `/pause`, `/resume` and `/is_paused` are those of the embedded server.
 """
 
-import asyncio
 import logging
 import os
 import secrets
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import REGISTRY
 from pydantic import ValidationError
@@ -138,7 +138,7 @@ async def generate(body: dict[str, Any], raw_request: Request) -> Response:
         fields = PromptFields.model_validate(body)
     except ValidationError as error:
         raise malformed(error.errors()[0]) from None
-    prompt = await asyncio.to_thread(check_prompt, fields, shared.materializer, max_images)
+    prompt = await run_in_threadpool(check_prompt, fields, shared.materializer, max_images)
     request = _stock_request(body, prompt)
     params = request.sampling_params
     given = params.max_tokens if request.is_sampling_param_provided("max_tokens") else None

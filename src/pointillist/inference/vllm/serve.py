@@ -44,7 +44,7 @@ def arguments(config: InferenceConfig, *, on_cpu: bool) -> list[str]:
 
     Args:
         config: `vllm.args` come last, so that they win.
-        on_cpu: No CUDA graphs are captured there.
+        on_cpu: No CUDA graphs and no chunked prefill there.
     """
     extra = config.vllm.args
     images = config.multimodal.limits.max_images_per_request
@@ -58,6 +58,7 @@ def arguments(config: InferenceConfig, *, on_cpu: bool) -> list[str]:
         "max-num-seqs": config.engine.max_batch_size,
         "limit-mm-per-prompt": json.dumps({"image": images, "video": 0}),
         "enable-scale-out": True,
+        "uvicorn-log-level": "warning",  # not a line a request
         # What the trainer compares with: after mask and temperature, as the embedded server has it.
         "logprobs-mode": "processed_logprobs",
         "max-logprobs": 64,
@@ -65,7 +66,9 @@ def arguments(config: InferenceConfig, *, on_cpu: bool) -> list[str]:
         "generation-config": "vllm",
         "worker-extension-cls": "pointillist.inference.vllm.worker.WeightsWorker",
         "logits-processors": "pointillist.inference.vllm.logits:SamplingMask",
-        **({"enforce-eager": True} if on_cpu else {}),
+        # On a CPU the engine dies of a request with a seed whose prompt is read in parts: it turns a generator back,
+        # which a CPU's can not do.
+        **({"enforce-eager": True, "enable-chunked-prefill": False} if on_cpu else {}),
         **{name.replace("_", "-"): value for name, value in extra.items()},
     }
     return [word for name, value in settings.items() for word in _flag(name, value)]

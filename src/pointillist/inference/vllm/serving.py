@@ -1,11 +1,11 @@
 """vLLM's token server with images from references: the items that this engine expects, made from stored files."""
 
-import asyncio
 from contextvars import ContextVar
 from typing import Any, Final
 
 import numpy as np
 import torch
+from fastapi.concurrency import run_in_threadpool
 from transformers import BatchFeature
 from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
 from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
@@ -62,7 +62,7 @@ class ItemMaker:
         Raises:
             RequestError: 400, by the contract's section 4.
         """
-        return await asyncio.to_thread(self._items, prompt) if prompt.refs else []
+        return await run_in_threadpool(self._items, prompt) if prompt.refs else []
 
     def _items(self, prompt: CheckedPrompt) -> list[MultiModalKwargsItem]:
         try:

@@ -21,13 +21,19 @@ class WeightsWorker:
         Args:
             folder: Holds a `model.safetensors`.
         """
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
         from vllm.model_executor.model_loader.reload.inplace import reload_weights
 
-        weights = read_weights(Path(folder))
+        weights, model = read_weights(Path(folder)), self.model_runner.get_model()
         reload_weights(
             self.vllm_config,
-            self.model_runner.get_model(),
+            model,
             weights_iterator=iter(weights.items()),
             weights_path=None,
             is_checkpoint_format=True,
         )
+        # An output layer that is tied to the embedding loads nothing of its own, so the reload leaves it alone; on a
+        # CPU it computes with a packed copy of the weight, which would stay the old one.
+        for layer in model.modules():
+            if isinstance(layer, ParallelLMHead):
+                layer.quant_method.process_weights_after_loading(layer)
