@@ -123,7 +123,7 @@ def test_jpegs_decode_to_pillows_pixels(size: tuple[int, int], options: dict, mo
     data = encoded(smooth.convert(mode), "JPEG", **options)
     expected, ours = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), decode_rgb(data, LIMITS)
     np.testing.assert_array_equal(ours, expected)
-    np.testing.assert_array_equal(np.stack(color_planes(ours), axis=-1), expected)
+    np.testing.assert_array_equal(np.stack(list(color_planes(ours)), axis=-1), expected)
     np.testing.assert_array_equal(np.asarray(to_pillow(ours)), expected)
 
 

@@ -131,7 +131,8 @@ class Gemma3Family:
 
     def patches(self, pixels: NDArray[np.uint8], layout: ImageLayout) -> NDArray[np.uint8]:
         """uint8 `(1, 3, height, width)`: the whole picture, resized."""
-        return np.stack(planes_by_pillow(pixels, self.width, self.height, Image.Resampling.BILINEAR))[None]
+        planes = planes_by_pillow(pixels, self.width, self.height, Image.Resampling.BILINEAR)
+        return np.stack(list(planes))[None]
 
     def patches_shape(self, layout: ImageLayout) -> tuple[int, ...]:
         """`(1, 3, height, width)`."""

@@ -4,7 +4,7 @@ Pixels stay uint8 as long as possible: it is a quarter of float32's bytes, and n
 channel, exact on every device. The same table gives float32, bfloat16, or goes to the GPU beside the uint8 patches.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, Literal
 
 import ml_dtypes
@@ -76,12 +76,12 @@ def pil_normalization_levels(fields: Mapping[str, Any]) -> NDArray[np.float32]:
 
 def planes_by_pillow(
     pixels: NDArray[np.uint8], width: int, height: int, resample: Image.Resampling
-) -> list[NDArray[np.uint8]]:
+) -> Iterator[NDArray[np.uint8]]:
     """Red, green and blue of the image at this size, `(height, width)` each, resized by Pillow if need be."""
     if pixels.shape[:2] == (height, width):
         return color_planes(pixels)
     resized = to_pillow(pixels).resize((width, height), resample)
-    return [np.asarray(band) for band in resized.split()]
+    return (np.asarray(band) for band in resized.split())
 
 
 def grids_of(layouts: Sequence[ImageLayout]) -> NDArray[np.int64]:

@@ -141,13 +141,19 @@ def _decode_jpeg(image: Image.Image, data: bytes) -> NDArray[np.uint8] | None:
     return cells[:, :, :3] if decoded.shape == cells.shape else None
 
 
-def color_planes(pixels: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
-    """Red, green and blue of decoded pixels, uint8 `(height, width)` each, C-contiguous."""
+def color_planes(pixels: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+    """Red, green and blue of decoded pixels, uint8 `(height, width)` each, C-contiguous.
+
+    One at a time: whoever takes them apart finds each still in the processor's cache.
+    """
     height, width, _ = pixels.shape
-    if (block := _cells(pixels)) is None:
-        return [np.ascontiguousarray(pixels[:, :, channel]) for channel in range(3)]
-    # Read four bytes from where the colour stands and keep the lowest: twice as fast as picking every fourth byte.
-    return [np.ndarray((height, width), "<u4", block, offset=channel).astype(np.uint8) for channel in range(3)]
+    block = _cells(pixels)
+    for channel in range(3):
+        if block is None:
+            yield np.ascontiguousarray(pixels[:, :, channel])
+        else:
+            # Read four bytes from where the colour stands and keep the lowest: twice as fast as every fourth byte.
+            yield np.ndarray((height, width), "<u4", block, offset=channel).astype(np.uint8)
 
 
 def to_pillow(pixels: NDArray[np.uint8]) -> Image.Image:
