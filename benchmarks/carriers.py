@@ -19,10 +19,10 @@ from typing import Any
 
 import msgspec
 
-from benchmarks.common import picture, qwen3_vl, rss_mb, scratch
-from pointillist.families import Family, PatchJoiner, RawImageMaterializer
+from benchmarks.common import picture, qwen3_vl, rss_mb, scratch, stored_image
+from pointillist.families import PatchJoiner, RawImageMaterializer
 from pointillist.images import ImageLimits, ImageStore, decode_rgb
-from pointillist.refs import MMImageRef, RawImageDescriptor
+from pointillist.refs import MMImageRef
 
 ROLLOUTS = 32
 TURNS = 10
@@ -66,7 +66,7 @@ def _hold(carrier: str, folder: Path) -> dict[str, float]:
     take: dict[str, Callable[[Rollout, bytes], None]] = {
         "tensors": lambda rollout, data: rollout.pixel_values.append(_pixels(joiner, data)),
         "base64": lambda rollout, data: rollout.data_urls.append(base64.b64encode(data).decode()),
-        "refs": lambda rollout, data: rollout.refs.append(_ref(family, store, data)),
+        "refs": lambda rollout, data: rollout.refs.append(stored_image(family, store, data)),
     }
     # One picture before the count, so that libraries are loaded.
     take[carrier](Rollout([], [], []), (folder / "pictures/0.jpg").read_bytes())
@@ -99,18 +99,6 @@ def _train(carrier: str, folder: Path) -> dict[str, float]:
 def _pixels(joiner: PatchJoiner, data: bytes) -> bytes:
     values: bytes = joiner.join_pixels([decode_rgb(data, LIMITS)])["pixel_values"].tobytes()
     return values
-
-
-def _ref(family: Family, store: ImageStore, data: bytes) -> MMImageRef:
-    stored = store.put(data)
-    layout = family.layout(stored.header.width, stored.header.height)
-    item = RawImageDescriptor(
-        family=family.name,
-        raw_image_uri=stored.uri,
-        layout_fingerprint=family.layout_fingerprint,
-        payload=family.payload(layout),
-    ).to_dict()
-    return MMImageRef(item, stored.sha256, stored.uri, 0, layout.num_tokens)
 
 
 class _Growth:

@@ -14,7 +14,7 @@ from PIL import Image
 from pointillist.families import Family, ModelFiles
 from pointillist.families.qwen_vl import QwenVLFamily
 from pointillist.images import ImageStore
-from pointillist.refs import ImageRef, RawImageDescriptor
+from pointillist.refs import ImageRef, MMImageRef, RawImageDescriptor
 
 SETTINGS: Mapping[str, Any] = {"patch_size": 16, "size": {"shortest_edge": 65_536, "longest_edge": 16_777_216}}
 _TOKENS = {"image_token_id": 6, "video_token_id": 7, "vision_start_token_id": 3, "vision_end_token_id": 4}
@@ -46,17 +46,23 @@ def picture(width: int, height: int, file_format: str, seed: int = 0) -> bytes:
     return buffer.getvalue()
 
 
-def stored_ref(family: Family, store: ImageStore, data: bytes) -> tuple[ImageRef, int]:
-    """Stores an image; its reference and its number of tokens."""
+def stored_image(family: Family, store: ImageStore, data: bytes, offset: int = 0) -> MMImageRef:
+    """Stores an image; what a training sample carries of it."""
     stored = store.put(data)
     layout = family.layout(stored.header.width, stored.header.height)
-    descriptor = RawImageDescriptor(
+    item = RawImageDescriptor(
         family=family.name,
         raw_image_uri=stored.uri,
         layout_fingerprint=family.layout_fingerprint,
         payload=family.payload(layout),
-    )
-    return ImageRef.of(descriptor, stored.sha256), layout.num_tokens
+    ).to_dict()
+    return MMImageRef(item, stored.sha256, stored.uri, offset, layout.num_tokens)
+
+
+def stored_ref(family: Family, store: ImageStore, data: bytes) -> tuple[ImageRef, int]:
+    """Stores an image; its reference and its number of tokens."""
+    image = stored_image(family, store, data)
+    return image.image_ref(), image.length
 
 
 def medians(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.common import medians, picture, qwen3_vl, scratch, stored_ref
+from benchmarks.common import medians, picture, qwen3_vl, scratch, stored_image
 from pointillist.families import RawImageMaterializer
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.images.store import local_path
-from pointillist.refs import MMImageRef, MMRefs, RawImageDescriptor
+from pointillist.refs import MMRefs
 from pointillist.transport import MicroBatch, RankBatch
 from pointillist.transport.types import decode_rank_batch, encode_rank_batch, encoded_image_bytes
 
@@ -37,17 +37,11 @@ class Heavy(msgspec.Struct, array_like=True):
 def main() -> None:
     with scratch() as folder:
         family, store = qwen3_vl(), ImageStore(Path(folder), ImageLimits())
-        ref, length = stored_ref(family, store, picture(1024, 1024, "JPEG"))
+        image = stored_image(family, store, picture(1024, 1024, "JPEG"), offset=TEXT // 2)
+        length = image.length
         reader = RawImageMaterializer(family, [store.root], ImageLimits())
-        pixels = reader.materialize([ref], [length])["pixel_values"].tobytes()
-        url = "data:image/jpeg;base64," + base64.b64encode(local_path(ref.raw_image_uri).read_bytes()).decode()
-    item = RawImageDescriptor(
-        family=ref.family,
-        raw_image_uri=ref.raw_image_uri,
-        layout_fingerprint=ref.layout_fingerprint,
-        payload=ref.payload,
-    ).to_dict()
-    image = MMImageRef(item, ref.hash, ref.raw_image_uri, TEXT // 2, length)
+        pixels = reader.materialize([image.image_ref()], [length])["pixel_values"].tobytes()
+        url = "data:image/jpeg;base64," + base64.b64encode(local_path(image.uri).read_bytes()).decode()
     with_refs = _batch([_row(length, MMRefs([image]))] * SAMPLES)
     bare = _batch([_row(length, None)] * SAMPLES)
     # Every sample has a picture of its own, so its bytes are its own too.
