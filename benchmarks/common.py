@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pointillist.families import Family, ModelFiles
+from pointillist.families import Family, ModelFiles, describe_image
 from pointillist.families.qwen_vl import QwenVLFamily
 from pointillist.images import ImageStore
-from pointillist.refs import ImageRef, MMImageRef, RawImageDescriptor
+from pointillist.refs import ImageRef, MMImageRef
 
 SETTINGS: Mapping[str, Any] = {"patch_size": 16, "size": {"shortest_edge": 65_536, "longest_edge": 16_777_216}}
 _TOKENS = {"image_token_id": 6, "video_token_id": 7, "vision_start_token_id": 3, "vision_end_token_id": 4}
@@ -50,12 +50,7 @@ def stored_image(family: Family, store: ImageStore, data: bytes, offset: int = 0
     """Stores an image; what a training sample carries of it."""
     stored = store.put(data)
     layout = family.layout(stored.header.width, stored.header.height)
-    item = RawImageDescriptor(
-        family=family.name,
-        raw_image_uri=stored.uri,
-        layout_fingerprint=family.layout_fingerprint,
-        payload=family.payload(layout),
-    ).to_dict()
+    item = describe_image(family, stored.uri, layout).to_dict()
     return MMImageRef(item, stored.sha256, stored.uri, offset, layout.num_tokens)
 
 

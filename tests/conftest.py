@@ -2,7 +2,6 @@
 
 import importlib.util
 import io
-import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,10 +11,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from pointillist.families import Family, PatchJoiner, load_family
+from pointillist.families import Family, PatchJoiner, describe_image, load_family
 from pointillist.families.pixels import PixelDtype
 from pointillist.images import ImageLimits, ImageStore, Sources
-from pointillist.refs import ImageRef, RawImageDescriptor
+from pointillist.refs import ImageRef
 from pointillist.render import FolderTokenizer, RawRenderer
 
 ROOT = Path(__file__).parent.parent
@@ -42,13 +41,7 @@ def stored_ref(family: Family, store: ImageStore, image: Image.Image) -> tuple[I
     """The picture in the store: its reference and its number of tokens."""
     stored = store.put(encoded(image))
     layout = family.layout(*image.size)
-    descriptor = RawImageDescriptor(
-        family=family.name,
-        raw_image_uri=stored.uri,
-        layout_fingerprint=family.layout_fingerprint,
-        payload=json.loads(json.dumps(family.payload(layout))),
-    )
-    return ImageRef.of(descriptor, stored.sha256), layout.num_tokens
+    return ImageRef.of(describe_image(family, stored.uri, layout), stored.sha256), layout.num_tokens
 
 
 def joined(family: Family, images: list[Image.Image], dtype: PixelDtype = "float32") -> dict[str, NDArray[Any]]:
@@ -75,6 +68,18 @@ def check_pixels(family: Family, images: list[Image.Image], expected: NDArray[np
     assert np.abs(gray - expected).max() > 0.1  # the control
 
 
+def save_scaled(model: Any, tokenizer: Any, folder: Path, factor: float) -> None:
+    """Saves a model with its matrices scaled up: nearly uniform logits would hide leaks and blank pictures."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(factor)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 @pytest.fixture(scope="session")
 def prepare() -> ModuleType:
     """`examples/digits/prepare.py` as a module."""
@@ -96,12 +101,7 @@ def model_dir(prepare: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> 
     torch.manual_seed(0)
     tokenizer = prepare.build_tokenizer()
     model = prepare.build_model(tokenizer, depth=2, patch_size=16, deepstack_visual_indexes=[0])
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(1.6)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_scaled(model, tokenizer, folder, 1.6)
     prepare.write_processor(folder, patch_size=16)
     return folder
 

@@ -11,7 +11,6 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from transformers import AutoImageProcessor, AutoModelForImageTextToText
 
 from pointillist.errors import InferenceError
 from pointillist.images import normalize_images
@@ -20,6 +19,7 @@ from pointillist.models import load_model, write_weights
 from pointillist.rollouts import InferenceClient, Sampling, Session
 from tests.conftest import picture
 from tests.integration.conftest import BACKEND, RunningServer
+from tests.integration.reference import Reference
 
 pytestmark = pytest.mark.integration
 
@@ -57,20 +57,7 @@ def _huggingface(
     server: RunningServer, model_dir: Path, body: dict[str, Any], tokens: list[int], *, blank: bool
 ) -> torch.Tensor:
     """Logprobs of the tokens by model and processor alone, pictures read from the store."""
-    from PIL import Image
-
-    paths = [server.store.root / sha[:2] / f"{sha}.png" for sha in body["features"]["mm_hashes"]["image"]]
-    pictures = [Image.open(path).convert("RGB") for path in paths]
-    if blank:
-        pictures = [Image.new("RGB", each.size) for each in pictures]
-    inputs = dict(AutoImageProcessor.from_pretrained(model_dir)(images=pictures, return_tensors="pt"))
-    ids = torch.tensor([[*body["token_ids"], *tokens]])
-    model = AutoModelForImageTextToText.from_pretrained(model_dir).eval()
-    types = (ids == server.family.image_token_id).int()
-    with torch.no_grad():
-        logits = model(input_ids=ids, mm_token_type_ids=types, **inputs).logits[0, -len(tokens) - 1 : -1]
-    logits[:, load_model(str(model_dir), device="cpu", dtype="float32").unsampleable] = float("-inf")
-    return logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    return Reference(server, model_dir).logprobs(body, tokens, blank=blank)
 
 
 def test_logprobs_equal_huggingface_and_the_picture_is_seen(server: RunningServer, model_dir: Path) -> None:

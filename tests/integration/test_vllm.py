@@ -16,16 +16,17 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from transformers import AutoImageProcessor, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 
 from pointillist.families import RawImageMaterializer, load_family
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.inference.prompt import CheckedPrompt
 from pointillist.inference.protocol import PlaceholderRange
 from pointillist.inference.vllm.versions import check_vllm
-from pointillist.models import load_model, write_weights
+from pointillist.models import write_weights
 from tests.conftest import picture, stored_ref
 from tests.integration.conftest import RunningServer
+from tests.integration.reference import Reference
 from tests.integration.test_inference_server import GENERATE, _body, _choices, _logprobs, _post, _with_ref
 
 pytestmark = pytest.mark.integration
@@ -93,48 +94,24 @@ async def test_items_are_vllms_own_and_the_trainers_pixels(vllm_config: Any, mod
         assert all(np.array_equal(frames[:, :, frame], trainers) for frame in range(family.frames))
 
 
-class _Reference:
-    """Logprobs of one loaded Hugging Face model, with its own processor."""
-
-    def __init__(self, server: RunningServer, model_dir: Path) -> None:
-        self.server = server
-        self.model = AutoModelForImageTextToText.from_pretrained(model_dir).eval()
-        self.processor = AutoImageProcessor.from_pretrained(model_dir)
-        self.masked = load_model(str(model_dir), device="cpu", dtype="float32").unsampleable
-
-    def logprobs(self, body: dict[str, Any], tokens: list[int], *, blank: bool = False) -> torch.Tensor:
-        from PIL import Image
-
-        root = self.server.store.root
-        paths = [root / sha[:2] / f"{sha}.png" for sha in body["features"]["mm_hashes"]["image"]]
-        pictures = [Image.open(path).convert("RGB") for path in paths]
-        if blank:
-            pictures = [Image.new("RGB", each.size) for each in pictures]
-        inputs = dict(self.processor(images=pictures, return_tensors="pt"))
-        ids = torch.tensor([[*body["token_ids"], *tokens]])
-        types = (ids == self.server.family.image_token_id).int()
-        with torch.no_grad():
-            logits = self.model(input_ids=ids, mm_token_type_ids=types, **inputs).logits[0, -len(tokens) - 1 : -1]
-        logits[:, self.masked] = float("-inf")
-        return logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
-
-    def difference(self, body: dict[str, Any], *, blank: bool = False) -> float:
-        (choice,) = _choices(self.server, body)
-        expected = self.logprobs(body, choice["token_ids"], blank=blank)
-        return float((_logprobs(choice) - expected).abs().max())
+def _difference(reference: Reference, body: dict[str, Any], *, blank: bool = False) -> float:
+    """Largest difference between the server's logprobs and the reference's."""
+    (choice,) = _choices(reference.server, body)
+    expected = reference.logprobs(body, choice["token_ids"], blank=blank)
+    return float((_logprobs(choice) - expected).abs().max())
 
 
 @pytest.fixture
-def reference(server: RunningServer, model_dir: Path) -> _Reference:
-    return _Reference(server, model_dir)
+def reference(server: RunningServer, model_dir: Path) -> Reference:
+    return Reference(server, model_dir)
 
 
-def test_logprobs_equal_huggingface_over_many_prompts(reference: _Reference) -> None:
+def test_logprobs_equal_huggingface_over_many_prompts(reference: Reference) -> None:
     largest, smallest_blank = 0.0, float("inf")
     for number in range(PROMPTS):
         body = _body(reference.server, *range(1000 + 4 * number, 1001 + 4 * number + number % 4), seed=number)
-        largest = max(largest, reference.difference(body))
-        smallest_blank = min(smallest_blank, reference.difference(body, blank=True))
+        largest = max(largest, _difference(reference, body))
+        smallest_blank = min(smallest_blank, _difference(reference, body, blank=True))
     print(f"{PROMPTS} prompts: largest difference {largest:.2e}, smallest with blank pictures {smallest_blank:.3f}")
     assert largest <= 1e-5
     assert smallest_blank > 0.01  # the control
@@ -206,29 +183,29 @@ async def test_hostile_requests_hurt_nobody(server: RunningServer) -> None:
         )  # fmt: skip
 
 
-def test_a_wrong_hash_never_changes_a_later_answer(reference: _Reference) -> None:
+def test_a_wrong_hash_never_changes_a_later_answer(reference: Reference) -> None:
     """The first request with a picture's hash brings another picture's file; later ones see the right picture."""
     server = reference.server
     body, other = _body(server, 3001), _body(server, 3004)
     text = other["features"]["kwargs_data"]["image"][0].removeprefix("mmraw:")
     uri = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))["raw_image_uri"]
     assert _post(server, _with_ref(body, raw_image_uri=uri)).status_code == 400
-    assert reference.difference(body) <= 1e-5
+    assert _difference(reference, body) <= 1e-5
 
 
-def test_weights_follow_and_no_embedding_is_stale(reference: _Reference, model_dir: Path) -> None:
+def test_weights_follow_and_no_embedding_is_stale(reference: Reference, model_dir: Path) -> None:
     """Language weights alone leave the encoder cache; vision weights empty it. Either way the answer is the model's."""
     server, body = reference.server, _body(reference.server, 4001)
-    assert reference.difference(body) <= 1e-5
+    assert _difference(reference, body) <= 1e-5
     original = {name: tensor.clone() for name, tensor in reference.model.state_dict().items()}
     resets = []
     for version, part in ((101, "model.language_model."), (102, "model.visual."), (103, "")):
         changed = {name: t * 1.05 if part and name.startswith(part) else t for name, t in original.items()}
         changed["lm_head.weight"] = changed["model.language_model.embed_tokens.weight"]
         resets.append(_update(server, changed, version)["encoder_resets"])
-        old = reference.difference(body)
+        old = _difference(reference, body)
         reference.model.load_state_dict(changed)
-        assert reference.difference(body) <= 1e-5
+        assert _difference(reference, body) <= 1e-5
         assert old > 1e-3  # the control: the version before would be seen
     # Version 101 changes no vision weight; 102 does; 103 changes them back.
     assert resets[1:] == [resets[0] + 1, resets[0] + 2]
@@ -289,7 +266,7 @@ async def _load_and_update(server: RunningServer) -> tuple[list[str], list[list[
     return failures, spans
 
 
-def test_weights_that_do_not_fit_change_nothing(reference: _Reference, model_dir: Path) -> None:
+def test_weights_that_do_not_fit_change_nothing(reference: Reference, model_dir: Path) -> None:
     server, body = reference.server, _body(reference.server, 6001)
     weights = {k: v for k, v in reference.model.state_dict().items() if k != "lm_head.weight"}
     name = "model.language_model.norm.weight"
@@ -304,4 +281,4 @@ def test_weights_that_do_not_fit_change_nothing(reference: _Reference, model_dir
         response = httpx.post(server.url + "/update_weights", json=request, timeout=60)
         assert response.status_code == 400
         assert re.search(r"version \d+ serves on", response.json()["error"]["message"])
-    assert reference.difference(body) <= 1e-5
+    assert _difference(reference, body) <= 1e-5

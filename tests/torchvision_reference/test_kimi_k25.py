@@ -18,7 +18,7 @@ from pointillist.families import ModelFiles
 from pointillist.families.kimi_k25 import KimiK25Family
 from pointillist.images import ImageStore
 from pointillist.models import load_model
-from tests.conftest import check_pixels, joined, picture
+from tests.conftest import check_pixels, joined, picture, save_scaled
 from tests.unit.test_family_models import check_against_huggingface
 
 TOKENS = {"image_token_id": 6, "video_token_id": 7, "vision_start_token_id": 3, "vision_end_token_id": 4}
@@ -93,12 +93,7 @@ def folder(prepare: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Pat
     torch.manual_seed(0)
     config = Kimi_K25Config(text_config=text, vision_config=vision, projection_hidden_size=64, **TOKENS)
     model = Kimi_K25ForConditionalGeneration(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4.0)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_scaled(model, tokenizer, folder, 4.0)
     settings_ = {"image_processor_type": "Kimi_K25ImageProcessor", **SMALL}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings_))
     return folder

@@ -21,11 +21,11 @@ from transformers import (
     Qwen3_5ForConditionalGeneration,
 )
 
-from pointillist.families import RawImageMaterializer
+from pointillist.families import RawImageMaterializer, describe_image
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.models import LoadedModel, load_model
 from pointillist.orchestrator.packing import pack
-from pointillist.refs import MMImageRef, MMRefs, RawImageDescriptor, mm_token_type_ids
+from pointillist.refs import MMImageRef, MMRefs, mm_token_type_ids
 from pointillist.trainer.data import RowLoader
 from pointillist.trainer.packing_check import PackingProof, check_packing
 from pointillist.trainer.policy import Policy
@@ -122,12 +122,7 @@ def _sample(loaded: LoadedModel, store: ImageStore, sizes: list[tuple[int, int]]
     refs = []
     for index, (width, height) in enumerate(sizes):
         stored, layout = store.put(encoded(picture(width, height, seed + index))), family.layout(width, height)
-        item = RawImageDescriptor(
-            family=family.name,
-            raw_image_uri=stored.uri,
-            layout_fingerprint=family.layout_fingerprint,
-            payload=json.loads(json.dumps(family.payload(layout))),
-        ).to_dict()
+        item = describe_image(family, stored.uri, layout).to_dict()
         refs.append(MMImageRef(item, stored.sha256, stored.uri, len(ids) + 1, layout.num_tokens))
         ids += [3, *[family.image_token_id] * layout.num_tokens, 4]
     ids += random.integers(20, 280, 6).tolist()

@@ -11,10 +11,9 @@ from click.testing import CliRunner, Result
 
 from pointillist.config import OrchestratorConfig, RunPaths, write_toml
 from pointillist.errors import PointillistError
-from pointillist.families import Family
+from pointillist.families import Family, describe_image
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.images.store import local_path
-from pointillist.refs import RawImageDescriptor
 from pointillist.view.references import run_hashes
 from pointillist.view.store_commands import store as commands
 from tests.conftest import encoded, picture
@@ -31,13 +30,8 @@ class Run:
         layout = family.layout(64, 64)
         spans = []
         for image in self.images[:2]:
-            descriptor = RawImageDescriptor(
-                family=family.name,
-                raw_image_uri=image.uri,
-                layout_fingerprint=family.layout_fingerprint,
-                payload=family.payload(layout),
-            )
-            spans.append({"item": descriptor.to_dict(), "hash": image.sha256, "offset": 0, "length": layout.num_tokens})
+            item = describe_image(family, image.uri, layout).to_dict()
+            spans.append({"item": item, "hash": image.sha256, "offset": 0, "length": layout.num_tokens})
         part = {"type": "image_url", "image_url": {"url": self.images[2].uri}}  # in a message only
         record = {"id": "1.0.0", "messages": [{"role": "user", "content": [part]}], "branches": [{"images": spans}]}
         self.rollouts = self.paths.rollout_step(1) / "rollouts.jsonl"

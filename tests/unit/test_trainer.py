@@ -11,11 +11,11 @@ from transformers import AutoModelForImageTextToText
 from pointillist.config import RunPaths
 from pointillist.config.trainer import LossConfig
 from pointillist.errors import InferenceError, MissingImageError, TrainingError
-from pointillist.families import Family, RawImageMaterializer
+from pointillist.families import Family, RawImageMaterializer, describe_image
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.models import LoadedModel, copy_weights, load_model, read_weights, write_weights
 from pointillist.orchestrator.packing import pack
-from pointillist.refs import MMImageRef, MMRefs, RawImageDescriptor, mm_token_type_ids
+from pointillist.refs import MMImageRef, MMRefs, mm_token_type_ids
 from pointillist.trainer import packing_check
 from pointillist.trainer.checkpoint import Checkpoints
 from pointillist.trainer.data import RowLoader
@@ -39,13 +39,8 @@ def _sample(family: Family, store: ImageStore, sizes: list[tuple[int, int]], see
     for index, (width, height) in enumerate(sizes):
         stored = store.put(encoded(picture(width, height, seed + index)))
         layout = family.layout(width, height)
-        descriptor = RawImageDescriptor(
-            family=family.name,
-            raw_image_uri=stored.uri,
-            layout_fingerprint=family.layout_fingerprint,
-            payload=family.payload(layout),
-        )
-        refs.append(MMImageRef(descriptor.to_dict(), stored.sha256, stored.uri, len(ids) + 1, layout.num_tokens))
+        item = describe_image(family, stored.uri, layout).to_dict()
+        refs.append(MMImageRef(item, stored.sha256, stored.uri, len(ids) + 1, layout.num_tokens))
         ids += [3, *[family.image_token_id] * layout.num_tokens, 4]
     ids += random.integers(8, 280, 9).tolist()
     trained = [index >= len(ids) - 5 for index in range(len(ids))]

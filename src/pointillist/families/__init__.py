@@ -1,6 +1,6 @@
 """Floor 2: what differs between model families, and the one function that turns references into tensors."""
 
-from pointillist.families.base import Expansion, Family, ForwardPolicy, ImageLayout
+from pointillist.families.base import Expansion, Family, ForwardPolicy, ImageLayout, describe_image
 from pointillist.families.image_cache import LoadedImage
 from pointillist.families.joining import PatchJoiner
 from pointillist.families.layout_record import write_layout_record
@@ -18,6 +18,7 @@ __all__ = [
     "ModelFiles",
     "PatchJoiner",
     "RawImageMaterializer",
+    "describe_image",
     "load_family",
     "resolve_model_dir",
     "write_layout_record",

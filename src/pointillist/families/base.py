@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pointillist.errors import LayoutError
 from pointillist.families.model_files import ModelFiles
+from pointillist.refs.descriptor import RawImageDescriptor
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,16 @@ class Family(Protocol):
     def image_inputs(self, layouts: Sequence[ImageLayout]) -> dict[str, NDArray[Any]]:
         """What the model's `forward` takes beside `pixel_values`, such as `image_grid_thw`."""
         ...
+
+
+def describe_image(family: Family, uri: str, layout: ImageLayout) -> RawImageDescriptor:
+    """The descriptor of a stored image that has this layout."""
+    return RawImageDescriptor(
+        family=family.name,
+        raw_image_uri=uri,
+        layout_fingerprint=family.layout_fingerprint,
+        payload=family.payload(layout),
+    )
 
 
 def check_placeholder_count(logical_ids: Sequence[int], placeholder_id: int, layouts: Sequence[ImageLayout]) -> None:

@@ -44,30 +44,8 @@ class PatchJoiner:
             `pixel_values`, and what else the model's `forward` takes.
         """
         layouts = [image.layout for image in images]
-        shapes = [self._family.patches_shape(layout) for layout in layouts]
-        bounds = list(accumulate((shape[0] for shape in shapes), initial=0))
-        rest, frames = shapes[0][2:], self._family.frames
-        if dtype == "uint8" and len(images) == 1 and images[0].patches is not None:
-            return {"pixel_values": images[0].patches, **self._family.image_inputs(layouts)}
-        if dtype == "uint8":
-            out: NDArray[Any] = np.empty((bounds[-1], 3, *rest), dtype=np.uint8)
-            final = out.shape
-        else:
-            normalizer = self._normalizer(dtype)
-            out = self._buffers.empty((bounds[-1], 3, frames, math.prod(rest)), normalizer.dtype)
-            final = (bounds[-1], 3 * frames * math.prod(rest)) if frames > 1 else (bounds[-1], 3, *rest)
-
-        def write(image: LoadedImage, start: int, end: int) -> None:
-            if image.patches is None:
-                out[start:end] = 0
-            elif dtype == "uint8":
-                out[start:end] = image.patches
-            else:
-                normalizer.write(image.patches.reshape(end - start, 3, -1), out[start:end])
-
-        for _ in map_images(write, images, bounds[:-1], bounds[1:]):
-            pass  # raises what a thread raised
-        return {"pixel_values": out.reshape(final), **self._family.image_inputs(layouts)}
+        values = self._patches(images) if dtype == "uint8" else self._normalized(images, dtype, map_images)
+        return {"pixel_values": values, **self._family.image_inputs(layouts)}
 
     def join_pixels(
         self, pixels: Sequence[NDArray[np.uint8]], dtype: PixelDtype = "float32"
@@ -76,6 +54,33 @@ class PatchJoiner:
         layouts = [self._family.layout(each.shape[1], each.shape[0]) for each in pixels]
         patches = [self._family.patches(each, layout) for each, layout in zip(pixels, layouts, strict=True)]
         return self.join([LoadedImage(*each) for each in zip(patches, layouts, strict=True)], dtype)
+
+    def _patches(self, images: Sequence[LoadedImage]) -> NDArray[np.uint8]:
+        patches = [
+            np.zeros(self._family.patches_shape(image.layout), dtype=np.uint8)
+            if image.patches is None
+            else image.patches
+            for image in images
+        ]
+        return patches[0] if len(patches) == 1 else np.concatenate(patches)
+
+    def _normalized(
+        self, images: Sequence[LoadedImage], dtype: PixelDtype, map_images: Callable[..., Iterable[None]]
+    ) -> NDArray[Any]:
+        shapes = [self._family.patches_shape(image.layout) for image in images]
+        bounds = list(accumulate((shape[0] for shape in shapes), initial=0))
+        rest, frames, normalizer = shapes[0][2:], self._family.frames, self._normalizer(dtype)
+        out = self._buffers.empty((bounds[-1], 3, frames, math.prod(rest)), normalizer.dtype)
+
+        def write(image: LoadedImage, start: int, end: int) -> None:
+            if image.patches is None:
+                out[start:end] = 0
+            else:
+                normalizer.write(image.patches.reshape(end - start, 3, -1), out[start:end])
+
+        for _ in map_images(write, images, bounds[:-1], bounds[1:]):
+            pass  # raises what a thread raised
+        return out.reshape((bounds[-1], -1) if frames > 1 else (bounds[-1], 3, *rest))
 
     def _normalizer(self, dtype: PixelDtype) -> Normalizer:
         if dtype not in self._normalizers:

@@ -22,14 +22,13 @@ from numpy.typing import NDArray
 
 from pointillist.config import MultimodalConfig, resolve_image_dir
 from pointillist.errors import ImageError, LayoutError, MissingImageError, RefError
-from pointillist.families.base import Family, ImageLayout
+from pointillist.families.base import Family, ImageLayout, describe_image
 from pointillist.families.image_cache import ImageCache, LoadedImage
 from pointillist.families.joining import PatchJoiner
 from pointillist.families.layout_record import first_difference
 from pointillist.families.pixels import PixelDtype
 from pointillist.images.decode import ImageLimits, decode_rgb, read_header
 from pointillist.images.store import check_named, read_verified, resolve_roots, stored_name
-from pointillist.refs.descriptor import RawImageDescriptor
 from pointillist.refs.wire import ImageRef
 
 _FIRST_WAIT_SECONDS = 0.05
@@ -182,13 +181,7 @@ class RawImageMaterializer:
             layout = self.family.layout(header.width, header.height)
         except (LayoutError, ImageError) as error:
             raise RefError(str(error)) from error
-        descriptor = RawImageDescriptor(
-            family=self.family.name,
-            raw_image_uri=uri,
-            layout_fingerprint=self.family.layout_fingerprint,
-            payload=self.family.payload(layout),
-        )
-        return ImageRef.of(descriptor, sha256), layout
+        return ImageRef.of(describe_image(self.family, uri, layout), sha256), layout
 
     def _read_patiently(self, uri: str, sha256: str) -> bytes:
         for seconds in self._waits:

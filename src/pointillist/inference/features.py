@@ -11,8 +11,8 @@ from pointillist.refs.wire import ImageRef, decode_ref
 _FIELD = "features.kwargs_data.image"
 
 
-def refs_of(request: PromptFields, image_token_id: int, max_images: int) -> tuple[list[ImageRef], list[int]]:
-    """References of a request's images and the lengths of their placeholders.
+def refs_of(request: PromptFields, image_token_id: int, max_images: int) -> list[ImageRef]:
+    """References of a request's images.
 
     Raises:
         RequestError: 400, by the contract's section 4.
@@ -22,7 +22,7 @@ def refs_of(request: PromptFields, image_token_id: int, max_images: int) -> tupl
     if features is None:
         if IMAGE in token_types:
             raise invalid("token_ids hold image placeholders, but the request has no features", _FIELD)
-        return [], []
+        return []
     for name in ("mm_hashes", "mm_placeholders", "kwargs_data"):
         if foreign := sorted((getattr(features, name) or {}).keys() - {"image"}):
             raise invalid(f"features.{name} has modality {foreign[0][:32]!r}, expected 'image'", f"features.{name}")
@@ -46,7 +46,7 @@ def refs_of(request: PromptFields, image_token_id: int, max_images: int) -> tupl
         check_spans(spans, token_types)
     except RefError as error:
         raise invalid(str(error), _param_of(error)) from None
-    return refs, [place.length for place in placeholders]
+    return refs
 
 
 def request_error(error: PointillistError, refs: Sequence[ImageRef]) -> RequestError:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pointillist.errors import MissingImageError, PointillistError
 from pointillist.families import ImageLayout, RawImageMaterializer
-from pointillist.inference.features import invalid, refs_of
+from pointillist.inference.features import invalid, refs_of, request_error
 from pointillist.inference.protocol import PlaceholderRange, PromptFields, RequestError
 from pointillist.refs.wire import ImageRef
 
@@ -51,7 +51,7 @@ def check_prompt(fields: PromptFields, materializer: RawImageMaterializer, max_i
     """
     if fields.content_parts:
         return _from_parts(fields, materializer, max_images)
-    refs, _ = refs_of(fields, materializer.family.image_token_id, max_images)
+    refs = refs_of(fields, materializer.family.image_token_id, max_images)
     placeholders = fields.features.mm_placeholders.get("image", []) if fields.features else []
     return CheckedPrompt(fields.token_ids, refs, placeholders)
 
@@ -84,6 +84,18 @@ def _describe(part: dict[str, Any], index: int, materializer: RawImageMaterializ
         raise RequestError(str(error), type="missing_mm_image", param=where) from None
     except PointillistError as error:
         raise invalid(str(error), where) from None
+
+
+def pixel_bytes(prompt: CheckedPrompt, materializer: RawImageMaterializer) -> int:
+    """Bytes of uint8 pixels that a prompt will hold, before any image is read.
+
+    Raises:
+        RequestError: 400: the family has no image with so many tokens.
+    """
+    try:
+        return materializer.num_bytes(prompt.lengths)
+    except PointillistError as error:
+        raise request_error(error, prompt.refs) from None
 
 
 def check_sizes(token_ids: Sequence[int], max_tokens: int | None, n: int, bounds: ServerBounds) -> None:

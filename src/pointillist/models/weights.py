@@ -1,6 +1,6 @@
 """Weights between trainer and server: one safetensors file a version, written atomically, loaded whole or not."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +44,36 @@ def copy_weights(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
     """
     own: dict[str, torch.Tensor] = model.state_dict()
     tied = {name for name in own if name not in weights and _shares_memory(own, name, weights)}
-    missing, unknown = own.keys() - weights.keys() - tied, weights.keys() - own.keys()
+    check_weights_fit(_shapes(own), _shapes(weights), optional=tied)
+    for name, tensor in weights.items():
+        own[name].copy_(tensor)
+
+
+def check_weights_fit(
+    own: Mapping[str, Sequence[int]], new: Mapping[str, Sequence[int]], *, optional: Collection[str]
+) -> None:
+    """Checks names and shapes of weights before a model is touched.
+
+    Args:
+        own: Shapes of the model's weights.
+        new: Shapes of those that are to be loaded.
+        optional: Names that either may have without the other: weights that are tied to another one.
+
+    Raises:
+        InferenceError: A name or shape differs.
+    """
+    missing, unknown = own.keys() - new.keys() - set(optional), new.keys() - own.keys() - set(optional)
     if missing or unknown:
         raise InferenceError(
             f"weights do not fit the model: missing {sorted(missing)[:3]}, unknown {sorted(unknown)[:3]}"
         )
-    for name, tensor in weights.items():
-        if own[name].shape != tensor.shape:
-            raise InferenceError(f"weight {name} has shape {list(tensor.shape)}, expected {list(own[name].shape)}")
-    for name, tensor in weights.items():
-        own[name].copy_(tensor)
+    for name in own.keys() & new.keys():
+        if list(own[name]) != list(new[name]):
+            raise InferenceError(f"weight {name} has shape {list(new[name])}, expected {list(own[name])}")
+
+
+def _shapes(weights: Mapping[str, torch.Tensor]) -> dict[str, Sequence[int]]:
+    return {name: tensor.shape for name, tensor in weights.items()}
 
 
 def _shares_memory(own: Mapping[str, torch.Tensor], name: str, weights: Mapping[str, torch.Tensor]) -> bool:

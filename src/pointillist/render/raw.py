@@ -15,7 +15,7 @@ from renderers import create_renderer
 from renderers.configs import config_from_name
 
 from pointillist.errors import ConfigError, RenderError
-from pointillist.families.base import Family, ImageLayout
+from pointillist.families.base import Family, describe_image
 from pointillist.images.store import StoredImage
 from pointillist.refs.descriptor import RawImageDescriptor
 from pointillist.refs.mm_refs import mm_token_type_ids
@@ -178,17 +178,9 @@ class RawRenderer:
             is_content=[content[index] for index in expansion.source],
             mm_token_type_ids=mm_token_type_ids(expansion.token_ids, self.family.image_token_id),
             images=[
-                PromptImage(image.sha256, self._descriptor(image, layout), offset, length)
+                PromptImage(image.sha256, describe_image(self.family, image.uri, layout), offset, length)
                 for image, layout, (offset, length) in zip(images, layouts, expansion.spans, strict=True)
             ],
-        )
-
-    def _descriptor(self, image: StoredImage, layout: ImageLayout) -> RawImageDescriptor:
-        return RawImageDescriptor(
-            family=self.family.name,
-            raw_image_uri=image.uri,
-            layout_fingerprint=self.family.layout_fingerprint,
-            payload=self.family.payload(layout),
         )
 
     def _refuse_media_tokens(self, value: Any) -> None:

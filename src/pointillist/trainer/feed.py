@@ -8,19 +8,10 @@ import threading
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 from pointillist.errors import TrainingError
 from pointillist.trainer.data import ImageCounts, ImageFault, RowLoader, RowTensors
-from pointillist.transport import RankBatch
-
-
-class Receiver(Protocol):
-    """Where batches come from."""
-
-    def receive(self, step: int) -> RankBatch:
-        """Waits for a step's batch."""
-        ...
+from pointillist.transport import FilesystemReceiver, RankBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +31,7 @@ class ReadyRow:
 class RowFeed:
     """Batches and rows in order: `batch()`, then `row()` for each of its micro batches, then the next `batch()`."""
 
-    def __init__(self, receiver: Receiver, loader: RowLoader, steps: Iterable[int], max_bytes: int) -> None:
+    def __init__(self, receiver: FilesystemReceiver, loader: RowLoader, steps: Iterable[int], max_bytes: int) -> None:
         """Starts the thread.
 
         Args:

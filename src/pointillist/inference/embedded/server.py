@@ -12,7 +12,6 @@ Image work runs in worker threads, never on the event loop. Errors are `{"error"
 
 import asyncio
 import logging
-import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -35,7 +34,8 @@ from pointillist.inference.embedded.batch import Prompt
 from pointillist.inference.embedded.engine import Engine, EngineRequest
 from pointillist.inference.embedded.metrics import EngineMetrics
 from pointillist.inference.features import malformed, request_error
-from pointillist.inference.prompt import CheckedPrompt, ServerBounds, check_prompt, check_sizes
+from pointillist.inference.keys import key_refusal
+from pointillist.inference.prompt import CheckedPrompt, ServerBounds, check_prompt, check_sizes, pixel_bytes
 from pointillist.inference.protocol import (
     Choice,
     ErrorInfo,
@@ -93,7 +93,7 @@ class Server:
         params = request.sampling_params
         check_sizes(prompt.token_ids, params.max_tokens, params.n, self.bounds)
         max_tokens = params.max_tokens or self.bounds.seq_len - len(prompt.token_ids)
-        share = await self.budget.take(self._num_bytes(prompt))
+        share = await self.budget.take(pixel_bytes(prompt, self.materializer))
         try:
             engine_request = await self._prepare(request, max_tokens, prompt)
             loop = asyncio.get_running_loop()
@@ -133,12 +133,6 @@ class Server:
             raise RequestError(f"weight_dir is not below {broadcasts}", param="weight_dir")
         self.engine.update_weights(folder, request.weight_version)
         logger.info("weight version %d serves", request.weight_version)
-
-    def _num_bytes(self, prompt: CheckedPrompt) -> int:
-        try:
-            return self.materializer.num_bytes(prompt.lengths)
-        except PointillistError as error:
-            raise request_error(error, prompt.refs) from None
 
     async def _prepare(self, request: GenerateRequest, max_tokens: int, prompt: CheckedPrompt) -> EngineRequest:
         tensors = await run_in_threadpool(self._materialize, prompt.refs, prompt.lengths) if prompt.refs else {}
@@ -309,12 +303,9 @@ def _add_error_handlers(app: FastAPI, server: Server) -> None:
 
 
 def _require_key(app: FastAPI, key: str) -> None:
-    expected = f"Bearer {key}".encode()
-
     @app.middleware("http")
     async def check(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        given = request.headers.get("authorization", "").encode()
-        if request.url.path == "/health" or secrets.compare_digest(given, expected):
+        refusal = key_refusal(request, key)
+        if refusal is None:
             return await call_next(request)
-        info = ErrorInfo(message="expected Authorization: Bearer <API key>", type="AuthenticationError", code=401)
-        return JSONResponse(ErrorResponse(error=info).model_dump(), status_code=401)
+        return JSONResponse(ErrorResponse(error=refusal.info).model_dump(), status_code=refusal.info.code)

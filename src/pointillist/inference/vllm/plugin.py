@@ -7,11 +7,10 @@ vLLM's of the same path: `/inference/v1/generate` checks and materialises refere
 
 import logging
 import os
-import secrets
 import time
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
@@ -26,22 +25,21 @@ from vllm.sampling_params import SamplingParams
 from pointillist.config import InferenceConfig, MultimodalConfig, load_toml
 from pointillist.config.assets import CARRIER
 from pointillist.config.shared import ModelConfig
-from pointillist.errors import PointillistError
 from pointillist.families import RawImageMaterializer, load_family, resolve_model_dir
 from pointillist.inference.budget import ByteBudget
-from pointillist.inference.features import malformed, request_error
+from pointillist.inference.features import malformed
+from pointillist.inference.keys import key_refusal
 from pointillist.inference.metrics import ImageMetrics
-from pointillist.inference.prompt import CheckedPrompt, ServerBounds, check_prompt, check_sizes
+from pointillist.inference.prompt import CheckedPrompt, ServerBounds, check_prompt, check_sizes, pixel_bytes
 from pointillist.inference.protocol import ErrorResponse as OurErrorResponse
 from pointillist.inference.protocol import PromptFields, RequestError, UpdateWeightsRequest
+from pointillist.inference.vllm.serve import CONFIG_VARIABLE
 from pointillist.inference.vllm.serving import ItemMaker, RawServingTokens
 from pointillist.inference.vllm.versions import check_vllm
 from pointillist.inference.vllm.weights import WeightUpdates
 from pointillist.rollouts.client import api_key
 
 logger = logging.getLogger(__name__)
-CONFIG_VARIABLE: Final = "POINTILLIST_INFERENCE_CONFIG"
-"""Environment variable with the path of an `inference.toml`; `pointillist inference` sets it."""
 
 
 class PointillistPlugin:
@@ -53,7 +51,7 @@ class PointillistPlugin:
     def attach_router(self, app: FastAPI) -> None:
         """Adds the routes."""
         app.include_router(router)
-        app.add_exception_handler(RequestError, _answer)
+        app.exception_handler(RequestError)(_answer)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Builds what the routes share, once vLLM's own state is there.
@@ -99,13 +97,6 @@ class _Shared:
             )
         logger.info("references are read as %s pixels", self.items.dtype)
 
-    def num_bytes(self, prompt: CheckedPrompt) -> int:
-        """Bytes of pixels that a prompt will hold."""
-        try:
-            return self.materializer.num_bytes(prompt.lengths)
-        except PointillistError as error:
-            raise request_error(error, prompt.refs) from None
-
 
 def _config(args: Namespace) -> InferenceConfig:
     """The config that `pointillist inference` wrote, or for a plain `vllm serve` what its arguments tell."""
@@ -116,12 +107,9 @@ def _config(args: Namespace) -> InferenceConfig:
 
 
 def _authorized(request: Request) -> None:
-    if request.url.path == "/health":
-        return
     key = request.app.state.pointillist.key
-    given = request.headers.get("authorization", "").encode()
-    if key is not None and not secrets.compare_digest(given, f"Bearer {key}".encode()):
-        raise RequestError("expected Authorization: Bearer <API key>", type="AuthenticationError", code=401)
+    if key is not None and (refusal := key_refusal(request, key)) is not None:
+        raise refusal
 
 
 router = APIRouter(dependencies=[Depends(_authorized)])
@@ -143,7 +131,7 @@ async def generate(body: dict[str, Any], raw_request: Request) -> Response:
     params = request.sampling_params
     given = params.max_tokens if request.is_sampling_param_provided("max_tokens") else None
     check_sizes(prompt.token_ids, given, params.n, shared.bounds)
-    share = await shared.budget.take(shared.num_bytes(prompt))
+    share = await shared.budget.take(pixel_bytes(prompt, shared.materializer))
     try:
         started = time.perf_counter()
         items = await shared.items.items(prompt)
@@ -221,8 +209,5 @@ def _refuse_unknown(body: dict[str, Any]) -> None:
             raise RequestError(f"{prefix}{unknown[0]}: no such parameter", param=f"{prefix}{unknown[0]}")
 
 
-async def _answer(_: Request, error: Exception) -> Response:
-    info = error.info if isinstance(error, RequestError) else None
-    if info is None:
-        raise error
-    return JSONResponse(OurErrorResponse(error=info).model_dump(), status_code=info.code)
+async def _answer(_: Request, error: RequestError) -> Response:
+    return JSONResponse(OurErrorResponse(error=error.info).model_dump(), status_code=error.info.code)

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -12,7 +12,10 @@ from pointillist.config.base import write_toml
 from pointillist.inference.vllm.versions import check_vllm
 from pointillist.rollouts.client import api_key
 
-_CONFIG_NAME = "inference.vllm.toml"
+CONFIG_VARIABLE: Final = "POINTILLIST_INFERENCE_CONFIG"
+"""Environment variable by which the plugin finds the path of the server's config."""
+
+_CONFIG_NAME: Final = "inference.vllm.toml"
 
 
 def serve(config: InferenceConfig) -> None:
@@ -27,7 +30,7 @@ def serve(config: InferenceConfig) -> None:
         environ["VLLM_API_KEY"] = api_key(config.server.api_key_var)
     path = config.output_dir.absolute() / "configs" / _CONFIG_NAME
     write_toml(config, path)
-    environ["POINTILLIST_INFERENCE_CONFIG"] = str(path)
+    environ[CONFIG_VARIABLE] = str(path)
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         # Threads are this run's business, not vLLM's: several processes share these cores.

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from pointillist.config.run_paths import WEIGHTS_FILE, RunPaths
 from pointillist.errors import InferenceError
 from pointillist.inference.protocol import RequestError, UpdateWeightsRequest
+from pointillist.models.weights import check_weights_fit
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +44,10 @@ class WeightUpdates:
         self._broadcasts = RunPaths(output_dir.resolve()).broadcasts
         text_config = engine.vllm_config.model_config.hf_text_config
         self._tied = bool(getattr(text_config, "tie_word_embeddings", False))
-        self._shapes = _shapes_of(sorted(model_dir.glob("*.safetensors")))
-        self._encoder = _encoder_digest(sorted(model_dir.glob("*.safetensors")))
+        self._first_files = sorted(model_dir.glob("*.safetensors"))
+        self._shapes = _shapes_of(self._first_files)
+        # Of the weights that serve; those that the engine started with are read for it at the first update.
+        self._encoder: str | None = None
         self._folder: Path | None = None
         self._lock = asyncio.Lock()
         self.version = 0
@@ -97,15 +100,9 @@ class WeightUpdates:
         shapes = _shapes_of([folder / WEIGHTS_FILE])
         # Where it is tied to the embedding, an output layer that comes along is the embedding once more.
         tied = {"lm_head.weight"} if self._tied else set()
-        missing, unknown = self._shapes.keys() - shapes.keys() - tied, shapes.keys() - self._shapes.keys() - tied
-        if missing or unknown:
-            raise InferenceError(
-                f"weights do not fit the model: missing {sorted(missing)[:3]}, unknown {sorted(unknown)[:3]}"
-            )
-        for name in shapes.keys() & self._shapes.keys():
-            shape = shapes[name]
-            if shape != self._shapes[name]:
-                raise InferenceError(f"weight {name} has shape {shape}, expected {self._shapes[name]}")
+        check_weights_fit(self._shapes, shapes, optional=tied)
+        if self._encoder is None:
+            self._encoder = _encoder_digest(self._first_files)
         return folder, _encoder_digest([folder / WEIGHTS_FILE])
 
 
