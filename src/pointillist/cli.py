@@ -1,4 +1,4 @@
-"""The door: `pointillist rl | trainer | orchestrator | inference | store`.
+"""The door: `pointillist rl | trainer | orchestrator | env-worker | gateway | inference | store`.
 
 Every command takes `@ file.toml` and dotted overrides, such as `--trainer.optim.lr 3e-4`; `--help` lists the keys.
 """
@@ -11,7 +11,15 @@ from typing import Any
 import click
 
 from pointillist import PointillistError, __version__
-from pointillist.config import InferenceConfig, OrchestratorConfig, RLConfig, TrainerConfig, parse_cli
+from pointillist.config import (
+    EnvWorkerConfig,
+    GatewayServerConfig,
+    InferenceConfig,
+    OrchestratorConfig,
+    RLConfig,
+    TrainerConfig,
+    parse_cli,
+)
 from pointillist.logs import set_up_logging
 
 # Arguments go to the config parser as they are.
@@ -78,6 +86,28 @@ def orchestrator(arguments: list[str]) -> int:
     from pointillist.orchestrator.orchestrator import orchestrate
 
     asyncio.run(orchestrate(config))
+    return 0
+
+
+@_command("env-worker", "Run an environment for an orchestrator, which starts this by itself.")
+def env_worker(arguments: list[str]) -> int:
+    """Runs an environment."""
+    config = parse_cli(EnvWorkerConfig, arguments)
+    set_up_logging(config.log_level)
+    from pointillist.rollouts.workers.worker import serve
+
+    asyncio.run(serve(config))
+    return 0
+
+
+@_command("gateway", "Serve sessions over HTTP as OpenAI and Anthropic APIs, without a run around them.")
+def gateway(arguments: list[str]) -> int:
+    """Serves sessions."""
+    config = parse_cli(GatewayServerConfig, arguments)
+    set_up_logging(config.log_level)
+    from pointillist.rollouts.gateway.standalone import serve
+
+    asyncio.run(serve(config))
     return 0
 
 

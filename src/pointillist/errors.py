@@ -37,6 +37,18 @@ class RenderError(PointillistError):
     """A conversation that can not be turned into tokens."""
 
 
+class ContextLengthError(RenderError):
+    """A conversation that has outgrown `seq_len`."""
+
+
+class HistoryError(RenderError):
+    """A conversation that contradicts itself or the record."""
+
+
+class UnsupportedContentError(RenderError):
+    """Content that no policy here can read: video, audio, files."""
+
+
 class InferenceError(PointillistError):
     """The inference server refused or failed a request."""
 

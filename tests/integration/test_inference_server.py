@@ -387,7 +387,7 @@ async def test_sessions_record_what_was_read_and_sampled(server: RunningServer, 
     assert sum(branch.sampled) == sum(len(turn.completion.token_ids) for turn in session.turns)
     # One forward over the whole record gives every turn's logprobs again: nothing was re-tokenised or moved.
     first = branch.sampled.index(True)
-    hashes = {"mm_hashes": {"image": [image.sha256 for image in branch.images]}}
+    hashes = {"mm_hashes": {"image": [image.hash for image in branch.images]}}
     body = {"token_ids": branch.token_ids[:first], "features": hashes}
     for blank in (False, True):
         again = _huggingface(server, model_dir, body, branch.token_ids[first:], blank=blank)
@@ -395,7 +395,7 @@ async def test_sessions_record_what_was_read_and_sampled(server: RunningServer, 
         difference = (again - torch.tensor(branch.logprobs[first:]))[sampled].abs().max()
         assert difference > 0.01 if blank else difference < 1e-5
     for image in session.branches[0].images:
-        assert local_path(image.descriptor.raw_image_uri).is_file()
+        assert local_path(image.uri).is_file()
 
 
 @only_embedded

@@ -27,7 +27,7 @@ def test_a_run_from_start_to_summary(digits_run: Digits) -> None:
     assert (digits_run.output_dir / "curve.png").stat().st_size > 1000
     rollouts = read_jsonl(digits_run.output_dir / "rollouts" / "step_1" / "rollouts.jsonl")
     assert len(rollouts) % 32 == 0  # more than one round if the first had no group to learn from
-    uri = rollouts[0]["messages"][0]["content"][0]["image_url"]["url"]
+    uri = rollouts[0]["branches"][0]["messages"][0]["content"][0]["image_url"]["url"]
     assert uri.startswith(f"file://{digits_run.output_dir}/assets/images/")
     assert Path(uri.removeprefix("file://")).is_file()
     from transformers import AutoModelForImageTextToText

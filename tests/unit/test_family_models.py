@@ -129,7 +129,8 @@ def _sample(loaded: LoadedModel, store: ImageStore, sizes: list[tuple[int, int]]
     trained = [index >= len(ids) - 4 for index in range(len(ids))]
     return TrainingSample(
         token_ids=ids, loss_mask=trained, logprobs=[0.0] * len(ids), advantages=[float(on) for on in trained],
-        weight_versions=[0] * len(ids), temperature=1.0, mm_refs=MMRefs(refs) if refs else None, sample_id=str(seed),
+        weight_versions=[0] * len(ids), temperatures=[1.0] * len(ids),
+            mm_refs=MMRefs(refs) if refs else None, sample_id=str(seed),
         mm_token_type_ids=mm_token_type_ids(ids, family.image_token_id),
     )  # fmt: skip
 

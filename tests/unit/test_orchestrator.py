@@ -1,6 +1,4 @@
 import statistics
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,7 +12,9 @@ from pointillist.orchestrator.packing import OverlongMultimodalSample
 from pointillist.orchestrator.samples import make_sample
 from pointillist.orchestrator.tasks import TaskOrder
 from pointillist.render import RawRenderer
-from pointillist.rollouts import Branch, Task, load_environment
+from pointillist.rollouts import Branch, Completion, load_environment
+from pointillist.rollouts.executor import RolloutResult
+from pointillist.rollouts.trace import Trace
 from tests.conftest import picture
 from tests.unit.test_transport import sample
 
@@ -37,14 +37,13 @@ def test_groups_without_variance_say_nothing() -> None:
 
 
 def test_task_order_is_a_function_of_seed_and_position() -> None:
-    tasks = [Task(str(i)) for i in range(7)]
-    order = TaskOrder(tasks, seed=3)
-    epochs = [[task.id for task in order.take(7)] for _ in range(3)]
-    assert all(sorted(epoch) == sorted(task.id for task in tasks) for epoch in epochs)
+    order = TaskOrder(7, seed=3)
+    epochs = [order.take(7) for _ in range(3)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert epochs[0] != epochs[1]
-    resumed = TaskOrder(tasks, seed=3, position=10)
-    assert [task.id for task in resumed.take(11)] == epochs[1][3:] + epochs[2]
-    assert [task.id for task in TaskOrder(tasks, seed=4).take(7)] != epochs[0]
+    resumed = TaskOrder(7, seed=3, position=10)
+    assert resumed.take(11) == epochs[1][3:] + epochs[2]
+    assert TaskOrder(7, seed=4).take(7) != epochs[0]
 
 
 def test_samples_train_what_was_sampled(renderer: RawRenderer, sources: Sources) -> None:
@@ -53,22 +52,20 @@ def test_samples_train_what_was_sampled(renderer: RawRenderer, sources: Sources)
         [{"role": "user", "content": [{"type": "image", "image": picture(64, 64)}]}], sources, images
     )
     prompt = renderer.render(messages, images)
-    completion = [300, 2]
+    completion = Completion([300, 2], [-0.1, -0.2], [5, 5], "stop")
     read = len(prompt.token_ids)
-    branch = Branch(
-        token_ids=[*prompt.token_ids, *completion],
-        sampled=[False] * read + [True] * 2,
-        logprobs=[0.0] * read + [-0.1, -0.2],
-        weight_versions=[-1] * read + [5, 5],
-        images=prompt.images,
-    )
-    made = make_sample(branch, 1.5, image_token_id=renderer.family.image_token_id, temperature=1.0, sample_id="x")
+    trace = Trace()
+    trace.record(None, prompt, completion, temperature=0.7, key=b"", messages=[])
+    (branch,) = trace.branches()
+    made = make_sample(branch, 1.5, image_token_id=renderer.family.image_token_id, sample_id="x")
     assert made.advantages == [0.0] * read + [1.5, 1.5]
+    assert made.temperatures == [1.0] * read + [0.7, 0.7]
+    assert made.weight_versions == [-1] * read + [5, 5]
     assert made.mm_refs is not None
     assert made.mm_refs.images[0].length == 4
     branch.images = []
     with pytest.raises(RefError, match="no image token without an image"):
-        make_sample(branch, 1.5, image_token_id=renderer.family.image_token_id, temperature=1.0, sample_id="x")
+        make_sample(branch, 1.5, image_token_id=renderer.family.image_token_id, sample_id="x")
 
 
 @pytest.mark.parametrize(
@@ -86,30 +83,41 @@ def test_environments_that_can_not_be_had(name: str, message: str) -> None:
         load_environment(name, {})
 
 
-def _rollouts(rewards: list[float]) -> list[Any]:
-    branch = SimpleNamespace(token_ids=[1] * 9, sampled=[True] * 9, images=[])
-    session = SimpleNamespace(branches=[branch], turns=[None], messages=[])
+def _rollouts(rewards: list[float]) -> list[RolloutResult]:
+    """Of one branch of nine tokens, three of them sampled."""
+    made = sample()
+    assert made.mm_refs is not None
+    branch = Branch(
+        token_ids=[7, 7, 1, 1, 1, 1, 1, 1, 1],
+        sampled=made.loss_mask,
+        logprobs=made.logprobs,
+        weight_versions=made.weight_versions,
+        temperatures=made.temperatures,
+        images=made.mm_refs.images,
+        messages=[],
+    )
     return [
-        SimpleNamespace(id=str(i), task=Task("t"), reward=reward, session=session) for i, reward in enumerate(rewards)
+        RolloutResult(id=str(i), task_id="t", reward=reward, turns=1, branches=[branch])
+        for i, reward in enumerate(rewards)
     ]
 
 
 @pytest.mark.parametrize("seq_len", [8, 9])
 def test_overlong_samples_are_dropped_and_counted_or_stop_the_run(seq_len: int) -> None:
-    batch = _Batch(lambda *_: sample(), seq_len, "drop")  # a sample of nine tokens
+    batch = _Batch(7, seq_len, "drop")  # a sample of nine tokens
     batch.add_group(_rollouts([0.0, 1.0]), normalize_std=True)
     assert batch.metrics()["mm/samples_overlong"] == (2 if seq_len == 8 else 0)
     assert len(batch.samples) == (0 if seq_len == 8 else 2)
     if seq_len == 8:
         with pytest.raises(OverlongMultimodalSample, match="9 tokens and 1 images, seq_len is 8"):
-            _Batch(lambda *_: sample(), seq_len, "error").add_group(_rollouts([0.0, 1.0]), normalize_std=True)
+            _Batch(7, seq_len, "error").add_group(_rollouts([0.0, 1.0]), normalize_std=True)
 
 
 def test_groups_that_agree_train_nothing_but_count_in_the_denominator() -> None:
-    batch = _Batch(lambda *_: sample(), 64, "drop")
+    batch = _Batch(7, 64, "drop")
     batch.add_group(_rollouts([1.0, 1.0]), normalize_std=True)
     batch.add_group(_rollouts([1.0]), normalize_std=True)
     batch.add_group(_rollouts([0.0, 1.0]), normalize_std=True)
     assert batch.metrics()["groups/dropped_zero_variance"] == 2
     assert len(batch.samples) == 2
-    assert batch.num_tokens == 5 * 9
+    assert batch.num_tokens == 5 * 3

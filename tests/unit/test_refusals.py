@@ -9,7 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "contract.md"
 BEGIN, END = "<!-- refusals: made by tests/unit/test_refusals.py -->\n", "<!-- end of refusals -->\n"
-ERRORS = {"RefError", "MissingImageError", "TransportError", "ImageError", "SourceError", "LayoutError"}
+ERRORS = {
+    "RefError", "MissingImageError", "TransportError", "ImageError", "SourceError", "LayoutError", "RenderError",
+    "HistoryError", "UnsupportedContentError",
+}  # fmt: skip
 HELPERS = {"invalid": "400 invalid_mm_image_ref"}
 FILES = [
     "images/sources.py",
@@ -27,6 +30,8 @@ FILES = [
     "render/raw.py",
     "inference/features.py",
     "inference/prompt.py",
+    "rollouts/messages.py",
+    "rollouts/session.py",
     "transport/types.py",
 ]
 
@@ -51,7 +56,7 @@ def refusals() -> list[tuple[str, str, str]]:
         for node in ast.walk(tree):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
                 error = node.exc.func.id
-                if error in ERRORS or error in HELPERS or error == "RenderError":
+                if error in ERRORS or error in HELPERS:
                     text = text_of(node.exc.args[0])
                     if text is not None and text.strip(". :") != "":
                         rows.append((name, HELPERS.get(error, error), " ".join(text.split()), node.lineno))

@@ -111,7 +111,7 @@ def test_bridging_extends_the_expanded_prompt(renderer: RawRenderer, sources: So
     prompt = renderer.render(first, images)
     completion = [*renderer.tokenizer.encode("it is b"), renderer.stop_token_ids[0]]
     new = normalize_images([{"role": "user", "content": [_image(100, 70, 1), _text("and?")]}], sources, images)
-    bridged = renderer.bridge(prompt, completion, new, images)
+    bridged = renderer.bridge(prompt.logical_ids, completion, new, images)
     assert bridged is not None
     so_far = [*prompt.token_ids, *completion]
     assert bridged.token_ids[: len(so_far)] == so_far

@@ -50,7 +50,7 @@ def _sample(family: Family, store: ImageStore, sizes: list[tuple[int, int]], see
         logprobs=[0.0] * len(ids),
         advantages=[1.0 if on else 0.0 for on in trained],
         weight_versions=[0 if on else -1 for on in trained],
-        temperature=0.7,
+        temperatures=[0.7 if on else 1.0 for on in trained],
         mm_token_type_ids=mm_token_type_ids(ids, family.image_token_id),
         mm_refs=MMRefs(refs) if refs else None,
         sample_id=str(seed),
@@ -82,7 +82,7 @@ def _huggingface_logprobs(
     with torch.no_grad():
         logits = model(input_ids=ids, **kwargs).logits[0]
     logits[:, loaded.unsampleable] = float("-inf")
-    logprobs = (logits / sample.temperature).log_softmax(-1)
+    logprobs = (logits / 0.7).log_softmax(-1)
     where = torch.tensor([index for index, on in enumerate(sample.loss_mask) if on])
     return logprobs[where - 1].gather(1, ids[0, where, None])[:, 0]
 

@@ -36,7 +36,7 @@ def sample(name: str = "s", text: int = 6, images: int = 1) -> TrainingSample:
         logprobs=[-0.5 if on else 0.0 for on in trained],
         advantages=[1.0 if on else 0.0 for on in trained],
         weight_versions=[3 if on else -1 for on in trained],
-        temperature=0.7,
+        temperatures=[0.7 if on else 1.0 for on in trained],
         mm_token_type_ids=types,
         mm_refs=MMRefs([MMImageRef(ITEM, SHA, URI, 3 * i, 2) for i in range(images)]) if images else None,
         sample_id=name,
@@ -77,7 +77,7 @@ def test_packing_concatenates_and_rebases() -> None:
     assert row.sample_ids == ["long", "short"]
     assert [image.offset for image in row.mm_refs.images] == [0, 3, 14]
     assert row.input_ids == [*range(14), *range(9)]
-    assert set(row.temperatures) == {0.7}
+    assert row.temperatures == [0.7 if on else 1.0 for on in row.loss_mask]
 
 
 def test_packing_fills_rows_and_ranks_evenly() -> None:

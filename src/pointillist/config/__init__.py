@@ -3,7 +3,17 @@
 from pointillist.config.assets import CARRIER, own_image_dir, resolve_image_dir, writer_image_dir
 from pointillist.config.base import Config, load_toml, parse_cli, write_toml
 from pointillist.config.inference import InferenceConfig
-from pointillist.config.orchestrator import EnvConfig, OrchestratorConfig, SamplingConfig
+from pointillist.config.orchestrator import (
+    EnvConfig,
+    EnvWorkerConfig,
+    GatewayConfig,
+    GatewayServerConfig,
+    OrchestratorConfig,
+    PolicyConfig,
+    RolloutsConfig,
+    SamplingConfig,
+    WorkersConfig,
+)
 from pointillist.config.rl import RLConfig
 from pointillist.config.run_paths import RunPaths
 from pointillist.config.shared import LimitsConfig, ModelConfig, MultimodalConfig
@@ -13,15 +23,21 @@ __all__ = [
     "CARRIER",
     "Config",
     "EnvConfig",
+    "EnvWorkerConfig",
+    "GatewayConfig",
+    "GatewayServerConfig",
     "InferenceConfig",
     "LimitsConfig",
     "ModelConfig",
     "MultimodalConfig",
     "OrchestratorConfig",
+    "PolicyConfig",
     "RLConfig",
+    "RolloutsConfig",
     "RunPaths",
     "SamplingConfig",
     "TrainerConfig",
+    "WorkersConfig",
     "load_toml",
     "own_image_dir",
     "parse_cli",

@@ -62,9 +62,5 @@ class InferenceConfig(Config):
 
     @model_validator(mode="after")
     def _key_beyond_loopback(self) -> "InferenceConfig":
-        if not self.server.is_loopback and self.server.api_key_var is None:
-            raise ValueError(
-                f"server.host = {self.server.host!r} is reachable from other machines: set server.api_key_var to the "
-                "name of an environment variable that holds an API key, or bind 127.0.0.1"
-            )
+        self.server.require_key("server")
         return self

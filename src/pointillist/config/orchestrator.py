@@ -1,12 +1,12 @@
-"""Config of the orchestrator: environment, sampling, batches, evaluation."""
+"""Config of the environment side: sessions, gateway, environments, and the orchestrator over them."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
 from pointillist.config.base import Config
-from pointillist.config.shared import LogLevel, ModelConfig, MultimodalConfig
+from pointillist.config.shared import LogLevel, ModelConfig, MultimodalConfig, ServerConfig
 
 
 class EnvConfig(Config):
@@ -71,13 +71,72 @@ class ClientConfig(Config):
     """Seconds that the server may take to become healthy."""
 
 
-class OrchestratorConfig(Config):
-    """The orchestrator: `pointillist orchestrator @ orchestrator.toml`."""
+class GatewayConfig(ServerConfig):
+    """The gateway: the face that sessions show to agents, an OpenAI and Anthropic API a session."""
+
+    max_request_bytes: int = Field(256 * 1024 * 1024, gt=0)
+    """Longest request body: a conversation with all its pictures as base64."""
+
+    inflight_bytes: int = Field(128 * 1024 * 1024, gt=0)
+    """Bodies that are read and turned into references at once; further requests wait before theirs is read."""
+
+
+class PolicyConfig(Config):
+    """What every process that holds sessions needs: the model, the store, and where the policy is served."""
 
     model: ModelConfig
-    env: EnvConfig
     seq_len: int = Field(2048, gt=0)
     """Longest sample and length of a packed row, in tokens."""
+
+    output_dir: Path = Path("outputs/run")
+    multimodal: MultimodalConfig = MultimodalConfig()
+    client: ClientConfig = ClientConfig()
+    gateway: GatewayConfig = GatewayConfig()
+    log_level: LogLevel = "info"
+
+    @model_validator(mode="after")
+    def _key_beyond_loopback(self) -> Self:
+        self.gateway.require_key("gateway")
+        return self
+
+
+class GatewayServerConfig(PolicyConfig):
+    """A gateway by itself: `pointillist gateway @ gateway.toml`. Sessions are opened and closed over HTTP."""
+
+    sampling: SamplingConfig = SamplingConfig()
+    """Of requests that ask for nothing else."""
+
+
+class RolloutsConfig(PolicyConfig):
+    """What a process needs that runs an environment."""
+
+    env: EnvConfig
+    rollout_timeout: float = Field(600.0, gt=0)
+    """Seconds that one rollout may take."""
+
+
+class EnvWorkerConfig(RolloutsConfig):
+    """A process that runs an environment for the orchestrator: `pointillist env-worker @ env_worker.toml`."""
+
+    address: str
+    """Where the orchestrator waits for workers, `tcp://host:port`; the orchestrator sets it."""
+
+
+class WorkersConfig(Config):
+    """Environment workers: processes of their own, so that an environment that dies or hangs costs nothing else."""
+
+    count: int = Field(0, ge=0)
+    """Processes to start; 0 runs the environment in the orchestrator."""
+
+    heartbeat_timeout: float = Field(30.0, gt=0)
+    """Seconds without a sign of life after which a worker is replaced and its rollouts are tried again."""
+
+    startup_timeout: float = Field(120.0, gt=0)
+    """Seconds that a worker may take to load its environment."""
+
+
+class OrchestratorConfig(RolloutsConfig):
+    """The orchestrator: `pointillist orchestrator @ orchestrator.toml`."""
 
     max_steps: int = Field(100, gt=0)
     """Optimiser steps."""
@@ -85,8 +144,6 @@ class OrchestratorConfig(Config):
     seed: int = 0
     """Order of tasks and sampling."""
 
-    output_dir: Path = Path("outputs/run")
-    multimodal: MultimodalConfig = MultimodalConfig()
     batch_size: int = Field(128, gt=0)
     """Rollouts that a step is made from."""
 
@@ -99,9 +156,7 @@ class OrchestratorConfig(Config):
     max_retries: int = Field(2, ge=0)
     """How often a failed rollout is tried again before it is dropped."""
 
-    rollout_timeout: float = Field(600.0, gt=0)
-    """Seconds that one rollout may take."""
-
+    workers: WorkersConfig = WorkersConfig()
     max_off_policy_steps: int = Field(0, ge=0)
     """How many weight versions a rollout may be older than the step it trains; 0 is strictly on policy."""
 
@@ -114,8 +169,6 @@ class OrchestratorConfig(Config):
     sampling: SamplingConfig = SamplingConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     eval: EvalConfig = EvalConfig()
-    client: ClientConfig = ClientConfig()
-    log_level: LogLevel = "info"
 
     @model_validator(mode="after")
     def _whole_groups(self) -> "OrchestratorConfig":

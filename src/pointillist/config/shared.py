@@ -85,13 +85,13 @@ class MultimodalConfig(Config):
 
 
 class ServerConfig(Config):
-    """Where the inference server listens."""
+    """Where a server listens."""
 
     host: str = "127.0.0.1"
     """Address to bind; anything but loopback needs an API key."""
 
     port: int = Field(0, ge=0, le=65_535)
-    """Port to bind; 0 lets the launcher choose a free one."""
+    """Port to bind; 0 is a free one."""
 
     api_key_var: str | None = None
     """Name of the environment variable that holds the API key; clients send it as a bearer token."""
@@ -100,6 +100,21 @@ class ServerConfig(Config):
     def is_loopback(self) -> bool:
         """Whether only this machine can connect."""
         return self.host in ("127.0.0.1", "::1", "localhost")
+
+    def require_key(self, name: str) -> None:
+        """Checks that a server which other machines can reach asks for a key.
+
+        Args:
+            name: Of the server's table, for the message.
+
+        Raises:
+            ValueError: It does not.
+        """
+        if not self.is_loopback and self.api_key_var is None:
+            raise ValueError(
+                f"{name}.host = {self.host!r} is reachable from other machines: set {name}.api_key_var to the name of "
+                "an environment variable that holds an API key, or bind 127.0.0.1"
+            )
 
 
 LogLevel = Literal["debug", "info", "warning"]

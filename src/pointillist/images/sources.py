@@ -21,8 +21,8 @@ from typing import Any, Final
 
 from PIL import Image
 
-from pointillist.errors import SourceError
-from pointillist.images.store import ImageStore, StoredImage, local_path
+from pointillist.errors import MissingImageError, RefError, SourceError
+from pointillist.images.store import ImageStore, StoredImage, local_path, read_verified, stored_name
 
 _IMAGE_TYPES: Final = frozenset({"image", "image_url", "input_image"})
 _DATA_URL: Final = re.compile(r"data:image/[\w.+-]+(?:;[\w=.+-]+)*;base64,", re.IGNORECASE)
@@ -38,6 +38,7 @@ class Sources:
         *,
         transform: Callable[[bytes], bytes] | None = None,
         fetch: Callable[[str], bytes] | None = None,
+        local_files: bool = True,
     ) -> None:
         """Sets where images go.
 
@@ -45,10 +46,16 @@ class Sources:
             store: The run's image store.
             transform: Applied to the bytes of every image before it is stored (for control runs that blank them).
             fetch: Gets the bytes behind an http(s) URL; None refuses such URLs.
+            local_files: Whether any file of this machine may be named, or only those of the store.
         """
         self._store = store
         self._transform = transform
         self._fetch = fetch
+        self._local_files = local_files
+
+    def for_clients(self) -> "Sources":
+        """The same for senders on a wire, who must not have files of this machine read for them."""
+        return Sources(self._store, transform=self._transform, fetch=self._fetch, local_files=False)
 
     def put(self, source: object) -> StoredImage:
         """Stores the image that `source` names.
@@ -62,9 +69,23 @@ class Sources:
         """
         if isinstance(source, str) and _REMOTE_URL.match(source):
             data = self._fetched(source)
+        elif not self._local_files and isinstance(source, str) and source[:5].lower() != "data:":
+            return self._already_stored(source)
         else:
             data = _bytes_of(source, self._store.limits.max_bytes)
         return self._store.put(self._transform(data) if self._transform else data)
+
+    def _already_stored(self, url: str) -> StoredImage:
+        """The image behind a URL that this store gave out."""
+        try:
+            _, _, sha256 = stored_name(url, [self._store.root])
+            data = read_verified(url, sha256, [self._store.root], self._store.limits)
+        except (RefError, MissingImageError):
+            raise SourceError(
+                "image is named by neither a data: URL nor a file:// URL of this run's image store: files of this "
+                "machine are not read for clients"
+            ) from None
+        return self._store.put(data)
 
     def _fetched(self, url: str) -> bytes:
         if self._fetch is None or url[:4].lower() != "http":

@@ -10,29 +10,25 @@ the same renderer and the same wire, before the first step, every `eval.interval
 import asyncio
 import json
 import logging
-import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from pointillist.config import OrchestratorConfig, RunPaths, writer_image_dir
+from pointillist.config import OrchestratorConfig, RunPaths
 from pointillist.config.run_paths import ORCHESTRATOR_STATE, append_jsonl, write_atomically
 from pointillist.errors import InferenceError, PointillistError
-from pointillist.families import load_family, resolve_model_dir, write_layout_record
-from pointillist.images import ImageStore, Sources
-from pointillist.images.blank import blank_image
-from pointillist.images.remote import RemoteImages
+from pointillist.families import load_family
 from pointillist.logs import resident_mb
 from pointillist.orchestrator.advantages import group_advantages
 from pointillist.orchestrator.packing import OverlongMultimodalSample, pack
-from pointillist.orchestrator.runner import Rollout, RolloutErrors, RolloutRunner
+from pointillist.orchestrator.runner import RolloutErrors, RolloutRunner
 from pointillist.orchestrator.samples import make_sample
 from pointillist.orchestrator.tasks import TaskOrder
 from pointillist.orchestrator.weights import WeightWatcher
-from pointillist.render import FolderTokenizer, RawRenderer
-from pointillist.rollouts import Branch, InferenceClient, Task, load_environment
+from pointillist.rollouts import Branch, InferenceClient
+from pointillist.rollouts.executor import Executor, RolloutHost, RolloutResult
+from pointillist.rollouts.workers import WorkerPool
 from pointillist.transport import FilesystemSender, RankBatch, TrainingSample
 from pointillist.transport.types import encoded_image_bytes
 
@@ -54,6 +50,7 @@ async def orchestrate(config: OrchestratorConfig) -> None:
     try:
         await orchestrator.run()
     finally:
+        await orchestrator.host.aclose()
         await orchestrator.client.aclose()
 
 
@@ -64,31 +61,21 @@ class Orchestrator:
         self.config = config
         self.paths = RunPaths(config.output_dir.resolve())
         self.family = load_family(config.model.name)
-        renderer = RawRenderer(self.family, FolderTokenizer(resolve_model_dir(config.model.name)))
-        environment = load_environment(config.env.id, config.env.args)
-        store = ImageStore(
-            writer_image_dir(config.multimodal, self.paths.output_dir, os.environ),
-            config.multimodal.limits.image_limits(),
-        )
-        write_layout_record(self.family, store.root)
         self.client = InferenceClient(
             config.client.base_url, api_key_var=config.client.api_key_var, timeout=config.client.timeout
         )
-        sources = Sources(
-            store,
-            transform=blank_image if config.env.blank_images else None,
-            fetch=RemoteImages(store.limits.max_bytes).fetch if config.multimodal.allow_remote else None,
-        )
-        self.runner = RolloutRunner(config, environment, renderer, sources, self.client)
+        self.host: RolloutHost = WorkerPool(config) if config.workers.count else Executor(config)
+        self.runner = RolloutRunner(config, self.host)
         self.start = config.resume_step or 0
-        self.tasks = TaskOrder(_tasks_of(environment.train_tasks, "train"), config.seed, self._resume_position())
-        self.eval_tasks = _tasks_of(environment.eval_tasks, "eval")[: config.eval.max_tasks]
         self.weights = WeightWatcher(self.paths, self.client, self.start)
         self.sender = FilesystemSender(self.paths)
 
     async def run(self) -> None:
         """The loop of this module's docstring."""
         config = self.config
+        await self.host.start()
+        self.tasks = TaskOrder(len(await self.host.task_ids("train")), config.seed, self._resume_position())
+        self.eval_tasks = (await self.host.task_ids("eval"))[: config.eval.max_tasks]
         await self.client.wait_until_ready(config.client.startup_timeout)
         await self.weights.wait_for(self.start)
         if self.start == 0:
@@ -142,7 +129,7 @@ class Orchestrator:
     async def _collect(self, step: int) -> "_Batch":
         """Groups until there is something to learn from."""
         config = self.config
-        batch = _Batch(self._sample_of, config.seq_len, config.multimodal.overlong_policy)
+        batch = _Batch(self.family.image_token_id, config.seq_len, config.multimodal.overlong_policy)
         for attempt in range(_EMPTY_ROUNDS):
             tasks = self.tasks.take(config.batch_size // config.group_size)
             groups = await asyncio.gather(
@@ -181,15 +168,6 @@ class Orchestrator:
         append_jsonl(self.paths.metrics / "eval.jsonl", metrics)
         logger.info("version %d: held-out accuracy %.3f on %d tasks", version, mean, len(rewards))
 
-    def _sample_of(self, rollout: Rollout, branch: int, advantage: float) -> TrainingSample:
-        return make_sample(
-            rollout.session.branches[branch],
-            advantage,
-            image_token_id=self.family.image_token_id,
-            temperature=rollout.session.temperature,
-            sample_id=f"{rollout.id}.{branch}",
-        )
-
     def _resume_position(self) -> int:
         if not self.start:
             return 0
@@ -202,15 +180,15 @@ class _Batch:
 
     def __init__(
         self,
-        sample_of: Callable[[Rollout, int, float], TrainingSample],
+        image_token_id: int,
         seq_len: int,
         overlong_policy: Literal["drop", "error"],
     ) -> None:
-        self._sample_of = sample_of
+        self._image_token_id = image_token_id
         self._seq_len = seq_len
         self._overlong_policy = overlong_policy
         self._overlong = 0
-        self.rollouts: list[Rollout] = []
+        self.rollouts: list[RolloutResult] = []
         self.samples: list[TrainingSample] = []
         self.num_tokens = 0
         self._records: list[dict[str, Any]] = []
@@ -219,11 +197,11 @@ class _Batch:
         self._image_bytes = 0
         self._images = 0
 
-    def add_group(self, rollouts: list[Rollout], *, normalize_std: bool) -> None:
+    def add_group(self, rollouts: list[RolloutResult], *, normalize_std: bool) -> None:
         """Adds the rollouts of one task; a group that is too small or all the same gives no samples."""
         self._groups += 1
         self.rollouts += rollouts
-        self.num_tokens += sum(sum(branch.sampled) for rollout in rollouts for branch in rollout.session.branches)
+        self.num_tokens += sum(sum(branch.sampled) for rollout in rollouts for branch in rollout.branches)
         comparable = len(rollouts) > 1
         advantages = (
             group_advantages([rollout.reward for rollout in rollouts], normalize_std=normalize_std)
@@ -241,7 +219,7 @@ class _Batch:
     def metrics(self) -> dict[str, float]:
         """Numbers of the batch."""
         rewards = [rollout.reward for rollout in self.rollouts]
-        turns = [len(rollout.session.turns) for rollout in self.rollouts]
+        turns = [rollout.turns for rollout in self.rollouts]
         return {
             "reward/mean": sum(rewards) / len(rewards),
             "rollouts/total": len(self.rollouts),
@@ -267,9 +245,11 @@ class _Batch:
         self._overlong += 1
         logger.warning("dropped: %s", error)
 
-    def _add_samples(self, rollout: Rollout, advantage: float) -> None:
-        for branch in range(len(rollout.session.branches)):
-            sample = self._sample_of(rollout, branch, advantage)
+    def _add_samples(self, rollout: RolloutResult, advantage: float) -> None:
+        for index, branch in enumerate(rollout.branches):
+            sample = make_sample(
+                branch, advantage, image_token_id=self._image_token_id, sample_id=f"{rollout.id}.{index}"
+            )
             if len(sample.token_ids) > self._seq_len:
                 self._drop_overlong(sample)
                 continue
@@ -284,27 +264,19 @@ def _branch_record(branch: Branch) -> dict[str, Any]:
     return {
         "tokens": len(branch.token_ids),
         "sampled": sum(branch.sampled),
+        "messages": branch.messages,
         "images": [
-            {"item": image.descriptor.to_dict(), "hash": image.sha256, **image.placeholder} for image in branch.images
+            {"item": image.item, "hash": image.hash, "offset": image.offset, "length": image.length}
+            for image in branch.images
         ],
     }
 
 
-def _record(rollout: Rollout, advantage: float | None) -> dict[str, Any]:
+def _record(rollout: RolloutResult, advantage: float | None) -> dict[str, Any]:
     return {
         "id": rollout.id,
-        "task": rollout.task.id,
+        "task": rollout.task_id,
         "reward": rollout.reward,
         "advantage": advantage,
-        "messages": rollout.session.messages,
-        "branches": [_branch_record(branch) for branch in rollout.session.branches],
+        "branches": [_branch_record(branch) for branch in rollout.branches],
     }
-
-
-def _tasks_of(method: Callable[[], Any], split: str) -> list[Task]:
-    tasks = list(method())
-    if not tasks and split == "train":
-        raise PointillistError("environment has no training tasks")
-    if len({task.id for task in tasks}) != len(tasks):
-        raise PointillistError(f"environment has {split} tasks with the same id, expected unique ids")
-    return tasks

@@ -70,7 +70,7 @@ def _concatenate(samples: Sequence[TrainingSample]) -> MicroBatch:
         advantages=list(chain.from_iterable(sample.advantages for sample in samples)),
         inference_logprobs=list(chain.from_iterable(sample.logprobs for sample in samples)),
         weight_versions=list(chain.from_iterable(sample.weight_versions for sample in samples)),
-        temperatures=[sample.temperature for sample in samples for _ in sample.token_ids],
+        temperatures=list(chain.from_iterable(sample.temperatures for sample in samples)),
         mm_token_type_ids=list(chain.from_iterable(sample.mm_token_type_ids for sample in samples)),
         seq_lens=[len(sample.token_ids) for sample in samples],
         mm_refs=MMRefs(images) if images else None,

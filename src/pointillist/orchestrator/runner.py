@@ -1,32 +1,20 @@
-"""Runs rollouts: bounded concurrency, time limits, retries, and a record of whatever went wrong."""
+"""Runs groups of rollouts: bounded concurrency, retries, and a record of whatever went wrong."""
 
 import asyncio
 import logging
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import msgspec
 
 from pointillist.config import OrchestratorConfig
-from pointillist.errors import ImageError, LayoutError, RenderError, SourceError
-from pointillist.images import Sources
-from pointillist.render import RawRenderer
-from pointillist.rollouts import Environment, InferenceClient, Sampling, Session, Task
+from pointillist.rollouts import Sampling
+from pointillist.rollouts.executor import RolloutFailure, RolloutHost, RolloutRequest, RolloutResult
+from pointillist.rollouts.policy import sampling_of
 
 logger = logging.getLogger(__name__)
-
-# Errors that lie in the task itself: trying again would give the same.
-_PERMANENT = (SourceError, ImageError, LayoutError, RenderError)
-
-
-@dataclass(frozen=True, slots=True)
-class Rollout:
-    """A finished rollout."""
-
-    id: str
-    task: Task
-    session: Session
-    reward: float
 
 
 @dataclass(slots=True)
@@ -40,73 +28,63 @@ class RolloutErrors:
 
 
 class RolloutRunner:
-    """Holds what every rollout needs."""
+    """Asks a host for rollouts."""
 
-    def __init__(
-        self,
-        config: OrchestratorConfig,
-        environment: Environment,
-        renderer: RawRenderer,
-        sources: Sources,
-        client: InferenceClient,
-    ) -> None:
+    def __init__(self, config: OrchestratorConfig, host: RolloutHost) -> None:
         self._config = config
-        self._environment = environment
-        self._renderer = renderer
-        self._sources = sources
-        self._client = client
+        self._host = host
         self._slots = asyncio.Semaphore(config.max_concurrent)
         self._warned: set[str] = set()
         self.errors = RolloutErrors()
 
-    async def run_group(self, task: Task, step: int, index: int, size: int) -> list[Rollout]:
+    async def run_group(self, task: int, step: int, index: int, size: int) -> list[RolloutResult]:
         """Rollouts of one task; those that failed for good are left out and counted.
 
         Args:
-            task: What to solve.
+            task: Index of a training task.
             step: Optimiser step that they are for; with `index` it decides the seeds.
             index: Number of the group in its step.
             size: Rollouts to run.
         """
-        sampling = Sampling(
-            temperature=self._config.sampling.temperature,
-            top_p=self._config.sampling.top_p,
-            top_k=self._config.sampling.top_k,
-            max_tokens=self._config.sampling.max_tokens,
-        )
         seed = _seed(self._config.seed, step, index)
-        runs = [self._run(task, f"{step}.{index}.{i}", sampling, seed + i) for i in range(size)]
-        return [rollout for rollout in await asyncio.gather(*runs) if rollout is not None]
-
-    async def run_greedy(self, tasks: Sequence[Task]) -> list[Rollout | None]:
-        """One greedy rollout of each task, in order; None for those that failed for good."""
-        sampling = Sampling(temperature=0.0, max_tokens=self._config.sampling.max_tokens)
-        return list(await asyncio.gather(*(self._run(task, f"eval.{task.id}", sampling, 0) for task in tasks)))
-
-    async def _run(self, task: Task, rollout_id: str, sampling: Sampling, seed: int) -> Rollout | None:
-        for attempt in range(self._config.max_retries + 1):
-            session = Session(
-                self._renderer,
-                self._sources,
-                self._client,
-                sampling,
-                seq_len=self._config.seq_len,
-                seed=seed + attempt * 2**32,
+        requests = [
+            RolloutRequest(
+                id=f"{step}.{index}.{member}",
+                group=f"{step}.{index}",
+                split="train",
+                index=task,
+                sampling=sampling_of(self._config.sampling),
+                seed=seed + member,
             )
-            try:
-                async with self._slots, asyncio.timeout(self._config.rollout_timeout):
-                    reward = float(await self._environment.rollout(task, session))
-                return Rollout(rollout_id, task, session, reward)
-            except Exception as error:  # an environment may raise anything; the run goes on
-                if attempt == self._config.max_retries or isinstance(error, _PERMANENT):
-                    self._drop(task, error)
+            for member in range(size)
+        ]
+        results = await asyncio.gather(*(self._run(request) for request in requests))
+        return [result for result in results if result is not None]
+
+    async def run_greedy(self, task_ids: Sequence[str]) -> list[RolloutResult | None]:
+        """One greedy rollout of each held-out task, in order; None for those that failed for good."""
+        sampling: Sampling = replace(sampling_of(self._config.sampling), temperature=0.0, top_p=1.0, top_k=-1)
+        requests = [
+            RolloutRequest(id=f"eval.{name}", group=name, split="eval", index=index, sampling=sampling, seed=0)
+            for index, name in enumerate(task_ids)
+        ]
+        return list(await asyncio.gather(*(self._run(request) for request in requests)))
+
+    async def _run(self, request: RolloutRequest) -> RolloutResult | None:
+        async with self._slots:
+            for attempt in range(self._config.max_retries + 1):
+                result = await self._host.run(msgspec.structs.replace(request, seed=request.seed + attempt * 2**32))
+                if result.failure is None:
+                    return result
+                if result.failure.permanent or attempt == self._config.max_retries:
+                    self._drop(result.task_id, result.failure)
                     return None
                 self.errors.retried += 1
         return None
 
-    def _drop(self, task: Task, error: Exception) -> None:
-        what = f"task {task.id}: {type(error).__name__}: {error}"
-        self.errors.counts[type(error).__name__] += 1
+    def _drop(self, task_id: str, failure: RolloutFailure) -> None:
+        what = f"task {task_id}: {failure.kind}: {failure.message}"
+        self.errors.counts[failure.kind] += 1
         self.errors.last = what
         if what not in self._warned:
             self._warned.add(what)

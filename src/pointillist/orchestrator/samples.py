@@ -5,16 +5,13 @@ from pointillist.rollouts import Branch
 from pointillist.transport.types import TrainingSample, check_sample
 
 
-def make_sample(
-    branch: Branch, advantage: float, *, image_token_id: int, temperature: float, sample_id: str
-) -> TrainingSample:
+def make_sample(branch: Branch, advantage: float, *, image_token_id: int, sample_id: str) -> TrainingSample:
     """The training sample of one branch.
 
     Args:
         branch: What was read and sampled.
         advantage: Of the rollout; every sampled token gets it.
         image_token_id: The placeholder.
-        temperature: The branch was sampled at.
         sample_id: To name it in messages.
 
     Raises:
@@ -28,12 +25,12 @@ def make_sample(
         logprobs=branch.logprobs,
         advantages=[advantage if sampled else 0.0 for sampled in branch.sampled],
         weight_versions=branch.weight_versions,
-        temperature=temperature,
+        temperatures=branch.temperatures,
         mm_token_type_ids=types,
         mm_refs=build_mm_refs(
-            [image.descriptor.to_dict() for image in branch.images],
-            [image.sha256 for image in branch.images],
-            [image.placeholder for image in branch.images],
+            [image.item for image in branch.images],
+            [image.hash for image in branch.images],
+            [{"offset": image.offset, "length": image.length} for image in branch.images],
             types,
         ),
         sample_id=sample_id,

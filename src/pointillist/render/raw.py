@@ -127,7 +127,7 @@ class RawRenderer:
 
     def bridge(
         self,
-        prompt: RenderedPrompt,
+        logical_ids: Sequence[int],
         completion_ids: Sequence[int],
         new_messages: Sequence[Message],
         images: Sequence[StoredImage],
@@ -137,7 +137,7 @@ class RawRenderer:
         """Extends a turn by new messages without touching the tokens that were read and sampled.
 
         Args:
-            prompt: The last turn's prompt.
+            logical_ids: The last turn's prompt, one placeholder an image.
             completion_ids: What was sampled from it.
             new_messages: User or tool messages that follow, images already stored.
             images: All images of the conversation, old and new, in order.
@@ -152,7 +152,7 @@ class RawRenderer:
         self._refuse_media_tokens(new_messages)
         try:
             rendered = self._renderer.bridge_to_next_turn(
-                prompt.logical_ids,
+                list(logical_ids),
                 list(completion_ids),
                 list(new_messages),
                 tools=list(tools) if tools else None,

@@ -2,7 +2,8 @@
 
 from pointillist.rollouts.client import Completion, InferenceClient
 from pointillist.rollouts.environment import Environment, Task, load_environment
-from pointillist.rollouts.session import Branch, Sampling, Session, Turn
+from pointillist.rollouts.session import Sampling, Session, Turn
+from pointillist.rollouts.trace import Branch
 
 __all__ = [
     "Branch",

@@ -146,8 +146,16 @@ class InferenceClient:
 
     async def _send(self, body: dict[str, Any], run: list[tuple[int, asyncio.Future[Completion]]]) -> None:
         sampling = {**body["sampling_params"], "seed": run[0][0], "n": len(run)}
+        request = asyncio.ensure_future(self._post("/inference/v1/generate", {**body, "sampling_params": sampling}))
+
+        def nobody_waits(_: object) -> None:
+            if all(future.cancelled() for _, future in run):
+                request.cancel()
+
+        for _, future in run:
+            future.add_done_callback(nobody_waits)
         try:
-            answer = await self._post("/inference/v1/generate", {**body, "sampling_params": sampling})
+            answer = await request
             completions = [_completion(choice) for choice in sorted(answer["choices"], key=lambda c: c["index"])]
             if len(completions) != len(run):
                 raise InferenceError(f"asked for {len(run)} completions, got {len(completions)}")
@@ -158,6 +166,7 @@ class InferenceClient:
                     future.set_exception(failure)
             return
         except asyncio.CancelledError:
+            request.cancel()
             for _, future in run:
                 future.cancel()
             raise

@@ -1,24 +1,36 @@
-"""One conversation with the policy, recorded exactly.
+"""One rollout's dealings with the policy, recorded exactly.
 
-A session takes new messages, stores their images, renders them to tokens, samples the policy, and keeps what was
-read and what was sampled: token for token, with the sampler's logprobs and weight versions. Later turns extend that
-record; sampled tokens are never tokenised again. Where the template can not be extended, the conversation is
-rendered anew and a new branch begins; every branch is a training sample of its own.
+A session stores the images of messages, renders them to tokens, samples the policy, and keeps what was read and what
+was sampled: token for token, with the sampler's logprobs and weight versions. Later turns extend that record; sampled
+tokens are never tokenised again. There are two ways in, to the same record:
+
+- `generate` adds messages to the session's own conversation: for environments written for Pointillist;
+- `chat` takes a whole conversation each time, as chat APIs do: for the gateway and every agent behind it. The
+  conversation is recognised in the record; an edited one, or a new one beside it, becomes a branch of its own.
+
+Where the template can not be extended, the conversation is rendered anew and a new branch begins. Every branch is a
+training sample.
 """
 
 import asyncio
+import dataclasses
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
-from pointillist.errors import RenderError
+from pointillist.errors import ContextLengthError, HistoryError, RenderError
 from pointillist.images.sources import Sources, normalize_images
 from pointillist.images.store import StoredImage
-from pointillist.render.raw import Message, PromptImage, RawRenderer, RenderedPrompt
+from pointillist.render.raw import RawRenderer, RenderedPrompt
 from pointillist.rollouts.client import Completion, InferenceClient
+from pointillist.rollouts.messages import History, Message, call_key, canonical, check_tool_results
+from pointillist.rollouts.trace import Branch, Node, Trace
 
 # Turns of one session draw from seeds this far apart, so that they never meet those of a neighbouring rollout.
 _SEEDS_PER_TURN: Final = 1_000_003
+Tools = Sequence[Mapping[str, Any]]
+"""OpenAI tool specifications."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +45,30 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages whose images are stored."""
+
+    messages: list[Message]
+    """Canonical; images are `file://` URLs of the store."""
+    images: list[StoredImage]
+    """In the order in which they stand in `messages`."""
+
+    def followed_by(self, other: "Conversation") -> "Conversation":
+        """This one and then the other."""
+        return Conversation([*self.messages, *other.messages], [*self.images, *other.images])
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
     """One answer of the policy."""
 
     message: Message
     """OpenAI chat shape: role, content, tool_calls and reasoning_content if there are any."""
     completion: Completion
+    prompt_tokens: int
+    """Tokens that were read, images expanded."""
+    stopped_by: str | None = None
+    """The text that ended the answer, of those that the caller named."""
 
     @property
     def text(self) -> str:
@@ -46,21 +76,8 @@ class Turn:
         return str(self.message["content"])
 
 
-@dataclass(slots=True)
-class Branch:
-    """A token stream that was read and sampled from left to right. Lists run along `token_ids`."""
-
-    token_ids: list[int] = field(default_factory=list)
-    sampled: list[bool] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    """The sampler's; 0 for tokens that were read."""
-    weight_versions: list[int] = field(default_factory=list)
-    """-1 for tokens that were read."""
-    images: list[PromptImage] = field(default_factory=list)
-
-
 class Session:
-    """One conversation.
+    """One rollout's conversations.
 
     Example:
         >>> turn = await session.generate([{"role": "user", "content": [
@@ -78,41 +95,55 @@ class Session:
         *,
         seq_len: int,
         seed: int,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Tools | None = None,
     ) -> None:
-        """Opens a conversation.
+        """Opens a session.
 
         Args:
             renderer: Of the policy's model.
             sources: Stores images.
             client: Of the inference server.
-            sampling: For every turn.
+            sampling: For every turn that asks for nothing else.
             seq_len: Longest conversation, in tokens.
             seed: Of the first turn.
-            tools: OpenAI tool specifications.
+            tools: What the policy may call in the session's own conversation; an environment may set it.
         """
         self._renderer = renderer
         self._sources = sources
+        self._client_sources = sources.for_clients()
         self._client = client
-        self._sampling = sampling
         self._seq_len = seq_len
         self._seed = seed
-        self._tools = tools
-        self._images: list[StoredImage] = []
-        self._prompt: RenderedPrompt | None = None
-        self.messages: list[Message] = []
-        """The conversation so far; images are `file://` URLs of the store."""
+        self._requests = 0
+        self._own = Conversation([], [])
+        self._trace = Trace()
+        self._issued_calls: dict[str, str] = {}
+        self.sampling = sampling
+        self.tools = tools
+        self.base_url = ""
+        """Where the gateway serves this session: the base URL of an OpenAI client."""
+        self.api_key = "none"
+        """What the gateway asks for."""
         self.turns: list[Turn] = []
-        self.branches: list[Branch] = []
-        """What to train on."""
+        """All answers, of all conversations, in the order in which they were sampled."""
 
     @property
-    def temperature(self) -> float:
-        """Of every turn."""
-        return self._sampling.temperature
+    def messages(self) -> list[Message]:
+        """The session's own conversation so far; images are `file://` URLs of the store."""
+        return self._own.messages
 
-    async def generate(self, messages: Sequence[Message]) -> Turn:
-        """Adds messages to the conversation and samples the policy's answer.
+    @property
+    def anthropic_base_url(self) -> str:
+        """Where the gateway serves this session: the base URL of an Anthropic client."""
+        return self.base_url.removesuffix("/v1")
+
+    @property
+    def branches(self) -> list[Branch]:
+        """What to train on."""
+        return self._trace.branches()
+
+    async def generate(self, messages: Sequence[Mapping[str, Any]]) -> Turn:
+        """Adds messages to the session's own conversation and samples the policy's answer.
 
         Args:
             messages: What is new since the last turn: system, user and tool messages, images in any accepted shape.
@@ -123,47 +154,151 @@ class Session:
             RenderError: The messages do not fit the template, or the conversation has outgrown `seq_len`.
             InferenceError: The server refused or failed the request.
         """
-        # Decoding and hashing, and fetching where that is allowed, would hold up every other rollout of the event loop.
-        new, images = await asyncio.to_thread(self._store_images, list(messages))
-        prompt = self._next_prompt(new, images)
-        room = self._seq_len - len(prompt.token_ids)
-        if room < 1:
-            raise RenderError(f"conversation has {len(prompt.token_ids)} tokens, seq_len is {self._seq_len}")
-        completion = await self._client.generate(
-            prompt.token_ids,
-            prompt.features(),
-            self._sampling_params(room),
-            self._seed + _SEEDS_PER_TURN * len(self.turns),
-        )
-        self._refuse_sampled_media(completion)
-        self.messages += new
-        self._images += images
-        self._prompt = prompt
-        self._record(prompt, completion)
-        turn = Turn(_assistant_message(self._renderer.parse(completion.token_ids, prompt)), completion)
-        self.messages.append(turn.message)
-        self.turns.append(turn)
+        conversation = self._own.followed_by(await self.read(messages, first=len(self.messages)))
+        (turn,) = await self._sample(conversation, self.tools, self.sampling, 1, ())
+        self._own = conversation.followed_by(Conversation([turn.message], []))
         return turn
 
-    def _store_images(self, messages: list[Message]) -> tuple[list[Message], list[StoredImage]]:
-        images: list[StoredImage] = []
-        return [normalize_images(message, self._sources, images) for message in messages], images
+    async def read(
+        self, messages: Sequence[Mapping[str, Any]], *, first: int = 0, from_client: bool = False
+    ) -> Conversation:
+        """Stores the images of messages and brings the messages into one form.
 
-    def _next_prompt(self, new: list[Message], images: list[StoredImage]) -> RenderedPrompt:
-        everything = [*self._images, *images]
-        if self._prompt is not None:
-            completion = self.turns[-1].completion.token_ids
-            bridged = self._renderer.bridge(self._prompt, completion, new, everything, tools=self._tools)
+        Args:
+            messages: Images in any accepted shape.
+            first: Number of the first message, for errors.
+            from_client: Whether they came over a wire: then no file of this machine is read but those of the store.
+
+        Raises:
+            HistoryError: Not messages.
+            UnsupportedContentError: Content that is neither text nor image.
+            SourceError: An image is named in a way that is not accepted.
+            ImageError: An image is not decodable or over a limit.
+        """
+
+        def store() -> Conversation:
+            images: list[StoredImage] = []
+            sources = self._client_sources if from_client else self._sources
+            stored = [normalize_images(message, sources, images) for message in messages]
+            numbered = enumerate(stored, start=first)
+            return Conversation([canonical(message, f"messages[{number}]") for number, message in numbered], images)
+
+        # Decoding and hashing, and fetching where that is allowed, would hold up every other rollout of the event loop.
+        return await asyncio.to_thread(store)
+
+    def decode(self, token_ids: int | list[int]) -> str:
+        """Text of one token or several."""
+        return str(self._renderer.tokenizer.decode(token_ids))
+
+    async def chat(
+        self,
+        conversation: Conversation,
+        *,
+        tools: Tools | None = None,
+        sampling: Sampling | None = None,
+        n: int = 1,
+        stop: Sequence[str] = (),
+    ) -> list[Turn]:
+        """Samples answers to a whole conversation; the session's own is left alone.
+
+        Args:
+            conversation: From its beginning (`read`), ending in a user's or a tool's message.
+            tools: What the policy may call.
+            sampling: Other than the session's.
+            n: Answers to sample; each begins a branch.
+            stop: Texts that end an answer and are cut off it. The tokens up to there are what is recorded.
+
+        Raises:
+            HistoryError: The conversation contradicts itself or the record.
+            RenderError: The messages do not fit the template, or the conversation has outgrown `seq_len`.
+            InferenceError: The server refused or failed the request.
+        """
+        check_tool_results(conversation.messages, self._issued_calls)
+        return await self._sample(conversation, tools, sampling or self.sampling, n, stop)
+
+    def compact_images(self, keep_last: int, replacement: str = "[image removed]") -> int:
+        """Drops old pictures from the session's own conversation, for agents on long tasks.
+
+        The next turn reads the shorter conversation and begins a new branch; the turns before it are trained on the
+        tokens and images that they saw.
+
+        Args:
+            keep_last: Pictures that stay, counted from the end.
+            replacement: Text that takes the place of each other one; empty leaves nothing.
+
+        Returns:
+            How many were dropped.
+        """
+        images = self._own.images
+        drop = max(0, len(images) - keep_last)
+        if drop:
+            dropped = iter([True] * drop + [False] * keep_last)
+            messages = [_without_images(message, dropped, replacement) for message in self.messages]
+            self._own = Conversation(messages, images[drop:])
+        return drop
+
+    async def _sample(
+        self,
+        conversation: Conversation,
+        tools: Tools | None,
+        sampling: Sampling,
+        n: int,
+        stop: Sequence[str],
+    ) -> list[Turn]:
+        history = conversation.messages
+        if not history or history[-1]["role"] == "assistant":
+            raise HistoryError("messages must end with a user or tool message for the policy to answer")
+        prefixes = History(tools)
+        keys = [prefixes.add(message) for message in history]
+        parent, seen = self._trace.find(keys)
+        prompt = self._prompt(parent, conversation, seen, tools)
+        room = self._seq_len - len(prompt.token_ids)
+        if room < 1:
+            raise ContextLengthError(f"conversation has {len(prompt.token_ids)} tokens, seq_len is {self._seq_len}")
+        features, parameters = prompt.features(), self._sampling_params(sampling, room)
+        seed = self._seed + _SEEDS_PER_TURN * self._requests
+        self._requests += 1
+        completions = await asyncio.gather(
+            *(self._client.generate(prompt.token_ids, features, parameters, seed + index) for index in range(n))
+        )
+        turns = []
+        for sampled in completions:
+            self._refuse_sampled_media(sampled)
+            completion, stopped_by = self._cut(sampled, stop)
+            message = self._message(completion, prompt, stopped_by)
+            self._trace.record(
+                parent,
+                prompt,
+                completion,
+                temperature=sampling.temperature,
+                key=prefixes.key_after(message),
+                messages=[*history, message],
+            )
+            turns.append(Turn(message, completion, len(prompt.token_ids), stopped_by))
+        self.turns += turns
+        return turns
+
+    def _prompt(
+        self,
+        parent: Node | None,
+        conversation: Conversation,
+        seen: int,
+        tools: Tools | None,
+    ) -> RenderedPrompt:
+        if parent is not None:
+            read, sampled = parent.logical_prompt(), parent.completion.token_ids
+            new = conversation.messages[seen:]
+            bridged = self._renderer.bridge(read, sampled, new, conversation.images, tools=tools)
             if bridged is not None:
                 return bridged
-        return self._renderer.render([*self.messages, *new], everything, tools=self._tools)
+        return self._renderer.render(conversation.messages, conversation.images, tools=tools)
 
-    def _sampling_params(self, room: int) -> dict[str, Any]:
+    def _sampling_params(self, sampling: Sampling, room: int) -> dict[str, Any]:
         return {
-            "temperature": self._sampling.temperature,
-            "top_p": self._sampling.top_p,
-            "top_k": self._sampling.top_k,
-            "max_tokens": min(self._sampling.max_tokens, room),
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "max_tokens": min(sampling.max_tokens, room),
             "stop_token_ids": self._renderer.stop_token_ids,
             "logprobs": 0,
         }
@@ -174,32 +309,53 @@ class Session:
             if token in forbidden:
                 raise RenderError(f"the policy sampled the vision token {token} at {index}: the server must mask it")
 
-    def _record(self, prompt: RenderedPrompt, completion: Completion) -> None:
-        branch = self.branches[-1] if self.branches else Branch()
-        if prompt.token_ids[: len(branch.token_ids)] != branch.token_ids:
-            branch = Branch()  # the template rewrote the past: what was read then and what is read now differ
-        if not self.branches or branch is not self.branches[-1]:
-            self.branches.append(branch)
-        read = len(prompt.token_ids) - len(branch.token_ids)
-        branch.token_ids = [*prompt.token_ids, *completion.token_ids]
-        branch.sampled += [False] * read + [True] * len(completion.token_ids)
-        branch.logprobs += [0.0] * read + completion.logprobs
-        branch.weight_versions += [-1] * read + completion.weight_versions
-        branch.images = list(prompt.images)
+    def _cut(self, completion: Completion, stop: Sequence[str]) -> tuple[Completion, str | None]:
+        """The completion up to the token that completes one of the texts, and that text."""
+        text = self.decode(completion.token_ids)
+        if not any(each in text for each in stop):
+            return completion, None
+        tokens = completion.token_ids
+        end, stopped_by = next(
+            (count, each) for count in range(1, len(tokens) + 1) for each in stop if each in self.decode(tokens[:count])
+        )
+        cut = dataclasses.replace(
+            completion,
+            token_ids=tokens[:end],
+            logprobs=completion.logprobs[:end],
+            weight_versions=completion.weight_versions[:end],
+            finish_reason="stop",
+        )
+        return cut, stopped_by
+
+    def _message(self, completion: Completion, prompt: RenderedPrompt, stopped_by: str | None) -> Message:
+        parsed = self._renderer.parse(completion.token_ids, prompt)
+        content = parsed.content if stopped_by is None else parsed.content.partition(stopped_by)[0]
+        message: Message = {"role": "assistant", "content": content}
+        if parsed.reasoning_content:
+            message["reasoning_content"] = parsed.reasoning_content
+        if calls := [call for call in parsed.tool_calls if call.status == "ok" and isinstance(call.arguments, dict)]:
+            message["tool_calls"] = [self._tool_call(call, index) for index, call in enumerate(calls)]
+        elif parsed.tool_calls:  # what the policy wrote, for the agent to see
+            message["content"] = "\n".join(filter(None, [content, *(call.raw for call in parsed.tool_calls)]))
+        return canonical(message, "answer")
+
+    def _tool_call(self, call: Any, index: int) -> dict[str, Any]:
+        call_id = call.id or f"call_{len(self._trace.nodes)}_{index}"
+        function = {"name": call.name, "arguments": json.dumps(call.arguments)}
+        made = {"id": call_id, "type": "function", "function": function}
+        if call.id is None:  # ids of the policy's own making may repeat
+            self._issued_calls[call_id] = call_key(made)
+        return made
 
 
-def _assistant_message(parsed: Any) -> Message:
-    message: Message = {"role": "assistant", "content": parsed.content}
-    if parsed.reasoning_content:
-        message["reasoning_content"] = parsed.reasoning_content
-    calls = [call for call in parsed.tool_calls if call.status == "ok"]
-    if calls:
-        message["tool_calls"] = [
-            {
-                "id": call.id or f"call_{index}",
-                "type": "function",
-                "function": {"name": call.name, "arguments": call.arguments},
-            }
-            for index, call in enumerate(calls)
-        ]
-    return message
+def _without_images(message: Message, drop: Any, replacement: str) -> Message:
+    """The message without those of its images for which `drop` says so, in order."""
+    if isinstance(message["content"], str):
+        return message
+    parts = []
+    for part in message["content"]:
+        if part["type"] == "image_url" and next(drop):
+            parts += [{"type": "text", "text": replacement}] if replacement else []
+        else:
+            parts.append(part)
+    return canonical({**message, "content": parts}, "compacted message")

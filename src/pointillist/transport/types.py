@@ -29,7 +29,8 @@ class TrainingSample(msgspec.Struct, array_like=True, kw_only=True):
     """Per token; 0 where `loss_mask` is false."""
     weight_versions: list[int]
     """Per token: version of the weights that sampled it; -1 where `loss_mask` is false."""
-    temperature: float
+    temperatures: list[float]
+    """Per token: what the logits were divided by; 1 where `loss_mask` is false."""
     mm_token_type_ids: list[int]
     """Per token: 0 text, 1 image, 2 video."""
     mm_refs: MMRefs | None = None
@@ -121,6 +122,7 @@ def check_sample(sample: TrainingSample) -> None:
         sample.logprobs,
         sample.advantages,
         sample.weight_versions,
+        sample.temperatures,
         sample.mm_token_type_ids,
     )
     _check(

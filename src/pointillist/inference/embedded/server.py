@@ -26,10 +26,10 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 
+from pointillist.budget import ByteBudget
 from pointillist.config import InferenceConfig, RunPaths
 from pointillist.errors import ConfigError, InferenceError, PointillistError
 from pointillist.families import RawImageMaterializer
-from pointillist.inference.budget import ByteBudget
 from pointillist.inference.embedded.batch import Prompt
 from pointillist.inference.embedded.engine import Engine, EngineRequest
 from pointillist.inference.embedded.metrics import EngineMetrics

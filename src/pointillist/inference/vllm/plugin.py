@@ -22,11 +22,11 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import load_aware_call, with_cancellation
 from vllm.sampling_params import SamplingParams
 
+from pointillist.budget import ByteBudget
 from pointillist.config import InferenceConfig, MultimodalConfig, load_toml
 from pointillist.config.assets import CARRIER
 from pointillist.config.shared import ModelConfig
 from pointillist.families import RawImageMaterializer, load_family, resolve_model_dir
-from pointillist.inference.budget import ByteBudget
 from pointillist.inference.features import malformed
 from pointillist.inference.keys import key_refusal
 from pointillist.inference.metrics import ImageMetrics

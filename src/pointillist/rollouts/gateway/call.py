@@ -1,0 +1,163 @@
+"""What the chat APIs have in common: a call that they are all read into, and the fields that several of them have."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
+
+from pointillist.rollouts.gateway.errors import ApiError
+from pointillist.rollouts.messages import Message
+from pointillist.rollouts.session import Sampling
+
+T = TypeVar("T")
+
+# Fields that change what is sampled, and the values of theirs that change nothing.
+_NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "top_logprobs": (0,),
+    "parallel_tool_calls": (True,),
+    "functions": ([],),
+    "audio": (),
+    "prediction": (),
+    "modalities": (["text"],),
+    "response_format": ({"type": "text"},),
+    "web_search_options": (),
+    "background": (False,),
+    "conversation": (),
+    "truncation": ("disabled",),
+}
+
+
+@dataclass(slots=True)
+class Call:
+    """One request of any of the APIs."""
+
+    messages: list[Message]
+    """OpenAI chat shape; images as they came."""
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    """OpenAI chat shape."""
+    model: str = ""
+    n: int = 1
+    stop: list[str] = field(default_factory=list)
+    stream: bool = False
+    include_usage: bool = False
+    """Whether a stream ends with the token counts."""
+    logprobs: bool = False
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    max_tokens: int | None = None
+    previous: str | None = None
+    """Id of the response that this one follows (Responses API)."""
+
+    def sampling(self, base: Sampling) -> Sampling:
+        """The session's sampling with what the call asks for.
+
+        A temperature of 0 leaves the session's: agents that fix it would have nothing to be trained on. `max_tokens`
+        can only shorten an answer.
+        """
+        return dataclasses.replace(
+            base,
+            temperature=self.temperature or base.temperature,
+            top_p=base.top_p if self.top_p is None else self.top_p,
+            top_k=base.top_k if self.top_k is None else self.top_k,
+            max_tokens=min(base.max_tokens, self.max_tokens or base.max_tokens),
+        )
+
+
+def common(body: Mapping[str, Any], messages: list[Message], **fields: Any) -> Call:
+    """A call with the fields that all APIs name alike.
+
+    Raises:
+        ApiError: 400: a field of the wrong type, or one that asks for what is not done here.
+    """
+    for name, values in _NEUTRAL.items():
+        value = body.get(name)
+        if value is not None and value not in values:
+            raise ApiError(f"{name} = {str(value)[:80]} is not supported", param=name, code="unsupported_parameter")
+    _refuse_forced_tools(body.get("tool_choice"))
+    return Call(
+        messages=messages,
+        model=optional(body, "model", str) or "",
+        stream=optional(body, "stream", bool) or False,
+        temperature=number(body, "temperature", 0, 2),
+        top_p=number(body, "top_p", 1e-6, 1),
+        **fields,
+    )
+
+
+def optional(body: Mapping[str, Any], name: str, kind: type[T]) -> T | None:
+    """A field that may be absent or null.
+
+    Raises:
+        ApiError: 400: of another type.
+    """
+    value = body.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ApiError(f"{name} is {str(value)[:40]!r}, expected {kind.__name__}", param=name)
+    return value
+
+
+def required_list(body: Mapping[str, Any], name: str) -> list[Any]:
+    """A field that must be a list.
+
+    Raises:
+        ApiError: 400: absent or of another type.
+    """
+    value = optional(body, name, list)
+    if value is None:
+        raise ApiError(f"{name} is missing, expected a list", param=name)
+    return value
+
+
+def number(body: Mapping[str, Any], name: str, low: float, high: float) -> float | None:
+    """A number that may be absent or null.
+
+    Raises:
+        ApiError: 400: not a number, or out of range.
+    """
+    value = body.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ApiError(f"{name} is {str(value)[:40]}, expected a number from {low:g} to {high:g}", param=name)
+    return float(value)
+
+
+def positive(body: Mapping[str, Any], name: str) -> int | None:
+    """A count that may be absent or null.
+
+    Raises:
+        ApiError: 400: not an integer above 0.
+    """
+    value = optional(body, name, int)
+    if value is not None and value < 1:
+        raise ApiError(f"{name} is {value}, expected at least 1", param=name)
+    return value
+
+
+def stop_texts(body: Mapping[str, Any], name: str) -> list[str]:
+    """Texts that end an answer: a string or a list of them.
+
+    Raises:
+        ApiError: 400: something else, or an empty text.
+    """
+    value = body.get(name)
+    texts = [value] if isinstance(value, str) else value or []
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+        raise ApiError(f"{name} must be a text or a list of texts, none of them empty", param=name)
+    return texts
+
+
+def _refuse_forced_tools(choice: Any) -> None:
+    kind = choice.get("type") if isinstance(choice, Mapping) else choice
+    if kind not in (None, "auto", "none"):
+        raise ApiError(
+            f"tool_choice {str(choice)[:80]} is not supported, expected 'auto' or 'none': nothing forces the policy",
+            param="tool_choice",
+            code="unsupported_parameter",
+        )

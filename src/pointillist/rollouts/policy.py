@@ -1,0 +1,62 @@
+"""What sessions of one process share: renderer, store, and the client of the inference server."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from pointillist.config import PolicyConfig, SamplingConfig, writer_image_dir
+from pointillist.families import load_family, resolve_model_dir, write_layout_record
+from pointillist.images import ImageStore, Sources
+from pointillist.images.blank import blank_image
+from pointillist.images.remote import RemoteImages
+from pointillist.render import FolderTokenizer, RawRenderer
+from pointillist.rollouts.client import InferenceClient
+from pointillist.rollouts.session import Sampling, Session
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Opens sessions."""
+
+    model_name: str
+    renderer: RawRenderer
+    sources: Sources
+    client: InferenceClient
+    seq_len: int
+
+    @classmethod
+    def from_config(cls, config: PolicyConfig, *, blank_images: bool = False) -> "Policy":
+        """Loads tokenizer and layout, and opens the store.
+
+        Args:
+            config: Model, store and server.
+            blank_images: Whether every image is replaced by a grey one before it is stored.
+
+        Raises:
+            ConfigError: The model folder is unusable, or the API key is not set.
+        """
+        family = load_family(config.model.name)
+        renderer = RawRenderer(family, FolderTokenizer(resolve_model_dir(config.model.name)))
+        store = ImageStore(
+            writer_image_dir(config.multimodal, Path(config.output_dir).resolve(), os.environ),
+            config.multimodal.limits.image_limits(),
+        )
+        write_layout_record(family, store.root)
+        sources = Sources(
+            store,
+            transform=blank_image if blank_images else None,
+            fetch=RemoteImages(store.limits.max_bytes).fetch if config.multimodal.allow_remote else None,
+        )
+        client = InferenceClient(
+            config.client.base_url, api_key_var=config.client.api_key_var, timeout=config.client.timeout
+        )
+        return cls(config.model.name, renderer, sources, client, config.seq_len)
+
+    def open(self, sampling: Sampling, seed: int) -> Session:
+        """A new session."""
+        return Session(self.renderer, self.sources, self.client, sampling, seq_len=self.seq_len, seed=seed)
+
+
+def sampling_of(config: SamplingConfig) -> Sampling:
+    """How training rollouts are sampled."""
+    return Sampling(config.temperature, config.top_p, config.top_k, config.max_tokens)
