@@ -7,8 +7,11 @@ SEED ?= 0
 ARGS ?=
 DIGITS := outputs/digits
 VLLM := .venv-vllm
+VERIFIERS := .venv-verifiers
+HUNT := outputs/hunt
 
-.PHONY: setup demo test test-vllm test-unit lint format fuzz faults bench lock lock-vllm clean
+.PHONY: setup demo demo-hunt test test-vllm test-verifiers test-unit lint format fuzz faults bench lock lock-vllm \
+	lock-verifiers clean
 
 setup: $(VENV)/.ready
 
@@ -23,6 +26,12 @@ demo: setup
 	$(BIN)/python examples/digits/prepare.py --data $(DIGITS)/data --model $(DIGITS)/model-$(SEED) --seed $(SEED)
 	$(BIN)/pointillist rl @ examples/digits/rl.toml --seed $(SEED) --model.name $(DIGITS)/model-$(SEED) \
 		--output-dir $(DIGITS)/run-$(SEED)-$$(date +%Y%m%d-%H%M%S) $(ARGS)
+
+# The same for several turns with a tool that returns pictures: a window is moved over a larger picture.
+demo-hunt: setup
+	$(BIN)/python examples/hunt/prepare.py --data $(HUNT)/data --model $(HUNT)/model-$(SEED) --seed $(SEED)
+	$(BIN)/pointillist rl @ examples/hunt/rl.toml --seed $(SEED) --model.name $(HUNT)/model-$(SEED) \
+		--output-dir $(HUNT)/run-$(SEED)-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
 test: setup $(VENV)/torchvision-reference
 	PYTHONPATH=$(VENV)/torchvision-reference $(BIN)/python -m pytest tests/torchvision_reference
@@ -45,6 +54,17 @@ $(VLLM)/.ready: requirements-vllm.lock pyproject.toml tests/torchvision_operator
 	site=$$($(VLLM)/bin/python -c "import site; print(site.getsitepackages()[0])") && \
 		cp tests/torchvision_operators.py $$site && \
 		echo "import torchvision_operators; torchvision_operators.install()" > $$site/torchvision_operators.pth
+	touch $@
+
+# Environments of the verifiers library, which pins versions of its own and so has an environment of its own.
+test-verifiers: $(VERIFIERS)/.ready
+	$(VERIFIERS)/bin/python -m pytest tests/verifiers
+
+$(VERIFIERS)/.ready: requirements-verifiers.lock pyproject.toml
+	$(PYTHON) -m venv $(VERIFIERS)
+	$(VERIFIERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--requirement requirements-verifiers.lock
+	$(VERIFIERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 # Seconds instead of minutes: no processes are started.
@@ -90,5 +110,14 @@ lock-vllm:
 	$(PYTHON) tests/lock_vllm.py build/lock/report.json > requirements-vllm.lock
 	rm -r build/lock
 
+# The same for the verifiers tests.
+lock-verifiers:
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet --disable-pip-version-check ".[demo,verifiers]" torch==2.13.0 \
+		hypothesis pytest pytest-asyncio pytest-timeout
+	{ echo "# Exact versions that the verifiers tests run with; made by 'make lock-verifiers'."; \
+		build/lock/bin/python -m pip freeze --exclude pointillist | sed 's/+cpu//'; } > requirements-verifiers.lock
+	rm -r build/lock
+
 clean:
-	rm -rf $(VENV) $(VLLM) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM) $(VERIFIERS) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -23,6 +23,8 @@ ROOT = Path(__file__).parent.parent
 collect_ignore = [] if importlib.util.find_spec("torchvision") else ["torchvision_reference"]
 # This needs vLLM and a server of it: `make test-vllm`.
 collect_ignore += [] if importlib.util.find_spec("vllm") else ["integration/test_vllm.py"]
+# These need the verifiers library: `make test-verifiers`.
+collect_ignore += [] if importlib.util.find_spec("verifiers") else ["verifiers"]
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -99,7 +101,7 @@ def model_dir(prepare: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> 
 
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    tokenizer = prepare.build_tokenizer()
+    tokenizer = prepare.build_tokenizer(prepare.CORPUS)
     model = prepare.build_model(tokenizer, depth=2, patch_size=16, deepstack_visual_indexes=[0])
     save_scaled(model, tokenizer, folder, 1.6)
     prepare.write_processor(folder, patch_size=16)
@@ -115,12 +117,12 @@ def digits(prepare: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tup
     data, model_folder = root / "data", root / "model"
     prepare.write_data(data)
     torch.manual_seed(0)
-    tokenizer = prepare.build_tokenizer()
+    tokenizer = prepare.build_tokenizer(prepare.CORPUS)
     model = prepare.build_model(tokenizer)
     model.save_pretrained(model_folder)
     tokenizer.save_pretrained(model_folder)
     prepare.write_processor(model_folder)
-    prepare.warm_up_format(model, model_folder, data, 60)
+    prepare.warm_up(model, model_folder, lambda chance: prepare.made_up(data, chance), 60, 0)
     model.save_pretrained(model_folder)
     return data, model_folder
 

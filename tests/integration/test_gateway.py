@@ -15,11 +15,6 @@ import anthropic
 import httpx
 import openai
 import pytest
-import uvicorn
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 from pointillist.config import GatewayConfig
 from pointillist.images import ImageLimits, ImageStore, Sources
@@ -28,6 +23,7 @@ from pointillist.rollouts import InferenceClient, Sampling, Session
 from pointillist.rollouts.gateway import Gateway
 from tests.conftest import encoded, picture
 from tests.integration.conftest import RunningServer, free_port, pointillist, wait_for
+from tests.integration.scripted import ScriptedPolicy, call
 
 pytestmark = pytest.mark.integration
 
@@ -208,43 +204,11 @@ def test_stored_pictures_may_be_named_again(gateway: RunningGateway) -> None:
     assert len({branch["images"][0][1] for branch in gateway.close(key)["branches"]}) == 1
 
 
-class Policy:
-    """An inference server that says what it is told to."""
-
-    def __init__(self, renderer: RawRenderer) -> None:
-        self._renderer = renderer
-        self.says: list[str] = []
-        self.requests: list[dict[str, Any]] = []
-        self.may_answer = asyncio.Event()
-        self.may_answer.set()
-
-    async def generate(self, request: Request) -> Response:
-        body = await request.json()
-        self.requests.append(body)
-        await self.may_answer.wait()
-        choices = []
-        for index in range(body["sampling_params"]["n"]):
-            text = self.says.pop(0)
-            tokens = [*self._renderer.tokenizer.encode(text), self._renderer.stop_token_ids[0]]
-            content = [{"token_id": token, "logprob": -0.5, "rank": 1} for token in tokens]
-            span = {"version": "4", "start": 0, "end": len(tokens)}
-            choices.append(
-                {
-                    "index": index,
-                    "token_ids": tokens,
-                    "logprobs": {"content": content},
-                    "weight_versions": [span],
-                    "finish_reason": "stop",
-                }
-            )
-        return JSONResponse({"choices": choices})
-
-
 @dataclass
 class Stage:
     """A scripted policy, a gateway before it, and a session."""
 
-    policy: Policy
+    policy: ScriptedPolicy
     session: Session
     openai: openai.AsyncOpenAI
     anthropic: anthropic.AsyncAnthropic
@@ -254,13 +218,11 @@ class Stage:
 async def stage(renderer: RawRenderer, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stage]:
     # A short path, as a run has: it is part of every reference, and their size is measured.
     sources = Sources(ImageStore(tmp_path_factory.mktemp("s"), ImageLimits()))
-    policy, port = Policy(renderer), free_port()
-    app = Starlette(routes=[Route("/inference/v1/generate", policy.generate, methods=["POST"])])
-    http = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", lifespan="off"))
-    serving = asyncio.create_task(http.serve())
+    policy = ScriptedPolicy(renderer)
+    await policy.start()
     gateway = Gateway(GatewayConfig(), "policy")
     await gateway.start()
-    client = InferenceClient(f"http://127.0.0.1:{port}")
+    client = InferenceClient(policy.url)
     session = Session(renderer, sources, client, Sampling(max_tokens=256), seq_len=4096, seed=0)
     key = gateway.add(session)
     async with (
@@ -271,12 +233,7 @@ async def stage(renderer: RawRenderer, tmp_path_factory: pytest.TempPathFactory)
     gateway.close(key)
     await gateway.aclose()
     await client.aclose()
-    http.should_exit = True
-    await serving
-
-
-def call(**arguments: Any) -> str:
-    return f"<tool_call>\n{json.dumps({'name': 'look', 'arguments': arguments})}\n</tool_call>"
+    await policy.stop()
 
 
 LOOK = {"type": "object", "properties": {"at": {"type": "string"}}, "required": ["at"]}
@@ -295,7 +252,7 @@ def check_stream(stage: Stage, images: int) -> None:
 
 async def test_anthropics_client_with_tools_that_return_pictures(stage: Stage) -> None:
     tools: Any = [{"name": "look", "description": "Look.", "input_schema": LOOK}]
-    stage.policy.says = [f"I look.\n{call(at='left')}", call(at="right"), "A cat."]
+    stage.policy.says = [f"I look.\n{call('look', at='left')}", call("look", at="right"), "A cat."]
     messages: list[Any] = [{"role": "user", "content": "What is there?"}]
     for number in range(2):
         said = await stage.anthropic.messages.create(model="policy", max_tokens=99, tools=tools, messages=messages)
@@ -313,7 +270,7 @@ async def test_anthropics_client_with_tools_that_return_pictures(stage: Stage) -
 
 async def test_anthropics_client_streams_tool_calls_and_stops_at_texts(stage: Stage) -> None:
     tools: Any = [{"name": "look", "input_schema": LOOK}]
-    stage.policy.says = [call(at="left"), "one STOP two"]
+    stage.policy.says = [call("look", at="left"), "one STOP two"]
     ask: Any = {"model": "p", "max_tokens": 50, "messages": [{"role": "user", "content": "x"}]}
     async with stage.anthropic.messages.stream(**ask, tools=tools) as stream:
         message = await stream.get_final_message()
@@ -339,7 +296,7 @@ async def test_an_agent_framework_unmodified(stage: Stage, api: str, stream: boo
         name="scout", instructions="Find it.", tools=[look], model=kind(model="policy", openai_client=stage.openai)
     )
     agents.set_tracing_disabled(True)
-    stage.policy.says = [f"First left.\n{call(at='left')}", call(at="right"), "It is a cat."]
+    stage.policy.says = [f"First left.\n{call('look', at='left')}", call("look", at="right"), "It is a cat."]
     start: Any = [{"role": "user", "content": [{"type": "input_image", "image_url": data_url(9), "detail": "auto"}]}]
     if stream:
         streamed = agents.Runner.run_streamed(agent, start)
@@ -355,7 +312,7 @@ async def test_an_agent_framework_unmodified(stage: Stage, api: str, stream: boo
 
 async def test_the_openai_client_with_a_tool_loop_of_twenty_turns(stage: Stage) -> None:
     tools: Any = [{"type": "function", "function": {"name": "look", "parameters": LOOK}}]
-    stage.policy.says = [call(at=str(number)) for number in range(19)] + ["done"]
+    stage.policy.says = [call("look", at=str(number)) for number in range(19)] + ["done"]
     messages: list[Any] = [{"role": "user", "content": [image(0), {"type": "text", "text": "Find it."}]}]
     for number in range(20):
         said = await stage.openai.chat.completions.create(model="policy", messages=messages, tools=tools)

@@ -191,17 +191,20 @@ def test_loss_is_the_formula() -> None:
     sampler = torch.tensor([-1.0, -1.8, -2.5, -1.0])
     advantages = torch.tensor([1.0, -0.5, 2.0, 1.0])
     reference = torch.tensor([-1.2, -2.0, -0.7, -2.0])
-    config = LossConfig(ratio_low=0.5, ratio_high=2.0, kl_coef=0.1)
-    terms = policy_gradient_loss(logprobs, sampler, advantages, 10, config, reference)
+    entropy = torch.tensor([0.5, 1.0, 1.5, 2.0], requires_grad=True)
+    config = LossConfig(ratio_low=0.5, ratio_high=2.0, kl_coef=0.1, entropy_coef=0.02)
+    terms = policy_gradient_loss(logprobs, entropy, sampler, advantages, 10, config, reference)
     ratio = np.exp(np.array([0.0, -0.2, 2.0, -2.0]))
     inside = (ratio >= 0.5) & (ratio <= 2.0)
     difference = np.array([-0.2, 0.0, -0.2, 1.0])
     kl = np.exp(difference) - difference - 1
-    expected = (-(ratio * advantages.numpy() * inside) + 0.1 * kl).sum() / 10
+    expected = (-(ratio * advantages.numpy() * inside) + 0.1 * kl).sum() / 10 - 0.02 * 5.0 / 10
     assert float(terms.loss.detach()) == pytest.approx(expected, rel=1e-5)
     assert float(terms.masked_sum) == 2
     assert float(terms.mismatch_sum) == pytest.approx(4.2, rel=1e-5)
     terms.loss.backward()
+    assert entropy.grad is not None
+    assert entropy.grad.tolist() == pytest.approx([-0.002] * 4)
     # On policy, inside the band: the gradient is that of REINFORCE (and of the KL term).
     assert float(logprobs.grad[0]) == pytest.approx((-1.0 + 0.1 * (1 - np.exp(-0.2))) / 10, rel=1e-5)
     # Masked: only the KL term is left.

@@ -49,6 +49,9 @@ class LossConfig(Config):
     kl_coef: float = Field(0.0, ge=0)
     """Weight of the KL divergence from the initial model; above 0 a frozen copy of it is held."""
 
+    entropy_coef: float = Field(0.0, ge=0)
+    """Weight of the bonus on the policy's entropy; about 0.01 keeps a policy from settling before it has explored."""
+
 
 class CheckpointConfig(Config):
     """Checkpoints to resume from."""

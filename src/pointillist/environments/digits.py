@@ -4,15 +4,14 @@ The pictures are the 1,797 real scans of the UCI optical-recognition set as scik
 files by `examples/digits/prepare.py`: a folder with `train.jsonl`, `heldout.jsonl` and the pictures they name.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from pointillist.errors import EnvironmentLoadError, ImageError
-from pointillist.images import ImageLimits, decode_rgb
+from pointillist.environments.tasks import read_tasks
 from pointillist.rollouts import Session, Task
 
 QUESTION = "What digit?"
+_HINT = "run examples/digits/prepare.py"
 
 
 class DigitsEnvironment:
@@ -28,8 +27,8 @@ class DigitsEnvironment:
             EnvironmentLoadError: A list is missing or malformed, or a picture is missing or corrupt.
         """
         folder = Path(data_dir)
-        self._train = _read_tasks(folder, "train")
-        self._heldout = _read_tasks(folder, "heldout")
+        self._train = read_tasks(folder / "train.jsonl", _HINT)
+        self._heldout = read_tasks(folder / "heldout.jsonl", _HINT)
 
     def train_tasks(self) -> Sequence[Task]:
         """1,400 digits."""
@@ -53,25 +52,3 @@ class DigitsEnvironment:
             ]
         )
         return float(turn.text == task.data["answer"] and turn.completion.finish_reason == "stop")
-
-
-def _read_tasks(folder: Path, split: str) -> list[Task]:
-    path = folder / f"{split}.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise EnvironmentLoadError(
-            f"digits: no task list {path} ({error.strerror}); run examples/digits/prepare.py"
-        ) from None
-    tasks = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            image = folder / record["image"]
-            decode_rgb(image.read_bytes(), ImageLimits())
-            tasks.append(Task(id=f"{split}-{record['image']}", data={"image": image, "answer": str(record["answer"])}))
-        except (ValueError, KeyError, TypeError) as error:
-            raise EnvironmentLoadError(f"digits: {path} line {number} is malformed ({error!r})") from None
-        except (OSError, ImageError) as error:
-            raise EnvironmentLoadError(f"digits: picture {record['image']} of {path} line {number}: {error}") from None
-    return tasks

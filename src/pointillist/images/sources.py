@@ -53,6 +53,11 @@ class Sources:
         self._fetch = fetch
         self._local_files = local_files
 
+    @property
+    def store_root(self) -> Path:
+        """The folder that images go to."""
+        return self._store.root
+
     def for_clients(self) -> "Sources":
         """The same for senders on a wire, who must not have files of this machine read for them."""
         return Sources(self._store, transform=self._transform, fetch=self._fetch, local_files=False)
@@ -85,7 +90,7 @@ class Sources:
                 "image is named by neither a data: URL nor a file:// URL of this run's image store: files of this "
                 "machine are not read for clients"
             ) from None
-        return self._store.put(data)
+        return self._store.put(self._transform(data) if self._transform else data)
 
     def _fetched(self, url: str) -> bytes:
         if self._fetch is None or url[:4].lower() != "http":

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, Protocol, cast, runtime_checkable
 
 from pointillist.errors import EnvironmentLoadError
 from pointillist.rollouts.session import Session
@@ -49,6 +49,15 @@ class Environment(Protocol):
 
     async def rollout(self, task: Task, session: Session) -> float:
         """Holds one conversation about a task; returns its reward. Many run at once in one event loop."""
+        ...
+
+
+@runtime_checkable
+class Closing(Protocol):
+    """An environment that has something to end, such as processes of its own."""
+
+    async def aclose(self) -> None:
+        """Ends it."""
         ...
 
 

@@ -2,14 +2,15 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import msgspec
 
-from pointillist.config import RolloutsConfig
+from pointillist.config import CARRIER, RolloutsConfig
 from pointillist.errors import ImageError, LayoutError, PointillistError, RenderError, SourceError
-from pointillist.rollouts.environment import Task, load_environment
+from pointillist.rollouts.environment import Closing, Task, load_environment
 from pointillist.rollouts.gateway import Gateway
 from pointillist.rollouts.policy import Policy
 from pointillist.rollouts.session import Sampling
@@ -95,6 +96,8 @@ class Executor:
             "eval": _checked(self._environment.eval_tasks(), "eval"),
         }
         self._policy = Policy.from_config(config, blank_images=config.env.blank_images)
+        # For whatever writes images on its own here or is started from here: one folder, told in one way.
+        os.environ[CARRIER] = str(self._policy.sources.store_root)
         self._gateway = Gateway(config.gateway, self._policy.model_name)
 
     async def start(self) -> None:
@@ -128,7 +131,9 @@ class Executor:
         )
 
     async def aclose(self) -> None:
-        """Stops the gateway."""
+        """Ends the environment, if it has an `aclose`, and the gateway."""
+        if isinstance(self._environment, Closing):
+            await self._environment.aclose()
         await self._gateway.aclose()
         await self._policy.client.aclose()
 

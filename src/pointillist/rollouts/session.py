@@ -120,8 +120,10 @@ class Session:
         self._issued_calls: dict[str, str] = {}
         self.sampling = sampling
         self.tools = tools
-        self.base_url = ""
-        """Where the gateway serves this session: the base URL of an OpenAI client."""
+        self.gateway_url = ""
+        """The gateway that serves this session."""
+        self.key = ""
+        """What the gateway knows this session by."""
         self.api_key = "none"
         """What the gateway asks for."""
         self.turns: list[Turn] = []
@@ -133,9 +135,14 @@ class Session:
         return self._own.messages
 
     @property
+    def base_url(self) -> str:
+        """Where the gateway serves this session: the base URL of an OpenAI client."""
+        return f"{self.gateway_url}/s/{self.key}/v1"
+
+    @property
     def anthropic_base_url(self) -> str:
         """Where the gateway serves this session: the base URL of an Anthropic client."""
-        return self.base_url.removesuffix("/v1")
+        return f"{self.gateway_url}/s/{self.key}"
 
     @property
     def branches(self) -> list[Branch]:

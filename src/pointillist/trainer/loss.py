@@ -3,13 +3,16 @@ r"""Token-level policy gradient with masked importance sampling.
 For every sampled token, with trainer logprob $\ell$, sampler logprob $\ell_s$, advantage $A$ and importance ratio
 $\rho = \exp(\ell - \ell_s)$:
 
-$$ L = \frac{1}{N} \sum_t -\,[\rho_{low} \le \rho_t \le \rho_{high}] \rho_t A_t + \beta\, k_3(\ell_{ref,t} - \ell_t) $$
+$$ L = \frac{1}{N} \sum_t -\,[\rho_{low} \le \rho_t \le \rho_{high}] \rho_t A_t + \beta\, k_3(\ell_{ref,t} - \ell_t)
+   - \eta\, H_t $$
 
 - The ratio corrects for the sampler's policy being another one (older weights, other kernels). Tokens whose ratio is
   outside the band are masked on both sides: double-sided masking as in IcePop (Ling team, "Every Step Evolves",
   arXiv 2510.18855). On policy the ratio is 1 and this is REINFORCE.
 - $N$ is the number of sampled tokens of the whole step over all ranks (token-level normalisation as in DAPO,
   arXiv 2503.14476), so long and short answers weigh by their tokens.
+- $H$ is the entropy of the distribution that a token was drawn from: a bonus ($\eta > 0$) keeps exploration alive (Mnih
+  et al., arXiv 1602.01783).
 - $k_3(x) = e^x - x - 1$ estimates the KL divergence from the reference (Schulman, "Approximating KL divergence", 2020).
 """
 
@@ -38,6 +41,7 @@ class LossTerms:
 
 def policy_gradient_loss(
     logprobs: torch.Tensor,
+    entropy: torch.Tensor,
     sampler_logprobs: torch.Tensor,
     advantages: torch.Tensor,
     num_tokens: int,
@@ -48,10 +52,11 @@ def policy_gradient_loss(
 
     Args:
         logprobs: Trainer's, `(trained,)`, with a gradient.
+        entropy: Trainer's, in nats, `(trained,)`, with a gradient.
         sampler_logprobs: Sampler's, `(trained,)`.
         advantages: `(trained,)`.
         num_tokens: What the sum is divided by.
-        config: Band of the ratio and weight of the KL term.
+        config: Band of the ratio and weights of the KL term and the entropy bonus.
         reference_logprobs: Reference model's, `(trained,)`; None without a KL term.
     """
     log_ratio = logprobs - sampler_logprobs
@@ -61,7 +66,7 @@ def policy_gradient_loss(
     kl = torch.zeros_like(ratio) if reference_logprobs is None else _k3(reference_logprobs - logprobs)
     detached = log_ratio.detach()
     return LossTerms(
-        loss=(per_token + config.kl_coef * kl).sum() / num_tokens,
+        loss=(per_token + config.kl_coef * kl - config.entropy_coef * entropy).sum() / num_tokens,
         mismatch_sum=detached.abs().sum(),
         mismatch_kl_sum=_k3(detached).sum(),
         masked_sum=(~inside).sum(),

@@ -172,6 +172,7 @@ class Trainer:
                     reference = self.reference(row).logprobs
         terms = policy_gradient_loss(
             stats.logprobs,
+            stats.entropy,
             row.sampler_logprobs,
             row.advantages,
             batch.num_tokens,

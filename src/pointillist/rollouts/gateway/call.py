@@ -49,6 +49,8 @@ class Call:
     top_p: float | None = None
     top_k: int | None = None
     max_tokens: int | None = None
+    session: str = ""
+    """Key of the session, where the path does not name it."""
     previous: str | None = None
     """Id of the response that this one follows (Responses API)."""
 
@@ -81,6 +83,7 @@ def common(body: Mapping[str, Any], messages: list[Message], **fields: Any) -> C
     return Call(
         messages=messages,
         model=optional(body, "model", str) or "",
+        session=optional(body, "pointillist_session", str) or "",
         stream=optional(body, "stream", bool) or False,
         temperature=number(body, "temperature", 0, 2),
         top_p=number(body, "top_p", 1e-6, 1),

@@ -5,6 +5,7 @@
 | `POST /s/<session>/v1/chat/completions` | OpenAI Chat Completions |
 | `POST /s/<session>/v1/responses` | OpenAI Responses |
 | `POST /s/<session>/v1/messages` | Anthropic Messages |
+| `POST /v1/chat/completions` | the same, of the session that the body's `pointillist_session` names |
 | `GET /s/<session>/v1/models` | the policy |
 | `POST /sessions`, `GET` and `DELETE /sessions/<session>` | open, look at, close (a gateway by itself) |
 | `GET /health` | |
@@ -109,7 +110,7 @@ class Gateway:
         """Serves a session from now on and tells it where; returns the key that `close` wants."""
         key = secrets.token_hex(16)
         self._entries[key] = _Entry(session)
-        session.base_url = f"{self.url}/s/{key}/v1"
+        session.gateway_url, session.key = self.url, key
         session.api_key = self._key or "none"
         return key
 
@@ -123,6 +124,7 @@ class Gateway:
     def app(self) -> Starlette:
         """The web application."""
         routes = [Route(f"/s/{{key}}/v1/{path}", self._endpoint(api), methods=["POST"]) for path, api in _APIS.items()]
+        routes += [Route("/v1/chat/completions", self._endpoint(chat), methods=["POST"])]
         routes += [Route("/s/{key}/v1/models", self._guarded(self._models)), Route("/health", _health)]
         if self._open_session is not None:
             routes += [
@@ -136,7 +138,7 @@ class Gateway:
         async def serve(request: Request) -> Response:
             try:
                 self._check_key(request)
-                return await self._serve(api, request, self._entry(request))
+                return await self._serve(api, request)
             except (ApiError, PointillistError) as error:
                 refusal = error if isinstance(error, ApiError) else api_error(error)
                 body = refusal.anthropic() if api is anthropic else refusal.openai()
@@ -156,8 +158,8 @@ class Gateway:
 
         return serve
 
-    async def _serve(self, api: Any, request: Request, entry: _Entry) -> Response:
-        call, conversation = await self._receive(api, request, entry)
+    async def _serve(self, api: Any, request: Request) -> Response:
+        entry, call, conversation = await self._receive(api, request)
         session = entry.session
         answering = asyncio.ensure_future(
             session.chat(
@@ -181,8 +183,11 @@ class Gateway:
             msgspec.json.encode(api.answer(call, turns, name, created, decode)), media_type="application/json"
         )
 
-    async def _receive(self, api: Any, request: Request, entry: _Entry) -> tuple[Call, Conversation]:
+    async def _receive(self, api: Any, request: Request) -> tuple[_Entry, Call, Conversation]:
         """Reads a request and stores its pictures; nothing of its body is held afterwards."""
+        named = request.path_params.get("key")
+        if named is not None:
+            self._entry(named)  # before the body is read
         limit = self._config.max_request_bytes
         length = int(request.headers.get("content-length", limit))
         if length > limit:
@@ -192,6 +197,7 @@ class Gateway:
             body = await _body(request, limit)
             call: Call = await asyncio.to_thread(_parsed, api, body)
             del body
+            entry = self._entry(call.session if named is None else named)
             before = entry.responses.get(call.previous or "")
             if call.previous is not None and before is None:
                 raise ApiError(
@@ -202,7 +208,7 @@ class Gateway:
             conversation = await entry.session.read(messages, from_client=True)
         finally:
             share.release()
-        return call, _joined(before, conversation)
+        return entry, call, _joined(before, conversation)
 
     def _check_key(self, request: Request) -> None:
         if self._key is None:
@@ -211,8 +217,7 @@ class Gateway:
         if not secrets.compare_digest(given.encode(), self._key.encode()):
             raise ApiError("expected Authorization: Bearer <API key> or x-api-key", status=401, code="invalid_api_key")
 
-    def _entry(self, request: Request) -> _Entry:
-        key = request.path_params["key"]
+    def _entry(self, key: str) -> _Entry:
         if key in self._entries:
             return self._entries[key]
         if key in self._closed:
@@ -220,7 +225,7 @@ class Gateway:
         raise ApiError("no such session", status=404, code="session_not_found")
 
     def _models(self, request: Request) -> Response:
-        self._entry(request)
+        self._entry(request.path_params["key"])
         card = {"id": self._model_name, "object": "model", "created": 0, "owned_by": "pointillist"}
         return JSONResponse({"object": "list", "data": [card]})
 
@@ -232,11 +237,12 @@ class Gateway:
         return JSONResponse({"id": key, "base_url": session.base_url}, status_code=201)
 
     def _look(self, request: Request) -> Response:
-        return Response(_state(self._entry(request).session), media_type="application/json")
+        return Response(_state(self._entry(request.path_params["key"]).session), media_type="application/json")
 
     def _end(self, request: Request) -> Response:
-        state = _state(self._entry(request).session)
-        self.close(request.path_params["key"])
+        key = request.path_params["key"]
+        state = _state(self._entry(key).session)
+        self.close(key)
         return Response(state, media_type="application/json")
 
 

@@ -1,0 +1,210 @@
+"""`dataset`: questions about images from a file, one turn each, with an answer to compare with.
+
+The file is JSONL or Parquet (extra `parquet`). A row has
+
+- `prompt`: a text in which `<image>` marks where an image stands (without marks they stand before it);
+- `images`: a list of images, or `image`: one; each a path beside the file, a `data:` URL, or `{"bytes": ...}` as
+  Parquet files have it; may be missing;
+- `answer`: what is right; a regular expression for the `regex` reward.
+
+Other names of columns are given as arguments. Rewards are 1 or 0:
+
+| reward | right is |
+| --- | --- |
+| `exact` | the same text, but for case and white space around it |
+| `numeric` | the last number of the answer, within a relative 1e-6 |
+| `regex` | an answer that the expression matches as a whole |
+| `math` | the same mathematics, by math-verify (extra `math`) |
+"""
+
+import asyncio
+import json
+import math
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pointillist.environments.tasks import read_lines
+from pointillist.errors import EnvironmentLoadError
+from pointillist.rollouts import Session, Task
+
+MARK: Final = "<image>"
+_NUMBER: Final = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+(?:[eE][-+]?\d+)?")
+
+
+def exact(text: str, answer: str) -> bool:
+    """Whether both are the same text, but for case and white space around it."""
+    return text.strip().casefold() == answer.strip().casefold()
+
+
+def numeric(text: str, answer: str) -> bool:
+    """Whether the last number in the text is the answer, within a relative 1e-6."""
+    said, expected = _last_number(text), _last_number(answer)
+    return said is not None and expected is not None and math.isclose(said, expected, rel_tol=1e-6, abs_tol=1e-9)
+
+
+def regex(text: str, answer: str) -> bool:
+    """Whether the expression `answer` matches the whole text, white space around it aside."""
+    return re.fullmatch(answer, text.strip(), re.DOTALL) is not None
+
+
+def math_verify(text: str, answer: str) -> bool:
+    """Whether both are the same mathematics, by math-verify."""
+    from math_verify import parse, verify
+
+    # Its own time limits are signals, which only work in a main thread; the rollout has a limit of its own.
+    return bool(verify(parse(answer, parsing_timeout=None), parse(text, parsing_timeout=None), timeout_seconds=None))
+
+
+REWARDS: Final[Mapping[str, Callable[[str, str], bool]]] = {
+    "exact": exact,
+    "numeric": numeric,
+    "regex": regex,
+    "math": math_verify,
+}
+
+
+class DatasetEnvironment:
+    """See the module's docstring."""
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        eval_path: str | None = None,
+        eval_size: int = 100,
+        reward: Literal["exact", "numeric", "regex", "math"] = "exact",
+        system_prompt: str | None = None,
+        answer_pattern: str | None = None,
+        columns: Mapping[str, str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Reads the rows.
+
+        Args:
+            path: JSONL or Parquet file to train on.
+            eval_path: File of held-out rows; without it `eval_size` rows are taken from `path`.
+            eval_size: Rows to hold out.
+            reward: How answers are compared.
+            system_prompt: Comes first in every conversation.
+            answer_pattern: Regular expression whose first group (or whole match) is the answer within what the policy
+                says, such as `<answer>(.*?)</answer>`; no match is wrong.
+            columns: The file's names for `prompt`, `images`, `image` and `answer`, where they differ.
+            seed: Decides which rows are held out.
+
+        Raises:
+            EnvironmentLoadError: A file that can not be read, or a row that is not as described.
+        """
+        if reward not in REWARDS:
+            raise EnvironmentLoadError(f"dataset: no reward {reward!r}, expected one of {sorted(REWARDS)}")
+        if reward == "math":
+            _require("math_verify", "math")
+        self._right = REWARDS[reward]
+        self._system_prompt = system_prompt
+        self._pattern = re.compile(answer_pattern, re.DOTALL) if answer_pattern else None
+        names = {"prompt": "prompt", "images": "images", "image": "image", "answer": "answer", **(columns or {})}
+        tasks = _read(Path(path), names)
+        if eval_path is None:
+            random.Random(seed).shuffle(tasks)
+            self._eval, self._train = tasks[:eval_size], tasks[eval_size:]
+        else:
+            self._train, self._eval = tasks, _read(Path(eval_path), names)
+
+    def train_tasks(self) -> Sequence[Task]:
+        """Rows that are trained on."""
+        return self._train
+
+    def eval_tasks(self) -> Sequence[Task]:
+        """Held-out rows."""
+        return self._eval
+
+    async def rollout(self, task: Task, session: Session) -> float:
+        """1 for the right answer, else 0."""
+        system = [{"role": "system", "content": self._system_prompt}] if self._system_prompt else []
+        turn = await session.generate([*system, {"role": "user", "content": _content(task.data)}])
+        text = turn.text
+        if self._pattern is not None:
+            match = self._pattern.search(text)
+            if match is None:
+                return 0.0
+            text = match[1] if self._pattern.groups else match[0]
+        return float(await asyncio.to_thread(self._right, text, task.data["answer"]))
+
+
+def _read(path: Path, names: Mapping[str, str]) -> list[Task]:
+    if path.suffix == ".parquet":
+        rows = _parquet_rows(path)
+        tasks = []
+        for number, row in enumerate(rows):
+            try:
+                tasks.append(_task(row, number, path, names))
+            except (KeyError, TypeError, ValueError) as error:
+                raise EnvironmentLoadError(f"{path} row {number} is malformed ({error!r})") from None
+        return tasks
+    numbers = iter(range(2**63))
+    return list(read_lines(path, lambda record: _task(record, next(numbers), path, names)))
+
+
+def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    _require("pyarrow", "parquet")
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows: list[Mapping[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise EnvironmentLoadError(f"{path} can not be read as Parquet ({error})") from None
+    return iter(rows)
+
+
+def _task(row: Mapping[str, Any], number: int, path: Path, names: Mapping[str, str]) -> Task:
+    """A task; raises KeyError, TypeError or ValueError for a row that is not as described."""
+    prompt, images = row[names["prompt"]], row.get(names["images"])
+    if not isinstance(prompt, str):
+        raise TypeError(f"{names['prompt']} is {type(prompt).__name__}, expected a text")
+    if images is None:
+        image = row.get(names["image"])
+        images = [] if image is None else [image]
+    sources = [_source(image, path.parent) for image in images]
+    if MARK in prompt and prompt.count(MARK) != len(sources):
+        raise ValueError(f"{prompt.count(MARK)} {MARK} marks for {len(sources)} images")
+    answer = row[names["answer"]]
+    return Task(
+        f"{path.stem}-{number}",
+        {"prompt": prompt, "images": sources, "answer": answer if isinstance(answer, str) else json.dumps(answer)},
+    )
+
+
+def _source(image: Any, folder: Path) -> str | bytes:
+    if isinstance(image, Mapping):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, bytes) or (isinstance(image, str) and image.startswith("data:")):
+        return image
+    if isinstance(image, str):
+        return str(folder / image)
+    raise TypeError(f"image is {type(image).__name__}, expected a path, a data: URL or {{'bytes': ...}}")
+
+
+def _content(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    pictures = [{"type": "image", "image": image} for image in data["images"]]
+    if MARK not in data["prompt"]:
+        return [*pictures, {"type": "text", "text": data["prompt"]}]
+    content: list[dict[str, Any]] = []
+    for index, text in enumerate(data["prompt"].split(MARK)):
+        content += [pictures[index - 1]] if index else []
+        content += [{"type": "text", "text": text}] if text else []
+    return content
+
+
+def _last_number(text: str) -> float | None:
+    found = _NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def _require(module: str, extra: str) -> None:
+    try:
+        __import__(module)
+    except ImportError:
+        raise EnvironmentLoadError(f"dataset: {module} is not installed, pip install 'pointillist[{extra}]'") from None

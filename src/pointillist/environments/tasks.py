@@ -1,0 +1,52 @@
+"""Task lists as the environments in the box read them: one JSON object a line, pictures by their path beside it."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pointillist.errors import EnvironmentLoadError, ImageError
+from pointillist.images import ImageLimits, decode_rgb
+from pointillist.rollouts import Task
+
+
+def read_tasks(path: Path, hint: str) -> list[Task]:
+    """Tasks of a list with an `image` and an `answer` a line; every picture is checked once.
+
+    Args:
+        path: The list.
+        hint: What to do if it is not there.
+
+    Returns:
+        Tasks whose data are `image` (a path) and `answer`.
+
+    Raises:
+        EnvironmentLoadError: The list is missing or malformed, or a picture is missing or corrupt.
+    """
+
+    def task(record: Mapping[str, Any]) -> Task:
+        image = path.parent / record["image"]
+        try:
+            decode_rgb(image.read_bytes(), ImageLimits())
+        except (OSError, ImageError) as error:
+            raise EnvironmentLoadError(f"picture {record['image']} of {path}: {error}") from None
+        return Task(f"{path.stem}-{record['image']}", {"image": image, "answer": str(record["answer"])})
+
+    return list(read_lines(path, task, hint))
+
+
+def read_lines(path: Path, task: Callable[[Mapping[str, Any]], Task], hint: str = "") -> Iterator[Task]:
+    """Tasks made from the lines of a JSONL file.
+
+    Raises:
+        EnvironmentLoadError: The file is missing, or a line is not what `task` expects.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise EnvironmentLoadError(f"no task list {path} ({error.strerror}){hint and '; ' + hint}") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield task(json.loads(line))
+        except (ValueError, KeyError, TypeError) as error:
+            raise EnvironmentLoadError(f"{path} line {number} is malformed ({error!r})") from None
