@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 RESULTS = Path(__file__).parent / "results"
-BENCHMARKS = ("pixels", "wire", "carriers", "training_run")
+BENCHMARKS = ("pixels", "wire", "carriers", "training_run", "gateway")
 # key -> claim, bound, whether more is better
 TARGETS: dict[str, tuple[str, float, bool]] = {
     "layout_speedup": ("layout from the header vs HF processor (PIL), 1024x1024 JPEG", 500, True),
@@ -32,6 +32,9 @@ TARGETS: dict[str, tuple[str, float, bool]] = {
     "transport_speedup": ("encode and decode of 128 samples, tensors vs references", 100, True),
     "mm_wait_fraction": ("trainer's wait for pixels, part of a step", 0.02, False),
     "orchestrator_memory_growth": ("orchestrator's resident memory, step 20 to 200", 0.05, False),
+    "gateway_overhead_ms": ("gateway over a direct request, ms, median at 32 sessions", 3, False),
+    "gateway_load_errors": ("500 sessions x 8 turns x 1 MB image: errors", 0, False),
+    "gateway_load_peak_mb": ("500 sessions x 8 turns x 1 MB image: gateway's peak memory in MB", 1000, False),
     "trainer_growth_mb": ("trainer's growth in MB, step 20 to 200: at most its cache of 256 MiB", 269, False),
 }
 
@@ -77,8 +80,19 @@ def _table(results: dict[str, Any]) -> str:
             f"| {name} | {hold['resident_growth_mb']:,.1f} MB | {hold['bytes'] / 1e6:,.2f} MB | "
             f"{hold['seconds']:.1f} s | {train['resident_growth_mb']:,.1f} MB | {train['seconds']:.1f} s |"
         )
+    lines += ["", _gateway(results)]
     lines += ["", "![resident memory over 200 steps](memory.png)", ""]
     return "\n".join(lines)
+
+
+def _gateway(results: dict[str, Any]) -> str:
+    direct, chat = results["gateway_direct_ms"], results["gateway_chat_ms"]
+    requests, gigabytes = results["gateway_load_requests"], results["gateway_load_gigabytes_sent"]
+    return (
+        f"Gateway, beyond the server's fixed time: {direct:.1f} ms a direct request, {chat:.1f} ms a chat request with "
+        f"a 512x512 JPEG as base64. Load: {requests:,} requests with {gigabytes:.0f} GB of base64 in "
+        f"{results['gateway_load_seconds']:.0f} s."
+    )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ are called is left to reinforcement learning.
 import argparse
 import json
 import random
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from renderers.qwen3_vl import Qwen3VLRenderer
+from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from pointillist.environments.hunt import QUESTION, TOOLS
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tiny_model import build_model, build_tokenizer, warm_up, write_processor
+from tiny_model import SPECIAL_TOKENS, build_model, build_tokenizer, warm_up, write_processor
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 70, 220), "yellow": (225, 205, 40)}
+CALL = ['\n{"name": "move", "arguments": {"to": "', '"}}\n']
 WINDOW, BAR = 32, 12
 NUM_TRAIN, NUM_HELDOUT = 512, 128
 
@@ -50,7 +54,7 @@ def write_data(folder: Path) -> None:
         lines = []
         for index in range(count):
             colour, name = chance.choice(list(COLOURS)), f"{split}-{index:04d}.png"
-            paint(colour, chance.randrange(3), noise).save(folder / name)
+            paint(colour, chance.choice([0, 1, 1, 2]), noise).save(folder / name)
             lines.append(json.dumps({"image": name, "answer": colour}))
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
 
@@ -75,6 +79,13 @@ def made_up(data: Path, chance: random.Random) -> list[dict[str, Any]]:
     return [*messages, {"role": "assistant", "content": chance.choice(list(COLOURS))}]
 
 
+def phrases(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The texts between special tokens of a prompt with tools."""
+    prompt = Qwen3VLRenderer(tokenizer).render([{"role": "user", "content": QUESTION}], tools=TOOLS)
+    text = tokenizer.decode(prompt.token_ids)
+    return [part for part in re.split("|".join(map(re.escape, SPECIAL_TOKENS)), text) if len(part) > len(QUESTION)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder for pictures and task lists")
@@ -87,8 +98,10 @@ def main() -> None:
     torch.manual_seed(args.seed)
     write_data(args.data)
     print(f"wrote {NUM_TRAIN + NUM_HELDOUT} pictures to {args.data}")
-    words = [QUESTION, json.dumps(TOOLS[0]), *COLOURS, json.dumps({"name": "move", "arguments": {"to": "left"}})]
-    tokenizer = build_tokenizer([*words, TEMPLATE])
+    tokenizer = build_tokenizer([QUESTION, *COLOURS, "left right up down"])
+    tokenizer.save_pretrained(args.model)
+    # What the template and every call have in common are single tokens: prompts stay short, and calls well-formed.
+    tokenizer.add_tokens([*CALL, *phrases(tokenizer)])
     model = build_model(tokenizer)
     model.save_pretrained(args.model)
     tokenizer.save_pretrained(args.model)
@@ -98,13 +111,6 @@ def main() -> None:
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"wrote Qwen3-VL with {count / 1e6:.2f} M parameters to {args.model}")
 
-
-# What the chat template says about tools; its words become single tokens, so that a prompt stays short.
-TEMPLATE = (
-    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with function "
-    "signatures within <tools></tools> XML tags:\nFor each function call, return a json object with function name and "
-    'arguments within XML tags:\n{"name": <function-name>, "arguments": <args-json-object>}'
-)
 
 if __name__ == "__main__":
     main()

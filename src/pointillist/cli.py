@@ -1,4 +1,4 @@
-"""The door: `pointillist rl | trainer | orchestrator | env-worker | gateway | inference | store`.
+"""The door: `pointillist rl | trainer | orchestrator | env-worker | gateway | inference | store | transcript`.
 
 Every command takes `@ file.toml` and dotted overrides, such as `--trainer.optim.lr 3e-4`; `--help` lists the keys.
 """
@@ -6,6 +6,7 @@ Every command takes `@ file.toml` and dotted overrides, such as `--trainer.optim
 import asyncio
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -42,6 +43,21 @@ def store(arguments: tuple[str, ...]) -> None:
         commands.main(given, prog_name="pointillist store")
 
     sys.exit(_guarded(run, list(arguments)))
+
+
+@cli.command("transcript", short_help="Write one rollout with its pictures as a Markdown page.")
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("rollout")
+@click.argument("page", type=click.Path(dir_okay=False, path_type=Path))
+def transcript(run: Path, rollout: str, page: Path) -> None:
+    """Write ROLLOUT (<step>.<group>.<member>) of RUN with its pictures as a Markdown PAGE."""
+    from pointillist.view.transcript import write_transcript
+
+    def write(_: list[str]) -> int:
+        click.echo(f"wrote {page} with {write_transcript(run, rollout, page)} pictures")
+        return 0
+
+    sys.exit(_guarded(write, []))
 
 
 def _command(name: str, text: str) -> Callable[[Callable[[list[str]], int]], Callable[[list[str]], int]]:

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import itertools
 import json
+import re
 import signal
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from pointillist.images import ImageLimits, ImageStore, Sources
 from pointillist.render import RawRenderer
 from pointillist.rollouts import InferenceClient, Sampling, Session
 from pointillist.rollouts.gateway import Gateway
-from tests.conftest import encoded, picture
+from tests.conftest import ROOT, encoded, picture
 from tests.integration.conftest import RunningServer, free_port, pointillist, wait_for
 from tests.integration.scripted import ScriptedPolicy, call
 
@@ -361,3 +362,17 @@ async def test_a_gateway_beyond_loopback_asks_for_its_key(
         assert (unreachable.status_code, unreachable.json()["error"]["code"]) == (502, "inference_failed")
     await client.aclose()
     await gateway.aclose()
+
+
+async def test_the_ten_lines_of_the_documentation(stage: Stage) -> None:
+    """The agent of docs/environments.md, as it stands there."""
+    page = (ROOT / "docs/environments.md").read_text()
+    (code,) = re.findall(r"<!-- tested: agent -->\n```python\n(.*?)```", page, flags=re.DOTALL)
+    names: dict[str, Any] = {"URL": data_url(3)}
+    exec(code, names)
+    environment = names["Oranges"]()
+    stage.policy.says = ["yes, it is", "no"]
+    rewards = [await environment.rollout(task, stage.session) for task in environment.train_tasks()[:2]]
+    assert rewards == [1.0, 0.0]
+    assert [len(branch.images) for branch in stage.session.branches] == [1, 1]
+    assert len(code.splitlines()) <= 12

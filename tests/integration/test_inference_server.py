@@ -16,7 +16,9 @@ from pointillist.errors import InferenceError
 from pointillist.images import normalize_images
 from pointillist.images.store import local_path
 from pointillist.models import load_model, write_weights
+from pointillist.render import RenderedPrompt
 from pointillist.rollouts import InferenceClient, Sampling, Session
+from pointillist.rollouts.client import Wire
 from tests.conftest import picture
 from tests.integration.conftest import BACKEND, RunningServer
 from tests.integration.reference import Reference
@@ -29,12 +31,17 @@ only_embedded = pytest.mark.skipif(BACKEND != "embedded", reason="about the embe
 GENERATE = "/inference/v1/generate"
 
 
-def _body(server: RunningServer, *seeds: int, **sampling: Any) -> dict[str, Any]:
-    """A request with one picture a seed."""
+def _prompt(server: RunningServer, *seeds: int) -> RenderedPrompt:
+    """A prompt with one picture a seed."""
     parts = [{"type": "image", "image": picture(64, 64 + 32 * (seed % 3), seed)} for seed in seeds]
     images: list[Any] = []
     message = {"role": "user", "content": [*parts, {"type": "text", "text": "What digit?"}]}
-    prompt = server.renderer.render([normalize_images(message, server.sources, images)], images)
+    return server.renderer.render([normalize_images(message, server.sources, images)], images)
+
+
+def _body(server: RunningServer, *seeds: int, **sampling: Any) -> dict[str, Any]:
+    """A request with one picture a seed."""
+    prompt = _prompt(server, *seeds)
     params = {"max_tokens": 5, "logprobs": 0, "seed": 1, "ignore_eos": True, **sampling}
     return {"token_ids": prompt.token_ids, "features": prompt.features(), "sampling_params": params}
 
@@ -368,9 +375,10 @@ def test_stop_tokens_and_top_logprobs(server: RunningServer) -> None:
     assert [entry["logprob"] for entry in top] == sorted((entry["logprob"] for entry in top), reverse=True)
 
 
-async def test_sessions_record_what_was_read_and_sampled(server: RunningServer, model_dir: Path) -> None:
+@pytest.mark.parametrize("wire", ["mmraw", "content_parts"])
+async def test_sessions_record_what_was_read_and_sampled(server: RunningServer, model_dir: Path, wire: Wire) -> None:
     """A conversation of three turns with a picture each; a tool result among them."""
-    client = InferenceClient(server.url)
+    client = InferenceClient(server.url, wire=wire)
     session = Session(server.renderer, server.sources, client, Sampling(max_tokens=12), seq_len=512, seed=3)
     for turn, role in enumerate(("user", "tool", "user")):
         await session.generate(
@@ -401,8 +409,8 @@ async def test_sessions_record_what_was_read_and_sampled(server: RunningServer, 
 @only_embedded
 async def test_a_groups_first_requests_travel_as_one(server: RunningServer) -> None:
     client = InferenceClient(server.url)
-    body = _body(server, 1)
-    params = {key: value for key, value in body["sampling_params"].items() if key != "seed"}
+    prompt = _prompt(server, 1)
+    params = {"max_tokens": 5, "logprobs": 0, "ignore_eos": True}
 
     def prompts() -> float:
         text = httpx.get(server.url + "/metrics").text
@@ -410,11 +418,9 @@ async def test_a_groups_first_requests_travel_as_one(server: RunningServer) -> N
 
     before = prompts()
     order = [7, 5, 6, 40, 8]
-    answers = await asyncio.gather(
-        *(client.generate(body["token_ids"], body["features"], params, seed) for seed in order)
-    )
+    answers = await asyncio.gather(*(client.generate(prompt, params, seed) for seed in order))
     assert prompts() - before <= 2  # seeds 5 to 8 together, 40 perhaps with them
     for seed, answer in zip(order, answers, strict=True):
-        alone = await client.generate(body["token_ids"], body["features"], params, seed)
+        alone = await client.generate(prompt, params, seed)
         assert alone.token_ids == answer.token_ids
     await client.aclose()

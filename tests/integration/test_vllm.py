@@ -7,8 +7,13 @@ run against the same one.
 import asyncio
 import base64
 import json
+import os
 import random
 import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +23,17 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from pointillist.errors import InferenceError
 from pointillist.families import RawImageMaterializer, load_family
-from pointillist.images import ImageLimits, ImageStore
+from pointillist.images import ImageLimits, ImageStore, Sources
 from pointillist.inference.prompt import CheckedPrompt
 from pointillist.inference.protocol import PlaceholderRange
 from pointillist.inference.vllm.versions import check_vllm
 from pointillist.models import write_weights
-from tests.conftest import picture, stored_ref
-from tests.integration.conftest import RunningServer
+from pointillist.render import FolderTokenizer, RawRenderer
+from pointillist.rollouts import InferenceClient, Sampling, Session
+from tests.conftest import encoded, picture, stored_ref
+from tests.integration.conftest import RunningServer, free_port, wait_for
 from tests.integration.reference import Reference
 from tests.integration.test_inference_server import GENERATE, _body, _choices, _logprobs, _post, _with_ref
 
@@ -282,3 +290,59 @@ def test_weights_that_do_not_fit_change_nothing(reference: Reference, model_dir:
         assert response.status_code == 400
         assert re.search(r"version \d+ serves on", response.json()["error"]["message"])
     assert _difference(reference, body) <= 1e-5
+
+
+@pytest.fixture(scope="module")
+def stock(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """A vLLM that has never heard of Pointillist, and the folder that it may read."""
+    folder, port = tmp_path_factory.mktemp("stock"), free_port()
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", model_dir, "--enforce-eager",
+        "--max-model-len", 512, "--dtype", "float32", "--enable-scale-out", "--port", port, "--host", "127.0.0.1",
+        "--limit-mm-per-prompt", '{"image": 8, "video": 0}', "--allowed-local-media-path", folder,
+        "--logprobs-mode", "processed_logprobs", "--no-enable-chunked-prefill",
+    ]  # fmt: skip
+    environ = {**os.environ, "VLLM_PLUGINS": "", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    with (folder / "server.log").open("w") as log:
+        process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=environ, text=True)
+    wait_for(lambda: httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200, process, seconds=300)
+    yield f"http://127.0.0.1:{port}", folder
+    process.terminate()
+    process.wait(60)
+
+
+async def test_sessions_talk_to_a_vllm_without_the_plugin(
+    stock: tuple[str, Path], server: RunningServer, model_dir: Path, tmp_path: Path
+) -> None:
+    """Its tokens and placeholders are ours, resized pictures included; a layout that differs is refused."""
+    url, folder = stock
+    store = ImageStore(folder / "images", ImageLimits())
+    client = InferenceClient(url, wire="content_parts")
+    session = Session(server.renderer, Sources(store), client, Sampling(max_tokens=6), seq_len=512, seed=1)
+    for seed, size in enumerate([(64, 64), (100, 70), (33, 150)]):
+        parts = [{"type": "image", "image": picture(*size, seed)}, {"type": "text", "text": "?"}]
+        await session.generate([{"role": "user", "content": parts}])
+    (branch,) = session.branches
+    assert len(branch.images) == 3
+    # The record is true: the same tokens have these logprobs (64x64 needs no resizing, so its pixels are equal too).
+    first = Session(server.renderer, Sources(store), client, Sampling(max_tokens=6), seq_len=512, seed=1)
+    await first.generate([{"role": "user", "content": [{"type": "image", "image": picture(64, 64, 0)}]}])
+    (alone,) = first.branches
+    begin = alone.sampled.index(True)
+    body = {"token_ids": alone.token_ids[:begin], "features": {"mm_hashes": {"image": [alone.images[0].hash]}}}
+    server.store.put(encoded(picture(64, 64, 0)))
+    for blank in (False, True):
+        again = Reference(server, model_dir).logprobs(body, alone.token_ids[begin:], blank=blank)
+        difference = float((again - torch.tensor(alone.logprobs[begin:])).abs().max())
+        assert difference > 0.01 if blank else difference < 1e-4
+
+    other = Path(shutil.copytree(model_dir, tmp_path / "other"))
+    settings = json.loads((other / "preprocessor_config.json").read_text())
+    settings["size"]["longest_edge"] = 64 * 64
+    (other / "preprocessor_config.json").write_text(json.dumps(settings))
+    renderer = RawRenderer(load_family(str(other)), FolderTokenizer(other))
+    wrong = Session(renderer, Sources(store), client, Sampling(max_tokens=6), seq_len=512, seed=1)
+    with pytest.raises(InferenceError, match="its layout of the images is another one"):
+        await wrong.generate([{"role": "user", "content": [{"type": "image", "image": picture(128, 128, 5)}]}])
+    assert wrong.turns == []
+    await client.aclose()

@@ -33,6 +33,21 @@ def test_the_config_is_valid(tmp_path: Path) -> None:
     assert config.trainer.max_steps == 200
 
 
+def _tested(name: str) -> str:
+    """The block of docs/environments.md after `<!-- tested: name -->`."""
+    page = (README.parent / "docs/environments.md").read_text()
+    (found,) = re.findall(rf"<!-- tested: {name} -->\n```\w+\n(.*?)```", page, flags=re.DOTALL)
+    return found
+
+
+def test_the_dataset_config_is_valid(tmp_path: Path) -> None:
+    (tmp_path / "rl.toml").write_text('[model]\nname = "x"\n' + _tested("dataset"))
+    config = load_toml(RLConfig, tmp_path / "rl.toml")
+    (tmp_path / "charts.jsonl").write_text('{"prompt": "How high is <image>?", "images": ["1.png"], "answer": "7.5"}\n')
+    environment = load_environment("dataset", {**config.env.args, "path": str(tmp_path / "charts.jsonl")})
+    assert len(environment.eval_tasks()) == 1
+
+
 def test_its_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([\w/.-]+)\)", README.read_text()):
         assert (README.parent / target).exists(), target

@@ -10,6 +10,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, Qwen3VLProcessor
 
 from pointillist.errors import ConfigError, RenderError
 from pointillist.images import Sources, StoredImage, normalize_images
+from pointillist.refs.mm_refs import mm_token_type_ids
 from pointillist.render import FolderTokenizer, RawRenderer, unsampleable_token_ids
 from tests.conftest import picture
 
@@ -82,7 +83,9 @@ def test_tokens_equal_the_processors(
     messages = normalize_images(CONVERSATIONS[name], sources, images)
     prompt = renderer.render(messages, images)
     assert prompt.token_ids == expected["input_ids"][0].tolist()
-    assert prompt.mm_token_type_ids == expected["mm_token_type_ids"][0].tolist()
+    assert (
+        mm_token_type_ids(prompt.token_ids, renderer.family.image_token_id) == expected["mm_token_type_ids"][0].tolist()
+    )
     grids = [image.descriptor.payload["image_grid_thw"] for image in prompt.images]
     assert grids == (expected["image_grid_thw"].tolist() if pictures else [])
     pad = renderer.family.image_token_id

@@ -10,7 +10,7 @@ import pytest
 from pointillist.errors import ContextLengthError, HistoryError, UnsupportedContentError
 from pointillist.images import Sources
 from pointillist.orchestrator.samples import make_sample
-from pointillist.render import RawRenderer
+from pointillist.render import RawRenderer, RenderedPrompt
 from pointillist.rollouts import Completion, Sampling, Session, Turn
 from tests.conftest import picture
 
@@ -26,13 +26,11 @@ class Script:
         self.completions: list[list[int]] = []
         self.features: list[Any] = []
 
-    async def generate(
-        self, token_ids: list[int], features: Any, sampling_params: Mapping[str, Any], seed: int
-    ) -> Completion:
+    async def generate(self, prompt: RenderedPrompt, sampling_params: Mapping[str, Any], seed: int) -> Completion:
         tokens = self.answer(len(self.prompts))
-        self.prompts.append(token_ids)
+        self.prompts.append(prompt.token_ids)
         self.completions.append(tokens)
-        self.features.append(features)
+        self.features.append(prompt.features())
         return Completion(tokens, [-0.1 * (i + 1) for i in range(len(tokens))], [3] * len(tokens), "stop")
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from pointillist.cli import cli
 from pointillist.config import OrchestratorConfig, RunPaths, write_toml
 from pointillist.errors import PointillistError
 from pointillist.families import Family, describe_image
 from pointillist.images import ImageLimits, ImageStore
-from pointillist.images.store import local_path
+from pointillist.images.store import file_uri, local_path
 from pointillist.view.references import run_hashes
 from pointillist.view.store_commands import store as commands
 from tests.conftest import encoded, picture
@@ -154,3 +155,31 @@ def test_hostile_archives_write_nothing(run: Run, tmp_path: Path, name: str) -> 
     assert not (tmp_path / "evil").exists()
     (tmp_path / "noise.tar").write_bytes(b"x" * 5000)
     assert isinstance(_store("import", tmp_path / "noise.tar", tmp_path / "new2").exception, PointillistError)
+
+
+def test_transcripts_show_pictures_in_their_places(run: Run, tmp_path: Path) -> None:
+    look = {"id": "c", "type": "function", "function": {"name": "look", "arguments": '{"at":"left"}'}}
+    picture_part = {"type": "image_url", "image_url": {"url": run.images[0].uri}}
+    messages = [
+        {"role": "user", "content": [picture_part, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": "", "tool_calls": [look]},
+        {"role": "tool", "content": [{"type": "image_url", "image_url": {"url": run.images[1].uri}}]},
+        {"role": "assistant", "content": "```<script>"},
+    ]
+    record = {"id": "1.0.0", "task": "t", "reward": 1.0, "branches": [{"messages": messages, "images": []}]}
+    run.rollouts.write_text(json.dumps(record) + "\n")
+    page = tmp_path / "page.md"
+    arguments = ["transcript", str(run.paths.output_dir), "1.0.0", str(page)]
+    result = CliRunner().invoke(cli, arguments)
+    assert "2 pictures" in result.output
+    text = page.read_text()
+    order = ["**user**", "page/0.png", "What?", "**assistant**", 'look({"at": "left"})', "**tool**", "page/1.png"]
+    places = [text.index(each) for each in order]
+    assert places == sorted(places)
+    assert (tmp_path / "page" / "1.png").read_bytes() == run.path(1).read_bytes()
+    assert "no rollout '1.0.7'" in CliRunner().invoke(cli, [*arguments[:2], "1.0.7", str(page)]).output
+    outside = tmp_path / "secret.png"
+    outside.write_bytes(run.path(0).read_bytes())
+    picture_part["image_url"]["url"] = file_uri(outside)
+    run.rollouts.write_text(json.dumps(record) + "\n")
+    assert "not an image under an allowed root" in CliRunner().invoke(cli, arguments).output

@@ -1,7 +1,7 @@
 """Config of the environment side: sessions, gateway, environments, and the orchestrator over them."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -63,6 +63,10 @@ class ClientConfig(Config):
 
     api_key_var: str | None = None
     """Name of the environment variable that holds the API key; the launcher sets it as the server's."""
+
+    wire: Literal["mmraw", "content_parts"] = "mmraw"
+    """How images are named to the server. `content_parts` is for a vLLM without Pointillist's plugin, which reads the
+    files itself (`--allowed-local-media-path`): the lesser mode, in which pixels are the engine's own."""
 
     timeout: float = Field(600.0, gt=0)
     """Seconds that one request may take."""

@@ -71,10 +71,8 @@ class HuntEnvironment:
         view = {"type": "image", "image": self._view(picture, at)}
         turn = await session.generate([{"role": "user", "content": [view, {"type": "text", "text": QUESTION}]}])
         moves = 0
-        while calls := turn.message.get("tool_calls"):
+        while (calls := turn.message.get("tool_calls")) and moves < self._max_moves:
             moves += len(calls)
-            if moves > self._max_moves:
-                return 0.0
             results = []
             for call in calls:
                 at = self._moved(picture, at, call)

@@ -7,6 +7,7 @@ Two streams are kept apart. The **logical** stream has one placeholder an image;
 template counts placeholders. The **effective** stream is what the model reads; it is always expanded as a whole.
 """
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,6 @@ from pointillist.errors import ConfigError, RenderError
 from pointillist.families.base import Family, describe_image
 from pointillist.images.store import StoredImage
 from pointillist.refs.descriptor import RawImageDescriptor
-from pointillist.refs.mm_refs import mm_token_type_ids
 from pointillist.refs.wire import ImageRef, encode_ref
 from pointillist.render.tokenizer import FolderTokenizer
 
@@ -42,22 +42,44 @@ class PromptImage:
 
 
 @dataclass(frozen=True, slots=True)
+class Attribution:
+    """Where logical tokens come from, as `renderers` says; see the properties of `RenderedPrompt`."""
+
+    message_indices: list[int]
+    sampled_mask: list[bool]
+    is_content: list[bool]
+
+
+@dataclass(frozen=True, slots=True)
 class RenderedPrompt:
-    """A conversation as tokens. Lists without another word run along `token_ids`."""
+    """A conversation as tokens.
+
+    Properties run along `token_ids`; they are made when they are asked for: an image may be thousands of tokens.
+    """
 
     logical_ids: list[int]
     """One placeholder an image; bridge from these."""
     token_ids: list[int]
     """What the model reads."""
-    message_indices: list[int]
-    """Index of the message that each token came from, -1 for the template's own."""
-    sampled_mask: list[bool]
-    """Tokens that a model samples when it writes the conversation's assistant messages."""
-    is_content: list[bool]
-    """Tokens of message bodies, not of the template around them."""
-    mm_token_type_ids: list[int]
-    """0 text, 1 image."""
     images: list[PromptImage]
+    source: "array[int]"
+    """Per token of `token_ids`: the index of the logical token it came from."""
+    attribution: Attribution
+
+    @property
+    def message_indices(self) -> list[int]:
+        """Index of the message that each token came from, -1 for the template's own."""
+        return [self.attribution.message_indices[index] for index in self.source]
+
+    @property
+    def sampled_mask(self) -> list[bool]:
+        """Tokens that a model samples when it writes the conversation's assistant messages."""
+        return [self.attribution.sampled_mask[index] for index in self.source]
+
+    @property
+    def is_content(self) -> list[bool]:
+        """Tokens of message bodies, not of the template around them."""
+        return [self.attribution.is_content[index] for index in self.source]
 
     def features(self) -> dict[str, Any] | None:
         """The `features` of a generate request, or None for a prompt without images."""
@@ -173,10 +195,8 @@ class RawRenderer:
         return RenderedPrompt(
             logical_ids=list(rendered.token_ids),
             token_ids=expansion.token_ids,
-            message_indices=[rendered.message_indices[index] for index in expansion.source],
-            sampled_mask=[rendered.sampled_mask[index] for index in expansion.source],
-            is_content=[content[index] for index in expansion.source],
-            mm_token_type_ids=mm_token_type_ids(expansion.token_ids, self.family.image_token_id),
+            source=array("I", expansion.source),
+            attribution=Attribution(list(rendered.message_indices), list(rendered.sampled_mask), list(content)),
             images=[
                 PromptImage(image.sha256, describe_image(self.family, image.uri, layout), offset, length)
                 for image, layout, (offset, length) in zip(images, layouts, expansion.spans, strict=True)

@@ -12,12 +12,16 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import httpx
 import tenacity
 
 from pointillist.errors import ConfigError, InferenceError
+from pointillist.render.raw import RenderedPrompt
+
+Wire = Literal["mmraw", "content_parts"]
+"""How images are named to the server: by references that say everything, or by URLs whose layout it computes."""
 
 _GATHER_SECONDS: Final = 0.001
 _READY_POLL_SECONDS: Final = 0.1
@@ -40,6 +44,7 @@ class Completion:
 class _Waiting:
     """Requests for one prompt that are about to be sent."""
 
+    prompt: RenderedPrompt
     body: dict[str, Any]
     requests: list[tuple[int, asyncio.Future[Completion]]] = field(default_factory=list)
 
@@ -47,13 +52,17 @@ class _Waiting:
 class InferenceClient:
     """Asynchronous client; one an event loop, closed with `aclose`."""
 
-    def __init__(self, base_url: str, *, api_key_var: str | None = None, timeout: float = 600.0) -> None:
+    def __init__(
+        self, base_url: str, *, api_key_var: str | None = None, timeout: float = 600.0, wire: Wire = "mmraw"
+    ) -> None:
         """Opens the connection pool.
 
         Args:
             base_url: Address of the server.
             api_key_var: Name of the environment variable that holds the API key.
             timeout: Seconds that one request may take.
+            wire: How images are named. `content_parts` is for a vLLM without Pointillist's plugin: pixels are then the
+                engine's own, and what it says of tokens and placeholders must be what was rendered here.
 
         Raises:
             ConfigError: The variable is not set.
@@ -65,6 +74,7 @@ class InferenceClient:
             timeout=httpx.Timeout(timeout, connect=10.0),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
         )
+        self._wire = wire
         self._waiting: dict[str, _Waiting] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -86,32 +96,32 @@ class InferenceClient:
                 )
             await asyncio.sleep(_READY_POLL_SECONDS)
 
-    async def generate(
-        self,
-        token_ids: list[int],
-        features: Mapping[str, Any] | None,
-        sampling_params: Mapping[str, Any],
-        seed: int,
-    ) -> Completion:
+    async def generate(self, prompt: RenderedPrompt, sampling_params: Mapping[str, Any], seed: int) -> Completion:
         """Samples one completion.
 
         Args:
-            token_ids: The effective prompt.
-            features: References of its images, None for a prompt without any.
+            prompt: What is read.
             sampling_params: As vLLM names them, without `n` and `seed`.
             seed: Of this completion.
 
         Raises:
-            InferenceError: The server refused or failed the request, or can not be reached.
+            InferenceError: The server refused or failed the request, can not be reached, or reads other tokens than
+                were rendered.
         """
-        body = {"token_ids": token_ids, "features": features, "sampling_params": dict(sampling_params)}
+        body = {**self._prompt_fields(prompt), "sampling_params": dict(sampling_params)}
         key = json.dumps(body, sort_keys=True)
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         if key not in self._waiting:
-            self._waiting[key] = _Waiting(body)
+            self._waiting[key] = _Waiting(prompt, body)
             self._start(self._send_gathered(key))
         self._waiting[key].requests.append((seed, future))
         return await future
+
+    def _prompt_fields(self, prompt: RenderedPrompt) -> dict[str, Any]:
+        if self._wire == "mmraw":
+            return {"token_ids": prompt.token_ids, "features": prompt.features()}
+        parts = [{"type": "image_url", "url": image.descriptor.raw_image_uri} for image in prompt.images]
+        return {"token_ids": prompt.logical_ids, "content_parts": parts or None, "return_token_ids": True}
 
     async def update_weights(self, weight_dir: str, version: int) -> None:
         """Tells the server to load a weight version from a folder.
@@ -139,12 +149,13 @@ class InferenceClient:
         run: list[tuple[int, asyncio.Future[Completion]]] = []
         for request in waiting.requests:
             if run and request[0] != run[-1][0] + 1:
-                self._start(self._send(waiting.body, run))
+                self._start(self._send(waiting, run))
                 run = []
             run.append(request)
-        await self._send(waiting.body, run)
+        await self._send(waiting, run)
 
-    async def _send(self, body: dict[str, Any], run: list[tuple[int, asyncio.Future[Completion]]]) -> None:
+    async def _send(self, waiting: _Waiting, run: list[tuple[int, asyncio.Future[Completion]]]) -> None:
+        body = waiting.body
         sampling = {**body["sampling_params"], "seed": run[0][0], "n": len(run)}
         request = asyncio.ensure_future(self._post("/inference/v1/generate", {**body, "sampling_params": sampling}))
 
@@ -156,6 +167,8 @@ class InferenceClient:
             future.add_done_callback(nobody_waits)
         try:
             answer = await request
+            if self._wire == "content_parts":
+                _check_layout(answer, waiting.prompt)
             completions = [_completion(choice) for choice in sorted(answer["choices"], key=lambda c: c["index"])]
             if len(completions) != len(run):
                 raise InferenceError(f"asked for {len(run)} completions, got {len(completions)}")
@@ -216,10 +229,26 @@ def _refusal(path: str, response: httpx.Response) -> str:
         return f"{path} answered {response.status_code}: {response.text[:200]}"
 
 
+def _check_layout(answer: Mapping[str, Any], prompt: RenderedPrompt) -> None:
+    """The engine expanded the prompt itself: it must have read what was rendered here."""
+    ids, spans = answer.get("prompt_token_ids"), (answer.get("mm_placeholders") or {}).get("image", [])
+    if ids is None:
+        raise InferenceError("answer has no prompt_token_ids: what the engine read can not be checked")
+    if ids != prompt.token_ids:
+        first = next((i for i, (a, b) in enumerate(zip(ids, prompt.token_ids, strict=False)) if a != b), len(ids))
+        raise InferenceError(
+            f"the engine read {len(ids)} tokens, {len(prompt.token_ids)} were rendered; they differ from token {first} "
+            "on: its layout of the images is another one"
+        )
+    if [(span["offset"], span["length"]) for span in spans] != [(i.offset, i.length) for i in prompt.images]:
+        raise InferenceError(f"the engine's image placeholders are {spans}, rendered were others")
+
+
 def _completion(choice: Mapping[str, Any]) -> Completion:
     token_ids: list[int] = choice["token_ids"]
     logprobs = [float(entry["logprob"]) for entry in choice["logprobs"]["content"]]
-    versions = [int(span["version"]) for span in choice["weight_versions"] for _ in range(span["start"], span["end"])]
+    spans = choice.get("weight_versions") or [{"version": 0, "start": 0, "end": len(token_ids)}]
+    versions = [int(span["version"]) for span in spans for _ in range(span["start"], span["end"])]
     if not len(token_ids) == len(logprobs) == len(versions):
         raise InferenceError(
             f"answer has {len(token_ids)} tokens, {len(logprobs)} logprobs and versions of {len(versions)} tokens"

@@ -48,7 +48,10 @@ class Policy:
             fetch=RemoteImages(store.limits.max_bytes).fetch if config.multimodal.allow_remote else None,
         )
         client = InferenceClient(
-            config.client.base_url, api_key_var=config.client.api_key_var, timeout=config.client.timeout
+            config.client.base_url,
+            api_key_var=config.client.api_key_var,
+            timeout=config.client.timeout,
+            wire=config.client.wire,
         )
         return cls(config.model.name, renderer, sources, client, config.seq_len)
 

@@ -262,11 +262,11 @@ class Session:
         room = self._seq_len - len(prompt.token_ids)
         if room < 1:
             raise ContextLengthError(f"conversation has {len(prompt.token_ids)} tokens, seq_len is {self._seq_len}")
-        features, parameters = prompt.features(), self._sampling_params(sampling, room)
+        parameters = self._sampling_params(sampling, room)
         seed = self._seed + _SEEDS_PER_TURN * self._requests
         self._requests += 1
         completions = await asyncio.gather(
-            *(self._client.generate(prompt.token_ids, features, parameters, seed + index) for index in range(n))
+            *(self._client.generate(prompt, parameters, seed + index) for index in range(n))
         )
         turns = []
         for sampled in completions:

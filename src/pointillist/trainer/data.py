@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pointillist.errors import MissingImageError, RefError
 from pointillist.families import RawImageMaterializer
+from pointillist.families.image_cache import LoadedImage
 from pointillist.models import LoadedModel, as_tensors, sample_positions
 from pointillist.refs import MMImageRef
 from pointillist.transport import MicroBatch
@@ -40,7 +41,8 @@ class RowTensors:
     per sample comes before them. Others: `(rows, columns)`, restarting per sample. The restarts keep samples apart."""
     images: dict[str, torch.Tensor]
     """Image arguments of the model's `forward`, of the distinct images; empty without any. `pixel_values` are uint8
-    patches `(patches, 3, ...)`; the policy normalises them on the device."""
+    patches `(patches, 3, ...)`; the policy normalises them on the device. Images without an `image_index` are there
+    for the vision tower to be run at all."""
     image_index: list[int]
     """Per image span of the row, in order: index of its distinct image."""
     predict_from: torch.Tensor
@@ -110,12 +112,24 @@ class RowLoader:
         loaded: LoadedModel,
         materializer: RawImageMaterializer,
         missing_image_policy: Literal["placeholder_zero_loss", "error"] = "placeholder_zero_loss",
+        *,
+        always_images: bool = False,
     ) -> None:
+        """Prepares.
+
+        Args:
+            loaded: The model.
+            materializer: Of its family.
+            missing_image_policy: What a missing image means.
+            always_images: Whether a row without images gets one that nothing depends on: ranks that share the model
+                wait for each other in the vision tower, so all of them must go through it.
+        """
         self.packed = True
         """Whether samples share a row; False pads them, for models that can not keep packed samples apart."""
         self._loaded = loaded
         self._materializer = materializer
         self._missing_image_policy = missing_image_policy
+        self._always_images = always_images
         self._counts = ImageCounts()
         self._faults: list[ImageFault] = []
 
@@ -132,7 +146,7 @@ class RowLoader:
             MissingImageError: A file is not there and the policy is `error`.
         """
         if micro_batch.mm_refs is None:
-            return assemble_row(self._loaded, micro_batch, {}, [], packed=self.packed)
+            return assemble_row(self._loaded, micro_batch, self._idle_image(), [], packed=self.packed)
         started = time.perf_counter()
         spans = micro_batch.mm_refs.images
         decoded_before = self._materializer.cache.counts.misses
@@ -152,6 +166,12 @@ class RowLoader:
             micro_batch = self._without_loss(micro_batch, spans, batch.errors)
         self._counts.materialize_seconds += time.perf_counter() - started
         return assemble_row(self._loaded, micro_batch, as_tensors(arrays), batch.index, packed=self.packed)
+
+    def _idle_image(self) -> dict[str, torch.Tensor]:
+        if not self._always_images:
+            return {}
+        layout = self._loaded.family.placeholder_layout(1)
+        return as_tensors(self._materializer.tensors([LoadedImage(None, layout)], "uint8"))
 
     def _without_loss(
         self, micro_batch: MicroBatch, images: list[MMImageRef], errors: Mapping[int, RefError | MissingImageError]

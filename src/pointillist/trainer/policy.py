@@ -35,7 +35,8 @@ class Policy(nn.Module):
         build a block-diagonal causal mask. With a cache, or with a mask of ones, samples would see each other.
         """
         kwargs: dict[str, Any] = {}
-        if row.images:
+        nothing = self._run_vision_for_nothing(row) if row.images and not row.image_index else None
+        if row.image_index:
             kwargs["mm_encoder_outputs"] = {"image": self._encode_images(row)}
             if self.forward_policy.requires_mm_token_type_ids:
                 kwargs[self.forward_policy.token_types_argument] = row.mm_token_type_ids
@@ -49,15 +50,25 @@ class Policy(nn.Module):
         logits = self.model.get_output_embeddings()(hidden[row.predict_from]) / row.temperatures[:, None]
         # The lowest finite number, not minus infinity: 0 * -inf would make the entropy NaN.
         logprobs = logits.index_fill(1, self.unsampleable, torch.finfo(torch.float32).min).log_softmax(-1)
+        chosen = logprobs.gather(1, row.targets[:, None])[:, 0]
         return TokenStats(
-            logprobs=logprobs.gather(1, row.targets[:, None])[:, 0],
+            logprobs=chosen if nothing is None else chosen + nothing,
             entropy=-(logprobs.exp() * logprobs).sum(-1),
         )
 
+    def _features(self, row: RowTensors) -> Any:
+        images = {**row.images, "pixel_values": self.normalize(row.images["pixel_values"])}
+        return self.model.model.get_image_features(**images, return_dict=True)
+
+    def _run_vision_for_nothing(self, row: RowTensors) -> torch.Tensor:
+        """A zero that depends on all of the vision tower, so that its collectives run forwards and backwards."""
+        features = self._features(row)
+        layers = [features.pooler_output, *(getattr(features, "deepstack_features", None) or [])]
+        return torch.stack([image.float().sum() for layer in layers for image in layer]).sum() * 0.0
+
     def _encode_images(self, row: RowTensors) -> Any:
         """Features of the row's spans; each distinct image goes through the vision tower once."""
-        images = {**row.images, "pixel_values": self.normalize(row.images["pixel_values"])}
-        features = self.model.model.get_image_features(**images, return_dict=True)
+        features = self._features(row)
         distinct = features.pooler_output  # a tensor where all images have equally many tokens, else one each
         by_span = [distinct[index] for index in row.image_index]
         features.pooler_output = torch.stack(by_span) if isinstance(distinct, torch.Tensor) else by_span

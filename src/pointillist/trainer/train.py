@@ -85,6 +85,7 @@ class Trainer:
             loaded,
             RawImageMaterializer.for_run(loaded.family, config.multimodal, config.output_dir),
             config.multimodal.missing_image_policy,
+            always_images=self.ranks.world_size > 1,
         )
         self.receiver = FilesystemReceiver(self.paths, self.ranks.rank)
         self.phases: dict[str, float] = {}

@@ -1,19 +1,38 @@
-"""Every image reference that a run holds: in its rollouts, and in batches that are not trained yet."""
+"""Every image reference that a run holds, in its rollouts and in batches that are not trained yet, and its store."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pointillist.config import OrchestratorConfig, load_toml, own_image_dir, resolve_image_dir
 from pointillist.config.run_paths import RunPaths, steps_in
-from pointillist.errors import PointillistError, RefError
+from pointillist.errors import ConfigError, PointillistError, RefError
 from pointillist.images.store import STORED_NAME, local_path
 from pointillist.refs.descriptor import parse_descriptor
 from pointillist.refs.wire import ImageRef
 from pointillist.transport.types import decode_rank_batch
 
 ROLLOUTS_FILE = "rollouts.jsonl"
+
+
+def image_dir_of(paths: RunPaths) -> Path:
+    """The image store of a run: below its folder, or where its config says.
+
+    Raises:
+        ConfigError: It is in neither place.
+    """
+    own = own_image_dir(paths.output_dir)
+    if own.is_dir():
+        return own
+    config = paths.configs / "orchestrator.toml"
+    if config.is_file():
+        configured = resolve_image_dir(load_toml(OrchestratorConfig, config).multimodal, paths.output_dir, os.environ)
+        if configured.is_dir():
+            return configured.resolve()
+    raise ConfigError(f"{paths.output_dir} has no image store at {own} nor where its config says")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,12 @@ import click
 from rich.console import Console
 from rich.progress import track
 
-from pointillist.config import OrchestratorConfig, RunPaths, load_toml, own_image_dir, resolve_image_dir
-from pointillist.errors import ConfigError, PointillistError
+from pointillist.config import OrchestratorConfig, RunPaths, load_toml
+from pointillist.errors import PointillistError
 from pointillist.families import Family, RawImageMaterializer, load_family
 from pointillist.images import ImageLimits
 from pointillist.images.inventory import StoreEntry, collect_garbage, list_store, verify_store
-from pointillist.view.references import HeldReference, run_hashes, run_references
+from pointillist.view.references import HeldReference, image_dir_of, run_hashes, run_references
 from pointillist.view.run_archive import ArchiveCounts, export_run, import_run
 
 console = Console()
@@ -88,23 +88,6 @@ def export_command(run: Path, archive: Path) -> None:
 def import_command(archive: Path, run: Path) -> None:
     """Restore an archive into a new run folder, with its references rewritten."""
     _tell("restored", import_run(archive, run.resolve(), ImageLimits()), run)
-
-
-def image_dir_of(paths: RunPaths) -> Path:
-    """The image store of a run: below its folder, or where its config says.
-
-    Raises:
-        ConfigError: It is in neither place.
-    """
-    own = own_image_dir(paths.output_dir)
-    if own.is_dir():
-        return own
-    config = paths.configs / "orchestrator.toml"
-    if config.is_file():
-        configured = resolve_image_dir(load_toml(OrchestratorConfig, config).multimodal, paths.output_dir, os.environ)
-        if configured.is_dir():
-            return configured.resolve()
-    raise ConfigError(f"{paths.output_dir} has no image store at {own} nor where its config says")
 
 
 def _verify_files(root: Path) -> list[str]:

@@ -1,0 +1,77 @@
+"""One rollout as a page: the conversation with its pictures in their places."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pointillist.config import RunPaths
+from pointillist.errors import PointillistError
+from pointillist.images import ImageLimits
+from pointillist.images.store import read_verified, stored_name
+from pointillist.view.references import ROLLOUTS_FILE, image_dir_of, read_records
+
+_FENCE = "```"
+
+
+def write_transcript(run: Path, rollout_id: str, page: Path) -> int:
+    """Writes a rollout as Markdown, its pictures beside the page.
+
+    Args:
+        run: The run's folder.
+        rollout_id: `<step>.<group>.<member>`, as in `rollouts.jsonl`.
+        page: File to write; pictures go to a folder of its name without the suffix.
+
+    Returns:
+        How many pictures were written.
+
+    Raises:
+        PointillistError: No such rollout, or one of its pictures is not there or not what its name says.
+    """
+    record = _record(run, rollout_id)
+    root = image_dir_of(RunPaths(run.resolve()))
+    pictures = page.with_suffix("")
+    pictures.mkdir(parents=True, exist_ok=True)
+    lines = [f"Rollout `{record['id']}` of task `{record['task']}`: reward {record['reward']:g}", ""]
+    count = 0
+    for number, branch in enumerate(record["branches"]):
+        if len(record["branches"]) > 1:
+            lines += [f"## Branch {number}", ""]
+        for message in branch["messages"]:
+            lines.append(f"**{message['role']}**")
+            for part in _parts(message):
+                if part["type"] == "text":
+                    lines += ["", _FENCE, part["text"], _FENCE]
+                    continue
+                name = _copy(part["image_url"]["url"], root, pictures, count)
+                lines += ["", f"![picture {count}]({pictures.name}/{name})"]
+                count += 1
+            lines.append("")
+    page.write_text("\n".join(lines), encoding="utf-8")
+    return count
+
+
+def _record(run: Path, rollout_id: str) -> dict[str, Any]:
+    step = rollout_id.partition(".")[0]
+    path = RunPaths(run).rollouts / f"step_{step}" / ROLLOUTS_FILE
+    if step.isdecimal() and path.is_file():
+        for _, record in read_records(path):
+            if record.get("id") == rollout_id:
+                return record
+    raise PointillistError(f"run {run} has no rollout {rollout_id!r}, expected <step>.<group>.<member>")
+
+
+def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+    content = message["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+    for call in message.get("tool_calls", []):
+        arguments = json.dumps(json.loads(call["function"]["arguments"]))
+        parts.append({"type": "text", "text": f"{call['function']['name']}({arguments})"})
+    return [part for part in parts if part.get("text") != ""]
+
+
+def _copy(uri: str, root: Path, folder: Path, number: int) -> str:
+    """Copies a picture of the run's store; a record can name no other file."""
+    _, stored, sha256 = stored_name(uri, [root])
+    target = folder / f"{number}{Path(stored).suffix}"
+    target.write_bytes(read_verified(uri, sha256, [root], ImageLimits()))
+    return target.name

@@ -1,0 +1,73 @@
+"""Two ranks of the real trainer under torchrun (gloo, FSDP2) against one: the same batches, the same weights."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pointillist.config import RunPaths, TrainerConfig, write_toml
+from pointillist.config.run_paths import read_jsonl
+from pointillist.config.shared import ModelConfig
+from pointillist.families import Family
+from pointillist.images import ImageLimits, ImageStore
+from pointillist.orchestrator.packing import pack
+from pointillist.transport import FilesystemSender, RankBatch, TrainingSample
+from tests.unit.test_trainer import _sample
+
+pytestmark = pytest.mark.integration
+
+STEPS = 5
+
+
+def _train(
+    model_dir: Path, run: Path, images: Path, batches: list[list[list[TrainingSample]]], workers: int, *extra: str
+) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """Trains on one row a sample; `batches` are the samples by step and rank."""
+    paths = RunPaths(run)
+    for step, ranks in enumerate(batches, start=1):
+        rows = [[row for s in rank for row in pack([s], seq_len=256, num_workers=1)[0]] for rank in ranks]
+        tokens = sum(sum(row.loss_mask) for rank in rows for row in rank)
+        FilesystemSender(paths).send(
+            [RankBatch(step=step, micro_batches=rank, num_tokens=tokens, orchestrator_state=b"{}") for rank in rows]
+        )
+    config = TrainerConfig(
+        model=ModelConfig(name=str(model_dir)), output_dir=run, seq_len=256, max_steps=STEPS, num_workers=workers
+    )
+    config.multimodal.offload_dir = str(images)
+    config.optim.lr = 1e-3
+    write_toml(config, run / "trainer.toml")
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"] if workers > 1 else []
+    command = [sys.executable, *launcher, "-m", "pointillist", "trainer", "@", str(run / "trainer.toml"), *extra]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return read_jsonl(paths.metrics / "trainer.jsonl"), load_file(paths.model / "model.safetensors")
+
+
+def _close(one: tuple, two: tuple) -> None:
+    for alone, shared in zip(one[0], two[0], strict=True):
+        assert shared["loss"] == pytest.approx(alone["loss"], abs=1e-5)
+    for name, weight in one[1].items():
+        assert torch.allclose(two[1][name], weight, atol=1e-4), name
+
+
+@pytest.mark.parametrize("text_only", [False, True])
+def test_two_ranks_are_one(family: Family, model_dir: Path, tmp_path: Path, text_only: bool) -> None:
+    """With `text_only` one rank has no image all the time, the other one in every row: no collective waits."""
+    images = tmp_path / "images"
+    store = ImageStore(images, ImageLimits())
+    batches = []
+    for step in range(STEPS):
+        first = [_sample(family, store, [] if text_only else [(64, 64)], seed=100 * step + n) for n in range(2)]
+        second = [_sample(family, store, [(64, 96)], seed=100 * step + 10 + n) for n in range(2)]
+        batches.append([first, second])
+    together = [[[*first, *second]] for first, second in batches]
+    one = _train(model_dir, tmp_path / "one", images, together, 1)
+    two = _train(model_dir, tmp_path / "two", images, batches, 2)
+    _close(one, two)
