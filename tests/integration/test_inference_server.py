@@ -18,7 +18,6 @@ from pointillist.images.store import local_path
 from pointillist.models import load_model, write_weights
 from pointillist.render import RenderedPrompt
 from pointillist.rollouts import InferenceClient, Sampling, Session
-from pointillist.rollouts.client import Wire
 from tests.conftest import picture
 from tests.integration.conftest import BACKEND, RunningServer
 from tests.integration.reference import Reference
@@ -375,10 +374,9 @@ def test_stop_tokens_and_top_logprobs(server: RunningServer) -> None:
     assert [entry["logprob"] for entry in top] == sorted((entry["logprob"] for entry in top), reverse=True)
 
 
-@pytest.mark.parametrize("wire", ["mmraw", "content_parts"])
-async def test_sessions_record_what_was_read_and_sampled(server: RunningServer, model_dir: Path, wire: Wire) -> None:
+async def test_sessions_record_what_was_read_and_sampled(server: RunningServer, model_dir: Path) -> None:
     """A conversation of three turns with a picture each; a tool result among them."""
-    client = InferenceClient(server.url, wire=wire)
+    client = InferenceClient(server.url)
     session = Session(server.renderer, server.sources, client, Sampling(max_tokens=12), seq_len=512, seed=3)
     for turn, role in enumerate(("user", "tool", "user")):
         await session.generate(

@@ -23,6 +23,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from pointillist.config import MultimodalConfig, PolicyConfig
+from pointillist.config.orchestrator import ClientConfig
+from pointillist.config.shared import ModelConfig
 from pointillist.errors import InferenceError
 from pointillist.families import RawImageMaterializer, load_family
 from pointillist.images import ImageLimits, ImageStore, Sources
@@ -31,7 +34,8 @@ from pointillist.inference.protocol import PlaceholderRange
 from pointillist.inference.vllm.versions import check_vllm
 from pointillist.models import write_weights
 from pointillist.render import FolderTokenizer, RawRenderer
-from pointillist.rollouts import InferenceClient, Sampling, Session
+from pointillist.rollouts import Sampling, Session
+from pointillist.rollouts.policy import Policy
 from tests.conftest import encoded, picture, stored_ref
 from tests.integration.conftest import RunningServer, free_port, wait_for
 from tests.integration.reference import Reference
@@ -317,15 +321,21 @@ async def test_sessions_talk_to_a_vllm_without_the_plugin(
     """Its tokens and placeholders are ours, resized pictures included; a layout that differs is refused."""
     url, folder = stock
     store = ImageStore(folder / "images", ImageLimits())
-    client = InferenceClient(url, wire="content_parts")
-    session = Session(server.renderer, Sources(store), client, Sampling(max_tokens=6), seq_len=512, seed=1)
+    config = PolicyConfig(
+        model=ModelConfig(name=str(model_dir)), output_dir=folder, seq_len=512,
+        multimodal=MultimodalConfig(offload_dir=str(store.root)),
+        client=ClientConfig(base_url=url, wire="content_parts"),
+    )  # fmt: skip
+    policy = Policy.from_config(config)
+    client = policy.client
+    session = policy.open(Sampling(max_tokens=6), seed=1)
     for seed, size in enumerate([(64, 64), (100, 70), (33, 150)]):
         parts = [{"type": "image", "image": picture(*size, seed)}, {"type": "text", "text": "?"}]
         await session.generate([{"role": "user", "content": parts}])
     (branch,) = session.branches
     assert len(branch.images) == 3
     # The record is true: the same tokens have these logprobs (64x64 needs no resizing, so its pixels are equal too).
-    first = Session(server.renderer, Sources(store), client, Sampling(max_tokens=6), seq_len=512, seed=1)
+    first = policy.open(Sampling(max_tokens=6), seed=1)
     await first.generate([{"role": "user", "content": [{"type": "image", "image": picture(64, 64, 0)}]}])
     (alone,) = first.branches
     begin = alone.sampled.index(True)

@@ -64,6 +64,12 @@ class ModelFiles:
             raise ConfigError(f"{self.folder / 'config.json'} has no model_type")
         return value
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the output layer, the padding that no token stands for included; 0 if the config does not say."""
+        text = self.config.get("text_config")
+        return int((text if isinstance(text, dict) else self.config).get("vocab_size") or 0)
+
     @cached_property
     def image_processor(self) -> dict[str, Any]:
         """The image processor's settings, wherever this folder keeps them.

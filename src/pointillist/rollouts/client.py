@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -24,6 +24,8 @@ Wire = Literal["mmraw", "content_parts"]
 """How images are named to the server: by references that say everything, or by URLs whose layout it computes."""
 
 _GATHER_SECONDS: Final = 0.001
+_NEVER: Final = -100.0
+"""The lowest bias on a logit that vLLM takes: a probability of e^-100."""
 _READY_POLL_SECONDS: Final = 0.1
 
 
@@ -53,7 +55,13 @@ class InferenceClient:
     """Asynchronous client; one an event loop, closed with `aclose`."""
 
     def __init__(
-        self, base_url: str, *, api_key_var: str | None = None, timeout: float = 600.0, wire: Wire = "mmraw"
+        self,
+        base_url: str,
+        *,
+        api_key_var: str | None = None,
+        timeout: float = 600.0,
+        wire: Wire = "mmraw",
+        unsampleable: Sequence[int] = (),
     ) -> None:
         """Opens the connection pool.
 
@@ -63,6 +71,7 @@ class InferenceClient:
             timeout: Seconds that one request may take.
             wire: How images are named. `content_parts` is for a vLLM without Pointillist's plugin: pixels are then the
                 engine's own, and what it says of tokens and placeholders must be what was rendered here.
+            unsampleable: Tokens that such an engine is told not to sample; servers with the plugin know them.
 
         Raises:
             ConfigError: The variable is not set.
@@ -75,6 +84,7 @@ class InferenceClient:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
         )
         self._wire = wire
+        self._bias = {str(token): _NEVER for token in unsampleable}
         self._waiting: dict[str, _Waiting] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -108,7 +118,8 @@ class InferenceClient:
             InferenceError: The server refused or failed the request, can not be reached, or reads other tokens than
                 were rendered.
         """
-        body = {**self._prompt_fields(prompt), "sampling_params": dict(sampling_params)}
+        params = dict(sampling_params) if self._wire == "mmraw" else {**sampling_params, "logit_bias": self._bias}
+        body = {**self._prompt_fields(prompt), "sampling_params": params}
         key = json.dumps(body, sort_keys=True)
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         if key not in self._waiting:
@@ -247,10 +258,15 @@ def _check_layout(answer: Mapping[str, Any], prompt: RenderedPrompt) -> None:
 def _completion(choice: Mapping[str, Any]) -> Completion:
     token_ids: list[int] = choice["token_ids"]
     logprobs = [float(entry["logprob"]) for entry in choice["logprobs"]["content"]]
-    spans = choice.get("weight_versions") or [{"version": 0, "start": 0, "end": len(token_ids)}]
-    versions = [int(span["version"]) for span in spans for _ in range(span["start"], span["end"])]
+    spans = choice.get("weight_versions") or [{"version": "default", "start": 0, "end": len(token_ids)}]
+    versions = [_version(span["version"]) for span in spans for _ in range(span["start"], span["end"])]
     if not len(token_ids) == len(logprobs) == len(versions):
         raise InferenceError(
             f"answer has {len(token_ids)} tokens, {len(logprobs)} logprobs and versions of {len(versions)} tokens"
         )
     return Completion(token_ids, logprobs, versions, choice["finish_reason"])
+
+
+def _version(name: str) -> int:
+    """A vLLM without the plugin calls the weights that it began with `default`."""
+    return 0 if name == "default" else int(name)

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pointillist.config import PolicyConfig, SamplingConfig, writer_image_dir
-from pointillist.families import load_family, resolve_model_dir, write_layout_record
+from pointillist.families import ModelFiles, load_family, resolve_model_dir, write_layout_record
 from pointillist.images import ImageStore, Sources
 from pointillist.images.blank import blank_image
 from pointillist.images.remote import RemoteImages
-from pointillist.render import FolderTokenizer, RawRenderer
+from pointillist.render import FolderTokenizer, RawRenderer, unsampleable_token_ids
 from pointillist.rollouts.client import InferenceClient
 from pointillist.rollouts.session import Sampling, Session
 
@@ -36,7 +36,9 @@ class Policy:
             ConfigError: The model folder is unusable, or the API key is not set.
         """
         family = load_family(config.model.name)
-        renderer = RawRenderer(family, FolderTokenizer(resolve_model_dir(config.model.name)))
+        folder = resolve_model_dir(config.model.name)
+        tokenizer = FolderTokenizer(folder)
+        renderer = RawRenderer(family, tokenizer)
         store = ImageStore(
             writer_image_dir(config.multimodal, Path(config.output_dir).resolve(), os.environ),
             config.multimodal.limits.image_limits(),
@@ -52,6 +54,7 @@ class Policy:
             api_key_var=config.client.api_key_var,
             timeout=config.client.timeout,
             wire=config.client.wire,
+            unsampleable=unsampleable_token_ids(family, tokenizer, ModelFiles(folder).vocab_size),
         )
         return cls(config.model.name, renderer, sources, client, config.seq_len)
 

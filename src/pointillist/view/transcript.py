@@ -31,7 +31,7 @@ def write_transcript(run: Path, rollout_id: str, page: Path) -> int:
     root = image_dir_of(RunPaths(run.resolve()))
     pictures = page.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
-    lines = [f"Rollout `{record['id']}` of task `{record['task']}`: reward {record['reward']:g}", ""]
+    lines = [f"# Rollout `{record['id']}`", "", f"Task `{record['task']}`, reward {record['reward']:g}.", ""]
     count = 0
     for number, branch in enumerate(record["branches"]):
         if len(record["branches"]) > 1:
