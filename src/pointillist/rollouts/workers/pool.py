@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-import msgspec
 import zmq
 import zmq.asyncio
 
 from pointillist.config import EnvWorkerConfig, OrchestratorConfig, RunPaths, write_toml
-from pointillist.errors import EnvironmentLoadError
+from pointillist.errors import EnvironmentLoadError, TransportError
 from pointillist.rollouts.executor import RolloutFailure, RolloutRequest, RolloutResult, Split
 from pointillist.rollouts.workers.protocol import (
     TOKEN_VARIABLE,
@@ -177,7 +176,7 @@ class WorkerPool:
             identity, data = await self._wire.recv_multipart()
             try:
                 await self._heard(identity, decode_from_worker(data))
-            except msgspec.MsgspecError as error:
+            except TransportError as error:
                 logger.warning("message from somebody who is not a worker is ignored (%s)", error)
 
     async def _heard(self, identity: bytes, message: FromWorker) -> None:

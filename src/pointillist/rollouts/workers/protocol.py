@@ -1,13 +1,15 @@
-"""What orchestrator and environment workers say to each other: msgpack over ZMQ, typed, no pickle.
+"""What orchestrator and environment workers say to each other: compressed msgpack over ZMQ, typed, no pickle.
 
 A worker connects, says `Hello`, and then answers: `Pong` to `Ping`, `Done` to `Run`. Its answers come from the event
 loop that runs the rollouts, so an environment that blocks it is found out.
 """
 
+import zlib
 from typing import Final
 
 import msgspec
 
+from pointillist.errors import TransportError
 from pointillist.rollouts.executor import RolloutRequest, RolloutResult
 
 TOKEN_VARIABLE: Final = "POINTILLIST_WORKER_TOKEN"  # noqa: S105 - a name
@@ -45,6 +47,35 @@ class Run(msgspec.Struct, tag=True):
 
 FromWorker = Hello | Pong | Done
 ToWorker = Ping | Run
-encode = msgspec.msgpack.Encoder().encode
-decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode
-decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
+_encoder = msgspec.msgpack.Encoder()
+_from_worker: "msgspec.msgpack.Decoder[FromWorker]" = msgspec.msgpack.Decoder(FromWorker)
+_to_worker: "msgspec.msgpack.Decoder[ToWorker]" = msgspec.msgpack.Decoder(ToWorker)
+
+
+def encode(message: FromWorker | ToWorker) -> bytes:
+    """Bytes of a message; compressed, since an image's placeholders are the same token thousands of times."""
+    return zlib.compress(_encoder.encode(message), level=1)
+
+
+def decode_from_worker(data: bytes) -> FromWorker:
+    """What a worker said.
+
+    Raises:
+        TransportError: Not a worker's message.
+    """
+    try:
+        return _from_worker.decode(zlib.decompress(data))
+    except (zlib.error, msgspec.MsgspecError) as error:
+        raise TransportError(f"not a worker's message ({error})") from None
+
+
+def decode_to_worker(data: bytes) -> ToWorker:
+    """What the orchestrator said.
+
+    Raises:
+        TransportError: Not an orchestrator's message.
+    """
+    try:
+        return _to_worker.decode(zlib.decompress(data))
+    except (zlib.error, msgspec.MsgspecError) as error:
+        raise TransportError(f"not an orchestrator's message ({error})") from None
