@@ -26,7 +26,9 @@ class Script:
         self.completions: list[list[int]] = []
         self.features: list[Any] = []
 
-    async def generate(self, prompt: RenderedPrompt, sampling_params: Mapping[str, Any], seed: int) -> Completion:
+    async def generate(
+        self, prompt: RenderedPrompt, sampling_params: Mapping[str, Any], seed: int, **_: Any
+    ) -> Completion:
         tokens = self.answer(len(self.prompts))
         self.prompts.append(prompt.token_ids)
         self.completions.append(tokens)

@@ -21,7 +21,7 @@ class Silent:
     def __init__(self, stop: int) -> None:
         self.stop = stop
 
-    async def generate(self, *_: object) -> Completion:
+    async def generate(self, *_: object, **__: object) -> Completion:
         return Completion([self.stop], [-0.5], [3], "stop")
 
 

@@ -7,14 +7,15 @@ other and whose seeds follow one another are sent as one request with `n` comple
 
 import asyncio
 import contextlib
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any, Final, Literal
 
-import httpx
+import aiohttp
+import msgspec
 import tenacity
 
 from pointillist.errors import ConfigError, InferenceError
@@ -27,6 +28,8 @@ _GATHER_SECONDS: Final = 0.001
 _NEVER: Final = -100.0
 """The lowest bias on a logit that vLLM takes: a probability of e^-100."""
 _READY_POLL_SECONDS: Final = 0.1
+_KEEPALIVE_SECONDS: Final = 4.0
+"""Idle connections are closed by us before uvicorn closes them (5 s) under a request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +79,15 @@ class InferenceClient:
         Raises:
             ConfigError: The variable is not set.
         """
-        headers = {"Authorization": f"Bearer {api_key(api_key_var)}"} if api_key_var else {}
-        self._http = httpx.AsyncClient(
-            base_url=base_url,
-            headers=headers,
-            timeout=httpx.Timeout(timeout, connect=10.0),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
-        )
+        self._base_url = base_url
+        self._headers = {"Content-Type": "application/json"}
+        if api_key_var:
+            self._headers["Authorization"] = f"Bearer {api_key(api_key_var)}"
+        self._timeout = aiohttp.ClientTimeout(total=timeout, sock_connect=10.0)
+        self._session: aiohttp.ClientSession | None = None
         self._wire = wire
         self._bias = {str(token): _NEVER for token in unsampleable}
-        self._waiting: dict[str, _Waiting] = {}
+        self._waiting: dict[bytes, _Waiting] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def wait_until_ready(self, seconds: float) -> None:
@@ -96,23 +98,27 @@ class InferenceClient:
         """
         deadline = time.monotonic() + seconds
         while True:
-            with contextlib.suppress(httpx.HTTPError):
-                if (await self._http.get("/health", timeout=5.0)).status_code == httpx.codes.OK:
-                    return
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                async with self._http.get("/health", timeout=aiohttp.ClientTimeout(total=5.0)) as response:
+                    if response.status == HTTPStatus.OK:
+                        return
             if time.monotonic() > deadline:
                 raise InferenceError(
-                    f"inference server at {self._http.base_url} is not healthy after {seconds:.0f} s "
+                    f"inference server at {self._base_url} is not healthy after {seconds:.0f} s "
                     "(orchestrator.client.startup_timeout)"
                 )
             await asyncio.sleep(_READY_POLL_SECONDS)
 
-    async def generate(self, prompt: RenderedPrompt, sampling_params: Mapping[str, Any], seed: int) -> Completion:
+    async def generate(
+        self, prompt: RenderedPrompt, sampling_params: Mapping[str, Any], seed: int, *, wait: bool = True
+    ) -> Completion:
         """Samples one completion.
 
         Args:
             prompt: What is read.
             sampling_params: As vLLM names them, without `n` and `seed`.
             seed: Of this completion.
+            wait: Whether to wait a moment for others with the same prompt; those of the same moment are joined anyway.
 
         Raises:
             InferenceError: The server refused or failed the request, can not be reached, or reads other tokens than
@@ -120,11 +126,11 @@ class InferenceClient:
         """
         params = dict(sampling_params) if self._wire == "mmraw" else {**sampling_params, "logit_bias": self._bias}
         body = {**self._prompt_fields(prompt), "sampling_params": params}
-        key = json.dumps(body, sort_keys=True)
+        key = msgspec.json.encode(body)
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         if key not in self._waiting:
             self._waiting[key] = _Waiting(prompt, body)
-            self._start(self._send_gathered(key))
+            self._start(self._send_gathered(key, _GATHER_SECONDS if wait else 0))
         self._waiting[key].requests.append((seed, future))
         return await future
 
@@ -146,15 +152,26 @@ class InferenceClient:
         """Closes all connections."""
         for task in self._tasks:
             task.cancel()
-        await self._http.aclose()
+        if self._session is not None:
+            await self._session.close()
+
+    @property
+    def _http(self) -> aiohttp.ClientSession:
+        """Opened at the first request, since it belongs to the event loop that is then running."""
+        if self._session is None:
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_SECONDS)
+            self._session = aiohttp.ClientSession(
+                self._base_url, headers=self._headers, timeout=self._timeout, connector=connector
+            )
+        return self._session
 
     def _start(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _send_gathered(self, key: str) -> None:
-        await asyncio.sleep(_GATHER_SECONDS)
+    async def _send_gathered(self, key: bytes, seconds: float) -> None:
+        await asyncio.sleep(seconds)
         waiting = self._waiting.pop(key)
         waiting.requests.sort(key=lambda request: request[0])
         run: list[tuple[int, asyncio.Future[Completion]]] = []
@@ -200,24 +217,26 @@ class InferenceClient:
 
     async def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            response = await self._send_with_retries(path, body)
-        except httpx.HTTPError as error:
+            status, data = await self._send_with_retries(path, msgspec.json.encode(body))
+        except (aiohttp.ClientError, TimeoutError) as error:
             raise InferenceError(
-                f"inference server at {self._http.base_url} did not answer {path} ({type(error).__name__})"
+                f"inference server at {self._base_url} did not answer {path} ({type(error).__name__})"
             ) from None
-        if response.status_code != httpx.codes.OK:
-            raise InferenceError(_refusal(path, response))
-        answer: dict[str, Any] = response.json()
+        if status != HTTPStatus.OK:
+            raise InferenceError(_refusal(path, status, data))
+        answer: dict[str, Any] = msgspec.json.decode(data)
         return answer
 
     @tenacity.retry(
-        retry=tenacity.retry_if_exception_type(httpx.ConnectError),
+        # Asking again gives the same: a completion is decided by its seed, weights by their version.
+        retry=tenacity.retry_if_exception_type((aiohttp.ClientOSError, aiohttp.ServerDisconnectedError)),
         stop=tenacity.stop_after_attempt(4),
         wait=tenacity.wait_exponential(multiplier=0.2, max=2.0),
         reraise=True,
     )
-    async def _send_with_retries(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
-        return await self._http.post(path, json=body)
+    async def _send_with_retries(self, path: str, body: bytes) -> tuple[int, bytes]:
+        async with self._http.post(path, data=body) as response:
+            return response.status, await response.read()
 
 
 def api_key(variable: str) -> str:
@@ -232,12 +251,12 @@ def api_key(variable: str) -> str:
     return value
 
 
-def _refusal(path: str, response: httpx.Response) -> str:
+def _refusal(path: str, status: int, data: bytes) -> str:
     try:
-        error = response.json()["error"]
-        return f"{path} answered {response.status_code} ({error.get('type')}): {error.get('message')}"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{path} answered {response.status_code}: {response.text[:200]}"
+        error = msgspec.json.decode(data)["error"]
+        return f"{path} answered {status} ({error.get('type')}): {error.get('message')}"
+    except (msgspec.DecodeError, KeyError, TypeError, AttributeError):
+        return f"{path} answered {status}: {data[:200].decode(errors='replace')}"
 
 
 def _check_layout(answer: Mapping[str, Any], prompt: RenderedPrompt) -> None:

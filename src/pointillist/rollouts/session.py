@@ -162,11 +162,18 @@ class Session:
             InferenceError: The server refused or failed the request.
         """
         conversation = self._own.followed_by(await self.read(messages, first=len(self.messages)))
-        (turn,) = await self._sample(conversation, self.tools, self.sampling, 1, ())
+        # The rollouts of a group ask the same at about the same time; agents behind the gateway hardly ever do.
+        (turn,) = await self._sample(conversation, self.tools, self.sampling, 1, (), wait=True)
         self._own = conversation.followed_by(Conversation([turn.message], []))
         return turn
 
     async def read(
+        self, messages: Sequence[Mapping[str, Any]], *, first: int = 0, from_client: bool = False
+    ) -> Conversation:
+        """`read_now` in a thread: what it does would hold up every other rollout of the event loop."""
+        return await asyncio.to_thread(self.read_now, messages, first=first, from_client=from_client)
+
+    def read_now(
         self, messages: Sequence[Mapping[str, Any]], *, first: int = 0, from_client: bool = False
     ) -> Conversation:
         """Stores the images of messages and brings the messages into one form.
@@ -182,16 +189,11 @@ class Session:
             SourceError: An image is named in a way that is not accepted.
             ImageError: An image is not decodable or over a limit.
         """
-
-        def store() -> Conversation:
-            images: list[StoredImage] = []
-            sources = self._client_sources if from_client else self._sources
-            stored = [normalize_images(message, sources, images) for message in messages]
-            numbered = enumerate(stored, start=first)
-            return Conversation([canonical(message, f"messages[{number}]") for number, message in numbered], images)
-
-        # Decoding and hashing, and fetching where that is allowed, would hold up every other rollout of the event loop.
-        return await asyncio.to_thread(store)
+        images: list[StoredImage] = []
+        sources = self._client_sources if from_client else self._sources
+        stored = [normalize_images(message, sources, images) for message in messages]
+        numbered = enumerate(stored, start=first)
+        return Conversation([canonical(message, f"messages[{number}]") for number, message in numbered], images)
 
     def decode(self, token_ids: int | list[int]) -> str:
         """Text of one token or several."""
@@ -221,7 +223,7 @@ class Session:
             InferenceError: The server refused or failed the request.
         """
         check_tool_results(conversation.messages, self._issued_calls)
-        return await self._sample(conversation, tools, sampling or self.sampling, n, stop)
+        return await self._sample(conversation, tools, sampling or self.sampling, n, stop, wait=False)
 
     def compact_images(self, keep_last: int, replacement: str = "[image removed]") -> int:
         """Drops old pictures from the session's own conversation, for agents on long tasks.
@@ -251,6 +253,8 @@ class Session:
         sampling: Sampling,
         n: int,
         stop: Sequence[str],
+        *,
+        wait: bool,
     ) -> list[Turn]:
         history = conversation.messages
         if not history or history[-1]["role"] == "assistant":
@@ -266,7 +270,7 @@ class Session:
         seed = self._seed + _SEEDS_PER_TURN * self._requests
         self._requests += 1
         completions = await asyncio.gather(
-            *(self._client.generate(prompt, parameters, seed + index) for index in range(n))
+            *(self._client.generate(prompt, parameters, seed + index, wait=wait) for index in range(n))
         )
         turns = []
         for sampled in completions:

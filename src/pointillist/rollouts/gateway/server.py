@@ -195,20 +195,23 @@ class Gateway:
         share = await self._budget.take(length)
         try:
             body = await _body(request, limit)
-            call: Call = await asyncio.to_thread(_parsed, api, body)
-            del body
-            entry = self._entry(call.session if named is None else named)
-            before = entry.responses.get(call.previous or "")
-            if call.previous is not None and before is None:
-                raise ApiError(
-                    f"previous_response_id {call.previous[:64]!r} is not a response of this session",
-                    status=404, param="previous_response_id", code="previous_response_not_found",
-                )  # fmt: skip
-            messages, call.messages = call.messages, []
-            conversation = await entry.session.read(messages, from_client=True)
+            call, entry, conversation = await asyncio.to_thread(self._taken_in, api, body, named)
         finally:
             share.release()
+        before = entry.responses.get(call.previous or "")
+        if call.previous is not None and before is None:
+            raise ApiError(
+                f"previous_response_id {call.previous[:64]!r} is not a response of this session",
+                status=404, param="previous_response_id", code="previous_response_not_found",
+            )  # fmt: skip
         return entry, call, _joined(before, conversation)
+
+    def _taken_in(self, api: Any, body: bytes, named: str | None) -> tuple[Call, _Entry, Conversation]:
+        """What a body says; runs in a thread."""
+        call = _parsed(api, body)
+        entry = self._entry(call.session if named is None else named)
+        messages, call.messages = call.messages, []
+        return call, entry, entry.session.read_now(messages, from_client=True)
 
     def _check_key(self, request: Request) -> None:
         if self._key is None:
@@ -277,7 +280,9 @@ def _joined(before: Conversation | None, new: Conversation) -> Conversation:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # The protocol is named because asyncio switches delayed sending off only for sockets that name it: 40 ms an answer.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
