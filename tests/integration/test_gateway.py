@@ -165,6 +165,10 @@ REFUSALS: list[tuple[dict[str, Any], int, str]] = [
 ]  # fmt: skip
 
 
+DEEP = b'{"messages":[{"role":"user","content":' + b"[" * 900 + b"]" * 900 + b"}]}"
+SURROGATE = b'{"messages":[{"role":"user","content":"\\ud800"}]}'
+
+
 def test_refusals_have_openais_shape_and_the_session_goes_on(gateway: RunningGateway) -> None:
     key, base_url = gateway.open()
     good = {"messages": [{"role": "user", "content": "What?"}], "max_tokens": 2}
@@ -177,7 +181,15 @@ def test_refusals_have_openais_shape_and_the_session_goes_on(gateway: RunningGat
         assert error["message"]
         assert not code or error["code"] == code, (change, error)
         assert "passwd" not in answer.text
-    for raw in (b"{", b"[]", b"\xff", b"[" * 100_000, b'{"messages":' + b"[" * 800 + b"]" * 800 + b"}"):
+    for raw in (
+        b"{",
+        b"[]",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"messages":' + b"[" * 800 + b"]" * 800 + b"}",
+        DEEP,
+        SURROGATE,
+    ):
         answer = httpx.post(f"{base_url}/chat/completions", content=raw)
         assert answer.status_code == 400, answer.text
     assert httpx.post(f"{base_url}/chat/completions", json=good).status_code == 200

@@ -211,7 +211,10 @@ class Gateway:
         call = _parsed(api, body)
         entry = self._entry(call.session if named is None else named)
         messages, call.messages = call.messages, []
-        return call, entry, entry.session.read_now(messages, from_client=True)
+        try:
+            return call, entry, entry.session.read_now(messages, from_client=True)
+        except RecursionError:
+            raise ApiError("messages are nested too deeply", param="messages") from None
 
     def _check_key(self, request: Request) -> None:
         if self._key is None:
