@@ -116,6 +116,15 @@ def test_two_ranks_compute_what_one_computes(digits_run: Digits) -> None:
         assert two["mismatch/mean_abs"] < 1e-5
 
 
+def test_batches_travel_over_zmq(digits_run: Digits) -> None:
+    code, output = digits_run.run("--transport.type", "zmq", "--trainer.num_workers", 2)
+    assert code == 0, output
+    records = read_jsonl(RunPaths(digits_run.output_dir).metrics / "trainer.jsonl")
+    assert len(records) == 3
+    assert max(record["mismatch/mean_abs"] for record in records) < 1e-5
+    assert not list((digits_run.output_dir / "rollouts").glob("*/rank_*.bin"))
+
+
 def test_blanked_pictures_are_one_picture(digits_run: Digits) -> None:
     code, output = digits_run.run("--env.blank_images", "true", "--max-steps", 1)
     assert code == 0, output

@@ -1,22 +1,32 @@
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import zmq
 
-from pointillist.config import RunPaths
+from pointillist.config import RunPaths, TransportConfig
 from pointillist.errors import TransportError
 from pointillist.orchestrator.packing import OverlongMultimodalSample, pack
 from pointillist.refs import MMImageRef, MMRefs, RawImageDescriptor
 from pointillist.transport import (
-    FilesystemReceiver,
-    FilesystemSender,
     MicroBatch,
     RankBatch,
+    Receiver,
+    Sender,
     TrainingSample,
+    ZmqReceiver,
+    ZmqSender,
     decode_rank_batch,
     encode_rank_batch,
+    make_receiver,
+    make_sender,
 )
 from pointillist.transport.types import check_sample, encoded_image_bytes
+from pointillist.transport.zmq import TOKEN_VARIABLE
 
 SHA = "ab" * 32
 URI = f"file:///data/outputs/run_20261124/assets/images/ab/{SHA}.png"
@@ -59,14 +69,85 @@ def test_an_image_takes_few_bytes() -> None:
     assert encoded_image_bytes(refs) / 4 <= 512
 
 
-def test_filesystem_delivers_whole_steps(tmp_path: Any) -> None:
-    paths = RunPaths(tmp_path)
-    FilesystemSender(paths).send([batch(sample("a")), batch(sample("b"))])
-    assert FilesystemReceiver(paths, 1).receive(4).micro_batches[0].sample_ids == ["b"]
-    files = sorted(path.name for path in paths.rollout_step(4).iterdir())
-    assert files == ["rank_0.bin", "rank_1.bin"]
-    FilesystemReceiver(paths, 0).discard_before(5)
-    assert [path.name for path in paths.rollout_step(4).iterdir()] == ["rank_1.bin"]
+@pytest.fixture(params=["filesystem", "zmq"])
+def ends(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Sender, Callable[[int], Receiver]]]:
+    """A sender for two ranks, and a way to make receivers."""
+    paths, config = RunPaths(tmp_path), TransportConfig(type=request.param)
+    sender = make_sender(config, paths, num_ranks=2, max_pending=2)
+    if isinstance(sender, ZmqSender):
+        config = TransportConfig(type="zmq", address=sender.address)
+    yield sender, lambda rank: make_receiver(config, paths, rank)
+    sender.close()
+
+
+def step(number: int) -> list[RankBatch]:
+    return [msgspec.structs.replace(batch(sample(f"{number}.{rank}")), step=number) for rank in range(2)]
+
+
+def test_ranks_get_their_own_whole_steps_in_order(ends: Any) -> None:
+    sender, receiver = ends
+    ranks = [receiver(0), receiver(1)]
+    for number in (1, 2, 3):
+        sender.send(step(number))
+        for rank, end in enumerate(ranks):
+            assert end.receive(number) == step(number)[rank]
+            end.discard_before(number)
+
+
+def test_a_receiver_may_wait_before_there_is_anything(ends: Any) -> None:
+    sender, receiver = ends
+    with ThreadPoolExecutor() as pool:
+        waiting = [pool.submit(receiver(rank).receive, 1) for rank in range(2)]
+        time.sleep(0.3)
+        sender.send(step(1))
+        assert [each.result(10) for each in waiting] == step(1)
+
+
+def test_a_receiver_that_restarts_loses_no_step(ends: Any) -> None:
+    sender, receiver = ends
+    sender.send(step(1))
+    first = receiver(0)
+    assert first.receive(1) == step(1)[0]
+    sender.send(step(2))
+    again = receiver(0)  # died while it trained
+    assert again.receive(1) == step(1)[0]
+    assert again.receive(2) == step(2)[0]
+
+
+def test_a_sender_that_is_ahead_waits_for_the_slowest_rank(tmp_path: Path) -> None:
+    sender = ZmqSender("tcp://127.0.0.1:0", num_ranks=2, max_pending=2)
+    ranks = [ZmqReceiver(sender.address, rank) for rank in range(2)]
+    with ThreadPoolExecutor() as pool:
+        for number in (1, 2):
+            sender.send(step(number))
+        third = pool.submit(sender.send, step(3))
+        ranks[0].discard_before(2)
+        time.sleep(0.5)
+        assert not third.done()
+        ranks[1].discard_before(2)
+        third.result(10)
+    assert ranks[1].receive(3) == step(3)[1]
+    sender.close()
+
+
+def test_strangers_get_nothing_and_disturb_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, "right")
+    sender = ZmqSender("tcp://127.0.0.1:0", num_ranks=1, max_pending=2)
+    good = ZmqReceiver(sender.address, 0)
+    monkeypatch.setenv(TOKEN_VARIABLE, "wrong")
+    stranger = ZmqReceiver(sender.address, 0)
+    with ThreadPoolExecutor() as pool:
+        stolen = pool.submit(stranger.receive, 1)
+        raw = zmq.Context.instance().socket(zmq.DEALER)
+        raw.connect(sender.address)
+        raw.send(b"\xff noise")
+        sender.send([step(1)[0]])
+        assert good.receive(1) == step(1)[0]
+        assert not stolen.done()
+        raw.close(0)
+        monkeypatch.setattr(stranger, "_token", "right")  # lets the thread end
+        assert stolen.result(10) == step(1)[0]
+    sender.close()
 
 
 def test_packing_concatenates_and_rebases() -> None:

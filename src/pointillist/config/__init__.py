@@ -16,7 +16,7 @@ from pointillist.config.orchestrator import (
 )
 from pointillist.config.rl import RLConfig
 from pointillist.config.run_paths import RunPaths
-from pointillist.config.shared import LimitsConfig, ModelConfig, MultimodalConfig
+from pointillist.config.shared import LimitsConfig, ModelConfig, MultimodalConfig, TransportConfig
 from pointillist.config.trainer import TrainerConfig
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "RunPaths",
     "SamplingConfig",
     "TrainerConfig",
+    "TransportConfig",
     "WorkersConfig",
     "load_toml",
     "own_image_dir",

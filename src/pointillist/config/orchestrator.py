@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from pointillist.config.base import Config
-from pointillist.config.shared import LogLevel, ModelConfig, MultimodalConfig, ServerConfig
+from pointillist.config.shared import LogLevel, ModelConfig, MultimodalConfig, ServerConfig, TransportConfig
 
 
 class EnvConfig(Config):
@@ -161,6 +161,7 @@ class OrchestratorConfig(RolloutsConfig):
     """How often a failed rollout is tried again before it is dropped."""
 
     workers: WorkersConfig = WorkersConfig()
+    transport: TransportConfig = TransportConfig()
     max_off_policy_steps: int = Field(0, ge=0)
     """How many weight versions a rollout may be older than the step it trains; 0 is strictly on policy."""
 

@@ -14,7 +14,7 @@ from pointillist.config.assets import CARRIER
 from pointillist.config.base import Config, share
 from pointillist.config.inference import InferenceConfig
 from pointillist.config.orchestrator import EnvConfig, OrchestratorConfig
-from pointillist.config.shared import LogLevel, ModelConfig, MultimodalConfig
+from pointillist.config.shared import LogLevel, ModelConfig, MultimodalConfig, TransportConfig
 from pointillist.config.trainer import TrainerConfig
 
 # Key at the top -> the components' keys that hold the same value.
@@ -26,6 +26,7 @@ SHARED: Final[Mapping[str, tuple[str, ...]]] = {
     "seed": ("trainer.seed", "orchestrator.seed", "inference.seed"),
     "output_dir": ("trainer.output_dir", "orchestrator.output_dir", "inference.output_dir"),
     "multimodal": ("trainer.multimodal", "orchestrator.multimodal", "inference.multimodal"),
+    "transport": ("trainer.transport", "orchestrator.transport"),
     "log_level": ("trainer.log_level", "orchestrator.log_level", "inference.log_level"),
 }
 
@@ -46,6 +47,7 @@ class RLConfig(Config):
     """The run's folder; must not hold another run unless `resume` is set."""
 
     multimodal: MultimodalConfig = MultimodalConfig()
+    transport: TransportConfig = TransportConfig()
     log_level: LogLevel = "info"
     env_vars: dict[str, str] = {}
     """Environment variables of every process."""

@@ -117,4 +117,14 @@ class ServerConfig(Config):
             )
 
 
+class TransportConfig(Config):
+    """How packed batches go from the orchestrator to the trainer's ranks."""
+
+    type: Literal["filesystem", "zmq"] = "filesystem"
+    """Files in the run's folder, or messages."""
+
+    address: str = "tcp://127.0.0.1:0"
+    """Where the orchestrator listens with `zmq`; port 0 lets the launcher choose a free one."""
+
+
 LogLevel = Literal["debug", "info", "warning"]

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pointillist.config.base import Config
-from pointillist.config.shared import LogLevel, ModelConfig, MultimodalConfig
+from pointillist.config.shared import LogLevel, ModelConfig, MultimodalConfig, TransportConfig
 
 
 class SchedulerConfig(Config):
@@ -76,6 +76,7 @@ class TrainerConfig(Config):
     seed: int = 0
     output_dir: Path = Path("outputs/run")
     multimodal: MultimodalConfig = MultimodalConfig()
+    transport: TransportConfig = TransportConfig()
     num_workers: int = Field(1, gt=0)
     """Data-parallel ranks; above 1 the model is sharded by FSDP2."""
 

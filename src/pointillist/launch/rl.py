@@ -4,6 +4,7 @@ If one of them dies the others are stopped, its cause and the end of its log are
 """
 
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -25,6 +26,7 @@ from pointillist.launch.run_dir import check_fresh, prepare_resume
 from pointillist.launch.summary import summarize
 from pointillist.render import FolderTokenizer
 from pointillist.rollouts.client import api_key
+from pointillist.transport.zmq import TOKEN_VARIABLE
 
 _POLL_SECONDS: Final = 0.1
 _LOG_LINES: Final = 15
@@ -64,6 +66,7 @@ def run_rl(config: RLConfig) -> int:
     else:
         check_fresh(paths)
     _settle_addresses(config)
+    _settle_transport(config)
     write_configs(config, paths)
     with _signals_as_exceptions():
         return _supervise(config, paths, _environment(config))
@@ -166,6 +169,16 @@ def _settle_addresses(config: RLConfig) -> None:
     client.api_key_var = server.api_key_var
 
 
+def _settle_transport(config: RLConfig) -> None:
+    """Decides the port of the transport; both ends are told."""
+    host, _, port = config.orchestrator.transport.address.rpartition(":")
+    if config.orchestrator.transport.type == "zmq" and port == "0":
+        with socket.socket() as probe:
+            probe.bind((host.removeprefix("tcp://"), 0))
+            address = f"{host}:{probe.getsockname()[1]}"
+        config.orchestrator.transport.address = config.trainer.transport.address = address
+
+
 def _environment(config: RLConfig) -> dict[str, str]:
     """Environment of all processes; the image folder is the launcher's word, whatever was there before."""
     environ = {**os.environ, **config.env_vars, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -179,6 +192,7 @@ def _environment(config: RLConfig) -> dict[str, str]:
             soft_wrap=True,
         )
     environ[CARRIER] = image_dir
+    environ[TOKEN_VARIABLE] = secrets.token_hex(16)
     return environ
 
 

@@ -29,7 +29,7 @@ from pointillist.orchestrator.weights import WeightWatcher
 from pointillist.rollouts import Branch, InferenceClient
 from pointillist.rollouts.executor import Executor, RolloutHost, RolloutResult
 from pointillist.rollouts.workers import WorkerPool
-from pointillist.transport import FilesystemSender, RankBatch, TrainingSample
+from pointillist.transport import RankBatch, Sender, TrainingSample, make_sender
 from pointillist.transport.types import encoded_image_bytes
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ async def orchestrate(config: OrchestratorConfig) -> None:
         await orchestrator.run()
     finally:
         await orchestrator.host.aclose()
+        orchestrator.sender.close()
         await orchestrator.client.aclose()
 
 
@@ -68,7 +69,9 @@ class Orchestrator:
         self.runner = RolloutRunner(config, self.host)
         self.start = config.resume_step or 0
         self.weights = WeightWatcher(self.paths, self.client, self.start)
-        self.sender = FilesystemSender(self.paths)
+        # A batch is kept until the one after it is trained; further ones are for rollouts that are ahead.
+        pending = config.max_off_policy_steps + 2
+        self.sender: Sender = make_sender(config.transport, self.paths, config.num_train_workers, pending)
 
     async def run(self) -> None:
         """The loop of this module's docstring."""
@@ -102,12 +105,11 @@ class Orchestrator:
         # Before the batch: whoever looks after images must find every reference that can be trained on.
         batch.record(self.paths.rollout_step(step) / "rollouts.jsonl")
         state = json.dumps({"step": step, "task_position": self.tasks.position}).encode()
-        self.sender.send(
-            [
-                RankBatch(step=step, micro_batches=rows, num_tokens=batch.num_tokens, orchestrator_state=state)
-                for rows in ranks
-            ]
-        )
+        packed = [
+            RankBatch(step=step, micro_batches=rows, num_tokens=batch.num_tokens, orchestrator_state=state)
+            for rows in ranks
+        ]
+        await asyncio.to_thread(self.sender.send, packed)
         ended = time.perf_counter()
         errors, self.runner.errors = self.runner.errors, RolloutErrors()
         metrics = {

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pointillist.errors import TrainingError
 from pointillist.trainer.data import ImageCounts, ImageFault, RowLoader, RowTensors
-from pointillist.transport import FilesystemReceiver, RankBatch
+from pointillist.transport import RankBatch, Receiver
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class ReadyRow:
 class RowFeed:
     """Batches and rows in order: `batch()`, then `row()` for each of its micro batches, then the next `batch()`."""
 
-    def __init__(self, receiver: FilesystemReceiver, loader: RowLoader, steps: Iterable[int], max_bytes: int) -> None:
+    def __init__(self, receiver: Receiver, loader: RowLoader, steps: Iterable[int], max_bytes: int) -> None:
         """Starts the thread.
 
         Args:

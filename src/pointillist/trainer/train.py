@@ -33,7 +33,7 @@ from pointillist.trainer.loss import LossTerms, policy_gradient_loss
 from pointillist.trainer.packing_check import check_packing
 from pointillist.trainer.parallel import Ranks
 from pointillist.trainer.policy import Policy, TokenStats
-from pointillist.transport import FilesystemReceiver, RankBatch
+from pointillist.transport import RankBatch, make_receiver
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Trainer:
             config.multimodal.missing_image_policy,
             always_images=self.ranks.world_size > 1,
         )
-        self.receiver = FilesystemReceiver(self.paths, self.ranks.rank)
+        self.receiver = make_receiver(config.transport, self.paths, self.ranks.rank)
         self.phases: dict[str, float] = {}
 
     def run(self) -> None:

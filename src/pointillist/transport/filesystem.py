@@ -24,6 +24,9 @@ class FilesystemSender:
         for rank, data in enumerate(encoded):
             write_atomically(self._paths.rollout_step(batches[rank].step) / f"rank_{rank}.bin", data)
 
+    def close(self) -> None:
+        """Nothing is open."""
+
 
 class FilesystemReceiver:
     """One trainer rank's end."""
