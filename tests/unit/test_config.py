@@ -96,6 +96,8 @@ def test_unknown_keys_name_the_nearest(toml: str, override: str, hint: str) -> N
     ("overrides", "message"),
     [
         (["--orchestrator.batch_size", "12"], "not a multiple of group_size"),
+        (["--orchestrator.gateway.host", "0.0.0.0"], "set gateway.api_key_var"),
+        (["--orchestrator.workers.count", "2", "--orchestrator.gateway.port", "8001"], "set gateway.port = 0"),
         (["--inference.server.host", "0.0.0.0"], "api_key_var"),
         (["--trainer.optim.scheduler.warmup_steps", "11"], "warmup_steps"),
         (["--max-steps", "0"], "greater than 0"),

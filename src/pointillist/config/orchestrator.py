@@ -176,6 +176,15 @@ class OrchestratorConfig(RolloutsConfig):
     eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
+    def _a_port_for_each_worker(self) -> Self:
+        if self.workers.count > 1 and self.gateway.port:
+            raise ValueError(
+                f"gateway.port = {self.gateway.port}, but each of workers.count = {self.workers.count} processes has a "
+                "gateway of its own: set gateway.port = 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _whole_groups(self) -> "OrchestratorConfig":
         if self.batch_size % self.group_size:
             raise ValueError(f"batch_size = {self.batch_size} is not a multiple of group_size = {self.group_size}")
