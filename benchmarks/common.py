@@ -1,5 +1,6 @@
 """What the benchmarks share: Qwen3-VL's settings, pictures, and interleaved timing."""
 
+import importlib.util
 import io
 import statistics
 import tempfile
@@ -16,6 +17,7 @@ from pointillist.families.qwen_vl import QwenVLFamily
 from pointillist.images import ImageStore
 from pointillist.refs import ImageRef, MMImageRef
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
 SETTINGS: Mapping[str, Any] = {"patch_size": 16, "size": {"shortest_edge": 65_536, "longest_edge": 16_777_216}}
 _TOKENS = {"image_token_id": 6, "video_token_id": 7, "vision_start_token_id": 3, "vision_end_token_id": 4}
 
@@ -71,6 +73,19 @@ def medians(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict
             function()
             seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def write_tiny_model(folder: Path) -> None:
+    """A Qwen3-VL of random weights with the patches of the real one."""
+    spec = importlib.util.spec_from_file_location("tiny_model", EXAMPLES / "tiny_model.py")
+    if spec is None or spec.loader is None:
+        raise ImportError("examples/tiny_model.py is not there")
+    tiny = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tiny)
+    tokenizer = tiny.build_tokenizer()
+    tiny.build_model(tokenizer, depth=2, patch_size=16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    tiny.write_processor(folder, patch_size=16)
 
 
 def rss_mb(pid: int | str = "self", *, peak: bool = False) -> float:

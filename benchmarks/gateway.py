@@ -10,7 +10,7 @@ as chat clients do.
 
 import asyncio
 import base64
-import importlib.util
+import io
 import json
 import re
 import socket
@@ -26,7 +26,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from benchmarks.common import picture, rss_mb, scratch
+from benchmarks.common import picture, rss_mb, scratch, write_tiny_model
 from pointillist.config import PolicyConfig
 from pointillist.config.shared import ModelConfig
 from pointillist.images import normalize_images
@@ -40,7 +40,7 @@ SESSIONS, TURNS = 500, 8
 def main() -> None:
     with scratch() as name:
         folder = Path(name)
-        _write_model(folder / "model")
+        write_tiny_model(folder / "model")
         results = asyncio.run(_overhead(folder)) | asyncio.run(_load(folder))
     json.dump(results, sys.stdout, indent=2)
 
@@ -144,7 +144,6 @@ class _Connection:
 async def _load(folder: Path) -> dict[str, Any]:
     jpeg = _megabyte_jpeg()
     errors: list[str] = []
-    peak = 0.0
     started = time.perf_counter()
     async with Processes(folder, ANSWER_SECONDS) as processes, httpx.AsyncClient(timeout=3600, limits=_LIMITS) as http:
         before = rss_mb(processes.gateway.pid)
@@ -180,11 +179,9 @@ _LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=1000)
 def _megabyte_jpeg() -> bytes:
     """1024x1024, about 1 MB."""
     pixels = np.random.default_rng(0).normal(128, 42, (1024, 1024, 3)).clip(0, 255).astype(np.uint8)
-    path = Path(f"/tmp/{time.time_ns()}.jpg")  # noqa: S108 - gone in a moment
-    Image.fromarray(pixels).save(path, quality=95)
-    data = path.read_bytes()
-    path.unlink()
-    return data
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="JPEG", quality=95)
+    return buffer.getvalue()
 
 
 def _distinct(jpeg: bytes, index: int, turn: int) -> bytes:
@@ -219,17 +216,6 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _write_model(folder: Path) -> None:
-    spec = importlib.util.spec_from_file_location("tiny_model", ROOT / "examples/tiny_model.py")
-    assert spec is not None and spec.loader is not None  # noqa: S101
-    tiny = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tiny)
-    tokenizer = tiny.build_tokenizer()
-    tiny.build_model(tokenizer, patch_size=16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    tiny.write_processor(folder, patch_size=16)
 
 
 if __name__ == "__main__":

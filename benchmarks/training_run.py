@@ -6,15 +6,13 @@ Two real runs of `pointillist rl` with a tiny Qwen3-VL on the CPU: a few steps w
 patches, so that computing takes longer than materialising), and 200 steps with new 1 MB pictures in every one.
 """
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from benchmarks.common import scratch
+from benchmarks.common import scratch, write_tiny_model
 from pointillist.config.run_paths import read_jsonl
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +23,7 @@ GROUP = 2
 def main() -> None:
     with scratch() as name:
         folder = Path(name)
-        _write_model(folder / "model")
+        write_tiny_model(folder / "model")
         waiting = _run(folder, "waiting", steps=6, groups=2, side=1024, noise=False)[1][1:]
         orchestrator, trainer = _run(folder, "memory", steps=200, groups=1, side=592, noise=True)
         size = next((folder / "memory/assets/images").glob("*/*.png")).stat().st_size
@@ -66,24 +64,6 @@ def _run(
 
 def _mean(records: list[dict[str, Any]], key: str) -> float:
     return float(sum(record[key] for record in records)) / len(records)
-
-
-def _write_model(folder: Path) -> None:
-    prepare = _prepare()
-    tokenizer = prepare.build_tokenizer()
-    model = prepare.build_model(tokenizer, depth=2, patch_size=16)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    prepare.write_processor(folder, patch_size=16)
-
-
-def _prepare() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prepare_digits", ROOT / "examples/digits/prepare.py")
-    if spec is None or spec.loader is None:
-        raise ImportError("examples/digits/prepare.py is not there")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _plot(resident: dict[str, list[float]], size: int) -> None:

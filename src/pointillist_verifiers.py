@@ -20,7 +20,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import cache
 from itertools import islice
@@ -361,13 +361,12 @@ def _wire(message: Any) -> dict[str, Any]:
 
 def _content(blocks: Sequence[Any]) -> str | list[dict[str, Any]]:
     """OpenAI's shape of an MCP tool's result."""
-    pictures: Callable[[Any], dict[str, Any]] = lambda block: {  # noqa: E731
-        "type": "image_url",
-        "image_url": {"url": f"data:{block.mime_type};base64,{block.data}"},
-    }
     if all(block.type == "text" for block in blocks):
         return "\n".join(block.text for block in blocks)
-    return [
-        pictures(block) if block.type == "image" else {"type": "text", "text": getattr(block, "text", str(block))}
-        for block in blocks
-    ]
+    return [_part(block) for block in blocks]
+
+
+def _part(block: Any) -> dict[str, Any]:
+    if block.type == "image":
+        return {"type": "image_url", "image_url": {"url": f"data:{block.mime_type};base64,{block.data}"}}
+    return {"type": "text", "text": getattr(block, "text", str(block))}

@@ -21,6 +21,7 @@ from pointillist.config import (
     TrainerConfig,
     parse_cli,
 )
+from pointillist.config.base import ConfigT
 from pointillist.logs import set_up_logging
 
 # Arguments go to the config parser as they are.
@@ -72,6 +73,20 @@ def _command(name: str, text: str) -> Callable[[Callable[[list[str]], int]], Cal
     return register
 
 
+def _process(name: str, config_class: type[ConfigT], text: str) -> Callable[[Callable[[ConfigT], None]], None]:
+    """A command that is one process of a run: its config, its log, and then what the function does."""
+
+    def register(function: Callable[[ConfigT], None]) -> None:
+        @_command(name, text)
+        def run(arguments: list[str]) -> int:
+            config = parse_cli(config_class, arguments)
+            set_up_logging(config.log_level)
+            function(config)
+            return 0
+
+    return register
+
+
 @_command("rl", "Run everything: inference server, trainer, orchestrator and environment.")
 def rl(arguments: list[str]) -> int:
     """Runs everything."""
@@ -80,62 +95,49 @@ def rl(arguments: list[str]) -> int:
     return run_rl(parse_cli(RLConfig, arguments))
 
 
-@_command("inference", "Serve a model: tokens and image references in, tokens and logprobs out.")
-def inference(arguments: list[str]) -> int:
+@_process("inference", InferenceConfig, "Serve a model: tokens and image references in, tokens and logprobs out.")
+def inference(config: InferenceConfig) -> None:
     """Serves a model."""
-    config = parse_cli(InferenceConfig, arguments)
-    set_up_logging(config.log_level)
     if config.backend == "vllm":
         from pointillist.inference.vllm.serve import serve
     else:
         from pointillist.inference.embedded.server import serve
 
     serve(config)
-    return 0
 
 
-@_command("orchestrator", "Roll out, compare, pack and ship batches to the trainer.")
-def orchestrator(arguments: list[str]) -> int:
+@_process("orchestrator", OrchestratorConfig, "Roll out, compare, pack and ship batches to the trainer.")
+def orchestrator(config: OrchestratorConfig) -> None:
     """Rolls out and ships."""
-    config = parse_cli(OrchestratorConfig, arguments)
-    set_up_logging(config.log_level)
     from pointillist.orchestrator.orchestrator import orchestrate
 
     asyncio.run(orchestrate(config))
-    return 0
 
 
-@_command("env-worker", "Run an environment for an orchestrator, which starts this by itself.")
-def env_worker(arguments: list[str]) -> int:
+@_process("env-worker", EnvWorkerConfig, "Run an environment for an orchestrator, which starts this by itself.")
+def env_worker(config: EnvWorkerConfig) -> None:
     """Runs an environment."""
-    config = parse_cli(EnvWorkerConfig, arguments)
-    set_up_logging(config.log_level)
     from pointillist.rollouts.workers.worker import serve
 
     asyncio.run(serve(config))
-    return 0
 
 
-@_command("gateway", "Serve sessions over HTTP as OpenAI and Anthropic APIs, without a run around them.")
-def gateway(arguments: list[str]) -> int:
+@_process(
+    "gateway", GatewayServerConfig, "Serve sessions over HTTP as OpenAI and Anthropic APIs, without a run around them."
+)
+def gateway(config: GatewayServerConfig) -> None:
     """Serves sessions."""
-    config = parse_cli(GatewayServerConfig, arguments)
-    set_up_logging(config.log_level)
     from pointillist.rollouts.gateway.standalone import serve
 
     asyncio.run(serve(config))
-    return 0
 
 
-@_command("trainer", "Train on the orchestrator's batches.")
-def trainer(arguments: list[str]) -> int:
+@_process("trainer", TrainerConfig, "Train on the orchestrator's batches.")
+def trainer(config: TrainerConfig) -> None:
     """Trains."""
-    config = parse_cli(TrainerConfig, arguments)
-    set_up_logging(config.log_level)
     from pointillist.trainer.train import train
 
     train(config)
-    return 0
 
 
 def _guarded(function: Callable[[list[str]], int], arguments: list[str]) -> int:

@@ -18,6 +18,7 @@ Other names of columns are given as arguments. Rewards are 1 or 0:
 """
 
 import asyncio
+import itertools
 import json
 import math
 import random
@@ -26,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pointillist.environments.tasks import read_lines
+from pointillist.environments.tasks import made, read_lines
 from pointillist.errors import EnvironmentLoadError
 from pointillist.rollouts import Session, Task
 
@@ -134,17 +135,14 @@ class DatasetEnvironment:
 
 
 def _read(path: Path, names: Mapping[str, str]) -> list[Task]:
+    numbers = itertools.count()
+
+    def task(row: Mapping[str, Any]) -> Task:
+        return _task(row, next(numbers), path, names)
+
     if path.suffix == ".parquet":
-        rows = _parquet_rows(path)
-        tasks = []
-        for number, row in enumerate(rows):
-            try:
-                tasks.append(_task(row, number, path, names))
-            except (KeyError, TypeError, ValueError) as error:
-                raise EnvironmentLoadError(f"{path} row {number} is malformed ({error!r})") from None
-        return tasks
-    numbers = iter(range(2**63))
-    return list(read_lines(path, lambda record: _task(record, next(numbers), path, names)))
+        return [made(f"{path} row {number}", task, row) for number, row in enumerate(_parquet_rows(path))]
+    return list(read_lines(path, task))
 
 
 def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:

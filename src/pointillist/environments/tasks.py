@@ -3,11 +3,13 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pointillist.errors import EnvironmentLoadError, ImageError
 from pointillist.images import ImageLimits, decode_rgb
 from pointillist.rollouts import Task
+
+T = TypeVar("T")
 
 
 def read_tasks(path: Path, hint: str) -> list[Task]:
@@ -46,7 +48,16 @@ def read_lines(path: Path, task: Callable[[Mapping[str, Any]], Task], hint: str 
     except OSError as error:
         raise EnvironmentLoadError(f"no task list {path} ({error.strerror}){hint and '; ' + hint}") from None
     for number, line in enumerate(lines, start=1):
-        try:
-            yield task(json.loads(line))
-        except (ValueError, KeyError, TypeError) as error:
-            raise EnvironmentLoadError(f"{path} line {number} is malformed ({error!r})") from None
+        yield made(f"{path} line {number}", lambda text: task(json.loads(text)), line)
+
+
+def made(where: str, task: Callable[[T], Task], source: T) -> Task:
+    """A task made from what stands in a file.
+
+    Raises:
+        EnvironmentLoadError: It is not what `task` expects.
+    """
+    try:
+        return task(source)
+    except (ValueError, KeyError, TypeError) as error:
+        raise EnvironmentLoadError(f"{where} is malformed ({error!r})") from None

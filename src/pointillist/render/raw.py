@@ -23,6 +23,7 @@ from pointillist.refs.wire import ImageRef, encode_ref
 from pointillist.render.tokenizer import FolderTokenizer
 
 Message = dict[str, Any]
+"""OpenAI chat shape."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from pointillist.errors import HistoryError, UnsupportedContentError
-
-Message = dict[str, Any]
-"""OpenAI chat shape."""
+from pointillist.render.raw import Message
 
 _ROLES: Final = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 _TEXT_TYPES: Final = frozenset({"text", "input_text", "output_text"})

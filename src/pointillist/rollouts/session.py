@@ -22,9 +22,9 @@ from typing import Any, Final
 from pointillist.errors import ContextLengthError, HistoryError, RenderError
 from pointillist.images.sources import Sources, normalize_images
 from pointillist.images.store import StoredImage
-from pointillist.render.raw import RawRenderer, RenderedPrompt
+from pointillist.render.raw import Message, RawRenderer, RenderedPrompt
 from pointillist.rollouts.client import Completion, InferenceClient
-from pointillist.rollouts.messages import History, Message, call_key, canonical, check_tool_results
+from pointillist.rollouts.messages import History, call_key, canonical, check_tool_results
 from pointillist.rollouts.trace import Branch, Node, Trace
 
 # Turns of one session draw from seeds this far apart, so that they never meet those of a neighbouring rollout.
@@ -322,7 +322,7 @@ class Session:
 
     def _cut(self, completion: Completion, stop: Sequence[str]) -> tuple[Completion, str | None]:
         """The completion up to the token that completes one of the texts, and that text."""
-        text = self.decode(completion.token_ids)
+        text = self.decode(completion.token_ids) if stop else ""
         if not any(each in text for each in stop):
             return completion, None
         tokens = completion.token_ids

@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from pointillist.refs.mm_refs import MMImageRef
-from pointillist.render.raw import PromptImage, RenderedPrompt
+from pointillist.render.raw import Message, PromptImage, RenderedPrompt
 from pointillist.rollouts.client import Completion
-from pointillist.rollouts.messages import Message
 
 
 class Branch(msgspec.Struct, kw_only=True):

@@ -4,9 +4,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from pointillist.render.raw import Message
 from pointillist.rollouts.gateway.call import Call, common, optional, positive, required_list, stop_texts
 from pointillist.rollouts.gateway.errors import ApiError
-from pointillist.rollouts.messages import Message
 from pointillist.rollouts.session import Turn
 
 

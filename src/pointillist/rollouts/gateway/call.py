@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
+from pointillist.render.raw import Message
 from pointillist.rollouts.gateway.errors import ApiError
-from pointillist.rollouts.messages import Message
 from pointillist.rollouts.session import Sampling
 
 T = TypeVar("T")

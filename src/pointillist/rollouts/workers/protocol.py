@@ -5,7 +5,7 @@ loop that runs the rollouts, so an environment that blocks it is found out.
 """
 
 import zlib
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -45,6 +45,7 @@ class Run(msgspec.Struct, tag=True):
     request: RolloutRequest
 
 
+T = TypeVar("T")
 FromWorker = Hello | Pong | Done
 ToWorker = Ping | Run
 _encoder = msgspec.msgpack.Encoder()
@@ -63,10 +64,7 @@ def decode_from_worker(data: bytes) -> FromWorker:
     Raises:
         TransportError: Not a worker's message.
     """
-    try:
-        return _from_worker.decode(zlib.decompress(data))
-    except (zlib.error, msgspec.MsgspecError) as error:
-        raise TransportError(f"not a worker's message ({error})") from None
+    return _decode(_from_worker, data, "a worker's")
 
 
 def decode_to_worker(data: bytes) -> ToWorker:
@@ -75,7 +73,11 @@ def decode_to_worker(data: bytes) -> ToWorker:
     Raises:
         TransportError: Not an orchestrator's message.
     """
+    return _decode(_to_worker, data, "an orchestrator's")
+
+
+def _decode(decoder: "msgspec.msgpack.Decoder[T]", data: bytes, whose: str) -> T:
     try:
-        return _to_worker.decode(zlib.decompress(data))
+        return decoder.decode(zlib.decompress(data))
     except (zlib.error, msgspec.MsgspecError) as error:
-        raise TransportError(f"not an orchestrator's message ({error})") from None
+        raise TransportError(f"not {whose} message ({error})") from None
