@@ -1,4 +1,4 @@
-"""The door: `pointillist rl | trainer | orchestrator | env-worker | gateway | inference | store | transcript`.
+"""The door: `pointillist rl`, the processes of a run, `store`, `transcript`.
 
 Every command takes `@ file.toml` and dotted overrides, such as `--trainer.optim.lr 3e-4`; `--help` lists the keys.
 """
@@ -13,6 +13,7 @@ import click
 
 from pointillist import PointillistError, __version__
 from pointillist.config import (
+    AssetServerConfig,
     EnvWorkerConfig,
     GatewayServerConfig,
     InferenceConfig,
@@ -95,6 +96,15 @@ def rl(arguments: list[str]) -> int:
     return run_rl(parse_cli(RLConfig, arguments))
 
 
+@_command("slurm-node", "Run one node's part of a SLURM job, which `pointillist rl` submits.")
+def slurm_node(arguments: list[str]) -> int:
+    """Runs one node's part."""
+    from pointillist.launch.rl import console
+    from pointillist.launch.slurm import run_node
+
+    return run_node(parse_cli(RLConfig, arguments), console)
+
+
 @_process("inference", InferenceConfig, "Serve a model: tokens and image references in, tokens and logprobs out.")
 def inference(config: InferenceConfig) -> None:
     """Serves a model."""
@@ -130,6 +140,14 @@ def gateway(config: GatewayServerConfig) -> None:
     from pointillist.rollouts.gateway.standalone import serve
 
     asyncio.run(serve(config))
+
+
+@_process("assets", AssetServerConfig, "Serve images and weights to machines that share no file system with the run.")
+def assets(config: AssetServerConfig) -> None:
+    """Serves what lies in the run's folder."""
+    from pointillist.rollouts.assets import serve
+
+    serve(config)
 
 
 @_process("trainer", TrainerConfig, "Train on the orchestrator's batches.")

@@ -1,8 +1,6 @@
-"""Logging of every process: one format, to standard error; the launcher puts it into a file. And its memory."""
+"""Logging of every process: one format, to standard error; the launcher puts it into a file."""
 
 import logging
-
-import psutil
 
 
 def set_up_logging(level: str) -> None:
@@ -14,8 +12,3 @@ def set_up_logging(level: str) -> None:
         force=True,
     )
     logging.getLogger("pointillist").setLevel(level.upper())
-
-
-def resident_mb() -> float:
-    """Resident memory of this process, in MB."""
-    return float(psutil.Process().memory_info().rss) / 1e6

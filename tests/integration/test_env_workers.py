@@ -60,7 +60,7 @@ def config(
         env=EnvConfig(id="trouble:Trouble", args={"folder": str(tmp_path)}),
         output_dir=server.output_dir,
         seq_len=512,
-        client=ClientConfig(base_url=server.url),
+        client=ClientConfig(base_url=[server.url]),
         rollout_timeout=5.0,
         workers=WorkersConfig(count=2, heartbeat_timeout=3.0),
         group_size=4,

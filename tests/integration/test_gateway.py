@@ -235,7 +235,7 @@ async def stage(renderer: RawRenderer, tmp_path_factory: pytest.TempPathFactory)
     await policy.start()
     gateway = Gateway(GatewayConfig(), "policy")
     await gateway.start()
-    client = InferenceClient(policy.url)
+    client = InferenceClient([policy.url])
     session = Session(renderer, sources, client, Sampling(max_tokens=256), seq_len=4096, seed=0)
     key = gateway.add(session)
     async with (
@@ -358,7 +358,7 @@ async def test_a_gateway_beyond_loopback_asks_for_its_key(
     monkeypatch.setenv("GATEWAY_KEY", "secret")
     gateway = Gateway(GatewayConfig(api_key_var="GATEWAY_KEY", max_request_bytes=1000), "policy")
     await gateway.start()
-    client = InferenceClient("http://127.0.0.1:1")
+    client = InferenceClient(["http://127.0.0.1:1"])
     session = Session(renderer, sources, client, Sampling(), seq_len=64, seed=0)
     gateway.add(session)
     assert session.api_key == "secret"

@@ -18,6 +18,7 @@ from pointillist.images.store import local_path
 from pointillist.models import load_model, write_weights
 from pointillist.render import RenderedPrompt
 from pointillist.rollouts import InferenceClient, Sampling, Session
+from pointillist.rollouts.client import update_weights
 from tests.conftest import picture
 from tests.integration.conftest import BACKEND, RunningServer
 from tests.integration.reference import Reference
@@ -265,7 +266,7 @@ def test_new_weights_while_requests_run(server: RunningServer, model_dir: Path) 
     before = _choices(server, body)[0]
 
     async def load() -> list[str]:
-        client = InferenceClient(server.url)
+        client = InferenceClient([server.url])
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
             long = {**body, "sampling_params": {**body["sampling_params"], "max_tokens": 300}}
             running = [asyncio.create_task(http.post(GENERATE, json=long)) for _ in range(4)]
@@ -273,11 +274,11 @@ def test_new_weights_while_requests_run(server: RunningServer, model_dir: Path) 
                 await asyncio.sleep(0.05)
                 scaled = {name: tensor * (1 + version / 100) for name, tensor in weights.items()}
                 write_weights(scaled, broadcasts / f"step_{version}")
-                await client.update_weights(str(broadcasts / f"step_{version}"), version)
+                await update_weights(client.servers[0], str(broadcasts / f"step_{version}"), version)
             with pytest.raises(InferenceError, match="not below"):
-                await client.update_weights(str(model_dir), 9)
+                await update_weights(client.servers[0], str(model_dir), 9)
             with pytest.raises(InferenceError, match="version 3 serves on"):
-                await client.update_weights(str(broadcasts / "step_77"), 77)
+                await update_weights(client.servers[0], str(broadcasts / "step_77"), 77)
             answers = [(await task).json() for task in running]
         await client.aclose()
         return [span["version"] for answer in answers for span in answer["choices"][0]["weight_versions"]]
@@ -376,7 +377,7 @@ def test_stop_tokens_and_top_logprobs(server: RunningServer) -> None:
 
 async def test_sessions_record_what_was_read_and_sampled(server: RunningServer, model_dir: Path) -> None:
     """A conversation of three turns with a picture each; a tool result among them."""
-    client = InferenceClient(server.url)
+    client = InferenceClient([server.url])
     session = Session(server.renderer, server.sources, client, Sampling(max_tokens=12), seq_len=512, seed=3)
     for turn, role in enumerate(("user", "tool", "user")):
         await session.generate(
@@ -406,7 +407,7 @@ async def test_sessions_record_what_was_read_and_sampled(server: RunningServer, 
 
 @only_embedded
 async def test_a_groups_first_requests_travel_as_one(server: RunningServer) -> None:
-    client = InferenceClient(server.url)
+    client = InferenceClient([server.url])
     prompt = _prompt(server, 1)
     params = {"max_tokens": 5, "logprobs": 0, "ignore_eos": True}
 

@@ -1,16 +1,21 @@
 """Whole runs: real processes, killed, resumed, and given bad input."""
 
+import hashlib
 import json
 import os
 import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from pointillist.config.run_paths import RunPaths, read_jsonl
-from tests.integration.conftest import Digits, pointillist, processes_of, wait_for
+from tests.integration.conftest import Digits, free_port, kill_leftovers, pointillist, processes_of, wait_for
 
 pytestmark = pytest.mark.integration
 
@@ -47,7 +52,7 @@ def test_a_run_from_start_to_summary(digits_run: Digits) -> None:
 
 @pytest.mark.parametrize("victim", ["inference", "trainer", "orchestrator"])
 def test_a_killed_process_ends_the_run(digits_run: Digits, victim: str) -> None:
-    process = digits_run.start("--max-steps", 500)
+    process = digits_run.start("--max-steps", 500, "--supervision.max_restarts", 0)
     wait_for(lambda: read_jsonl(RunPaths(digits_run.output_dir).metrics / "trainer.jsonl"), process)
     os.kill(processes_of(digits_run.root)[victim], signal.SIGKILL)
     killed = time.monotonic()
@@ -69,6 +74,130 @@ def test_a_stopped_launcher_leaves_no_process(digits_run: Digits, number: signal
         assert process.returncode == 130
         assert "stopped by SIGINT" in output
     wait_for(lambda: processes_of(digits_run.root) == {}, seconds=15)
+
+
+def _steps(paths: RunPaths, name: str) -> list[int]:
+    return [record["step"] for record in read_jsonl(paths.metrics / f"{name}.jsonl")]
+
+
+def _kill_at(digits_run: Digits, process: subprocess.Popen[str], victim: str, step: int) -> None:
+    """Kills a process once the trainer has done a step, and waits until there is another in its place."""
+    paths = RunPaths(digits_run.output_dir)
+    wait_for(lambda: max(_steps(paths, "trainer"), default=0) >= step, process)
+    pid = processes_of(digits_run.root)[victim]
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: processes_of(digits_run.root).get(victim, pid) != pid, process)
+
+
+def test_a_run_mends_itself(digits_run: Digits) -> None:
+    """Both servers, the trainer and the orchestrator are killed in turn; the run ends as if nothing had happened."""
+    paths = RunPaths(digits_run.output_dir)
+    process = digits_run.start(
+        "--max-steps", 12, "--num-servers", 2, "--trainer.ckpt.interval", 1, "--supervision.max_resumes", 2,
+        "--supervision.backoff", 0.1, "--supervision.health_interval", 0.2, "--orchestrator.eval.interval", 3,
+    )  # fmt: skip
+    for step, victim in enumerate(["inference_0", "trainer", "inference_1", "orchestrator"], start=1):
+        _kill_at(digits_run, process, victim, 2 * step)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert "inference_0 was killed by SIGKILL; restarting it" in output
+    assert "trainer was killed by SIGKILL; going back (1 of 2, max_resumes)" in output
+    summary = json.loads((digits_run.output_dir / "summary.json").read_text())
+    assert summary["restarts"] == {"inference_0": 1, "inference_1": 1, "trainer": 2, "orchestrator": 2}
+    assert summary["resumes"] == 2
+    assert _steps(paths, "trainer") == _steps(paths, "orchestrator") == list(range(1, 13))
+    assert _steps(paths, "eval") == [0, 3, 6, 9, 12]
+    # No server ever sampled with weights that were not the step's own.
+    records = read_jsonl(paths.metrics / "trainer.jsonl")
+    assert max(record["mismatch/mean_abs"] for record in records) < 1e-5
+    assert all(record["off_policy/mean"] == 0 for record in records)
+    for step in range(1, 13):
+        ids = [record["id"] for record in read_jsonl(paths.rollout_step(step) / "rollouts.jsonl")]
+        assert len(ids) == len(set(ids))
+
+
+def test_a_server_that_hangs_is_replaced(digits_run: Digits) -> None:
+    process = digits_run.start(
+        "--max-steps", 6, "--supervision.health_interval", 0.2, "--supervision.health_timeout", 3,
+        "--supervision.backoff", 0.1,
+    )  # fmt: skip
+    wait_for(lambda: _steps(RunPaths(digits_run.output_dir), "trainer"), process)
+    os.kill(processes_of(digits_run.root)["inference"], signal.SIGSTOP)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert "inference has not answered" in output
+    assert _steps(RunPaths(digits_run.output_dir), "trainer") == list(range(1, 7))
+
+
+def test_a_server_that_can_not_start_ends_the_run(digits_run: Digits) -> None:
+    code, output = digits_run.run("--inference.engine.device", "cuda")
+    _assert_clear(code, output, "inference ended with exit code 1", "torch finds no GPU")
+
+
+def test_all_metrics_are_at_one_address(digits_run: Digits) -> None:
+    process = digits_run.start("--max-steps", 500, "--metrics.port", port := free_port(), "--num-servers", 2)
+    names = {"inference_0", "inference_1", "trainer", "orchestrator"}
+    all_up = dict.fromkeys(names, True)
+    wait_for(lambda: len(_steps(RunPaths(digits_run.output_dir), "trainer")) >= 2, process)
+    wait_for(lambda: httpx.get(f"http://127.0.0.1:{port}/health").json() == all_up, process)
+    families = {
+        family.name: {sample.labels.get("process"): sample.value for sample in family.samples}
+        for family in text_string_to_metric_families(httpx.get(f"http://127.0.0.1:{port}/metrics").text)
+    }
+    assert families["pointillist_trainer_step"][None] >= 2
+    assert "pointillist_orchestrator_reward_mean" in families
+    assert families["pointillist_process_up"] == dict.fromkeys(names, 1.0)
+    assert families["pointillist_process_resident_bytes"].keys() == names
+    assert {"inference_0", "inference_1"} <= families["pointillist_weight_version"].keys()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+
+
+def test_the_same_samples_twice(digits_run: Digits) -> None:
+    """Deterministic mode, with two servers among which chance spreads the groups; another seed as the control."""
+    sampled = []
+    for number, seed in enumerate((3, 3, 4)):
+        output_dir = digits_run.root / f"run{number}"
+        code, output = digits_run.run(
+            "--deterministic", "true", "--num-servers", 2, "--seed", seed, "--output-dir", output_dir
+        )
+        assert code == 0, output
+        steps = [read_jsonl(RunPaths(output_dir).rollout_step(step) / "rollouts.jsonl") for step in (1, 2, 3)]
+        text = json.dumps([[{**record, "branches": _told(record)} for record in step] for step in steps])
+        weights = (output_dir / "model" / "model.safetensors").read_bytes()
+        sampled.append((text, hashlib.sha256(weights).hexdigest()))
+    assert sampled[0] == sampled[1]
+    assert sampled[0] != sampled[2]
+
+
+def _told(record: dict[str, Any]) -> list[Any]:
+    """What was said in a rollout, without the run's folder."""
+    return [[m["content"] for m in branch["messages"] if m["role"] == "assistant"] for branch in record["branches"]]
+
+
+@pytest.mark.parametrize("moment", ["before the first checkpoint", "while resuming"])
+def test_everything_is_killed_at_once(digits_run: Digits, moment: str) -> None:
+    paths = RunPaths(digits_run.output_dir)
+    process = digits_run.start("--max-steps", 500)
+    wait_for(lambda: _steps(paths, "trainer"), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    kill_leftovers(digits_run.root)
+    process.communicate()
+    (paths.metrics / "trainer.jsonl").open("a").write('{"step": 2, "lo')  # the last line was half written
+    if moment == "while resuming":
+        again = digits_run.start("--max-steps", 500, "--resume")
+        wait_for(lambda: processes_of(digits_run.root), again)
+        os.killpg(again.pid, signal.SIGKILL)
+        kill_leftovers(digits_run.root)
+        again.communicate()
+    code, output = digits_run.run("--max-steps", 2, "--resume")
+    assert code == 0, output
+    assert "resuming after step 0" in output
+    assert _steps(paths, "trainer") == _steps(paths, "orchestrator") == [1, 2]
+    assert _steps(paths, "eval") == [0, 2]
+    verified = pointillist("store", "verify", "--run", digits_run.output_dir)
+    output, _ = verified.communicate(timeout=60)
+    assert verified.returncode == 0, output
 
 
 def test_resume_goes_on_after_the_last_checkpoint(digits_run: Digits) -> None:
@@ -135,7 +264,7 @@ def test_dry_run_writes_configs_and_starts_nothing(digits_run: Digits) -> None:
     code, output = digits_run.run("--dry-run")
     assert code == 0, output
     assert sorted(path.name for path in digits_run.output_dir.rglob("*.toml")) == [
-        "inference.toml", "orchestrator.toml", "rl.toml", "trainer.toml",
+        "assets.toml", "inference.toml", "orchestrator.toml", "rl.toml", "trainer.toml",
     ]  # fmt: skip
     assert sorted(path.name for path in digits_run.output_dir.iterdir()) == ["configs"]
 

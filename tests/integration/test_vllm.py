@@ -324,7 +324,7 @@ async def test_sessions_talk_to_a_vllm_without_the_plugin(
     config = PolicyConfig(
         model=ModelConfig(name=str(model_dir)), output_dir=folder, seq_len=512,
         multimodal=MultimodalConfig(offload_dir=str(store.root)),
-        client=ClientConfig(base_url=url, wire="content_parts"),
+        client=ClientConfig(base_url=[url], wire="content_parts"),
     )  # fmt: skip
     policy = Policy.from_config(config)
     client = policy.client

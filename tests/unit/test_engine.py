@@ -29,6 +29,7 @@ def engine(model_dir: Path) -> Iterator[Engine]:
     engine = Engine(
         loaded,
         EngineConfig(max_batch_size=32),
+        alone=False,
         eos_token_ids=frozenset({END}),
         seed=0,
         metrics=EngineMetrics(),

@@ -19,6 +19,7 @@ FILES = [
     "images/decode.py",
     "images/store.py",
     "images/remote.py",
+    "images/fetched.py",
     "refs/descriptor.py",
     "refs/wire.py",
     "refs/mm_refs.py",

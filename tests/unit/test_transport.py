@@ -8,7 +8,7 @@ import msgspec
 import pytest
 import zmq
 
-from pointillist.config import RunPaths, TransportConfig
+from pointillist.config import RUN_KEY, RunPaths, TransportConfig
 from pointillist.errors import TransportError
 from pointillist.orchestrator.packing import OverlongMultimodalSample, pack
 from pointillist.refs import MMImageRef, MMRefs, RawImageDescriptor
@@ -26,7 +26,6 @@ from pointillist.transport import (
     make_sender,
 )
 from pointillist.transport.types import check_sample, encoded_image_bytes
-from pointillist.transport.zmq import TOKEN_VARIABLE
 
 SHA = "ab" * 32
 URI = f"file:///data/outputs/run_20261124/assets/images/ab/{SHA}.png"
@@ -131,10 +130,10 @@ def test_a_sender_that_is_ahead_waits_for_the_slowest_rank(tmp_path: Path) -> No
 
 
 def test_strangers_get_nothing_and_disturb_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(TOKEN_VARIABLE, "right")
+    monkeypatch.setenv(RUN_KEY, "right")
     sender = ZmqSender("tcp://127.0.0.1:0", num_ranks=1, max_pending=2)
     good = ZmqReceiver(sender.address, 0)
-    monkeypatch.setenv(TOKEN_VARIABLE, "wrong")
+    monkeypatch.setenv(RUN_KEY, "wrong")
     stranger = ZmqReceiver(sender.address, 0)
     with ThreadPoolExecutor() as pool:
         stolen = pool.submit(stranger.receive, 1)

@@ -50,7 +50,7 @@ def executor(policy: ScriptedPolicy, model_dir: Path, folder: Path, **args: Any)
             model=ModelConfig(name=str(model_dir)),
             env=EnvConfig(id="verifiers", args=args),
             output_dir=folder,
-            client=ClientConfig(base_url=policy.url),
+            client=ClientConfig(base_url=[policy.url]),
         )
     )
 

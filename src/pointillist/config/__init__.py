@@ -1,8 +1,9 @@
 """Floor 2: configuration. Validates everything that can be known before a process starts."""
 
-from pointillist.config.assets import CARRIER, own_image_dir, resolve_image_dir, writer_image_dir
+from pointillist.config.assets import CARRIER, AssetServerConfig, own_image_dir, resolve_image_dir, writer_image_dir
 from pointillist.config.base import Config, load_toml, parse_cli, write_toml
 from pointillist.config.inference import InferenceConfig
+from pointillist.config.launch import SlurmConfig, SupervisionConfig
 from pointillist.config.orchestrator import (
     EnvConfig,
     EnvWorkerConfig,
@@ -16,11 +17,21 @@ from pointillist.config.orchestrator import (
 )
 from pointillist.config.rl import RLConfig
 from pointillist.config.run_paths import RunPaths
-from pointillist.config.shared import LimitsConfig, ModelConfig, MultimodalConfig, TransportConfig
+from pointillist.config.shared import (
+    RUN_KEY,
+    AssetsConfig,
+    LimitsConfig,
+    ModelConfig,
+    MultimodalConfig,
+    TransportConfig,
+)
 from pointillist.config.trainer import TrainerConfig
 
 __all__ = [
     "CARRIER",
+    "RUN_KEY",
+    "AssetServerConfig",
+    "AssetsConfig",
     "Config",
     "EnvConfig",
     "EnvWorkerConfig",
@@ -36,6 +47,8 @@ __all__ = [
     "RolloutsConfig",
     "RunPaths",
     "SamplingConfig",
+    "SlurmConfig",
+    "SupervisionConfig",
     "TrainerConfig",
     "TransportConfig",
     "WorkersConfig",

@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from pointillist.config.shared import MultimodalConfig
+from pointillist.config.base import Config
+from pointillist.config.shared import LogLevel, MultimodalConfig
 from pointillist.errors import ConfigError
 
 CARRIER: Final = "VF_RENDERER_IMAGE_OFFLOAD_DIR"
@@ -59,3 +60,11 @@ def _expand(text: str, environ: Mapping[str, str]) -> str:
         return environ[name]
 
     return _VARIABLE.sub(value_of, text)
+
+
+class AssetServerConfig(Config):
+    """The asset endpoint: `pointillist assets @ assets.toml`; it listens where `multimodal.assets` says."""
+
+    output_dir: Path = Path("outputs/run")
+    multimodal: MultimodalConfig = MultimodalConfig()
+    log_level: LogLevel = "info"

@@ -49,6 +49,10 @@ class InferenceConfig(Config):
     seed: int = 0
     """Seeds sampling of requests that bring no seed of their own."""
 
+    deterministic: bool = False
+    """Whether what a request gets is the same bit for bit whatever else is in flight: each sequence is decoded by
+    itself (vLLM: its batch-invariant kernels)."""
+
     output_dir: Path = Path("outputs/run")
     """The run's folder; weights are taken from below it only."""
 

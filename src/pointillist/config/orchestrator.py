@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pointillist.config.base import Config
 from pointillist.config.shared import LogLevel, ModelConfig, MultimodalConfig, ServerConfig, TransportConfig
@@ -56,10 +56,10 @@ class EvalConfig(Config):
 
 
 class ClientConfig(Config):
-    """How the orchestrator reaches the inference server."""
+    """How the orchestrator reaches the inference servers."""
 
-    base_url: str = "http://127.0.0.1:8000"
-    """Address of the server; the launcher sets it."""
+    base_url: list[str] = Field(["http://127.0.0.1:8000"], min_length=1)
+    """Address of each server; the launcher sets it for the servers that it starts."""
 
     api_key_var: str | None = None
     """Name of the environment variable that holds the API key; the launcher sets it as the server's."""
@@ -71,8 +71,17 @@ class ClientConfig(Config):
     timeout: float = Field(600.0, gt=0)
     """Seconds that one request may take."""
 
+    unreachable_timeout: float = Field(300.0, ge=0)
+    """Seconds for which a request is tried again, at every server, while none can be reached: one that died is
+    restarted meanwhile."""
+
     startup_timeout: float = Field(600.0, gt=0)
-    """Seconds that the server may take to become healthy."""
+    """Seconds that the servers may take to become healthy."""
+
+    @field_validator("base_url", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) and not value.startswith("[") else value
 
 
 class GatewayConfig(ServerConfig):

@@ -6,15 +6,16 @@ another value is one error that names both keys.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pointillist.config.assets import CARRIER
 from pointillist.config.base import Config, share
 from pointillist.config.inference import InferenceConfig
+from pointillist.config.launch import SlurmConfig, SupervisionConfig
 from pointillist.config.orchestrator import EnvConfig, OrchestratorConfig
-from pointillist.config.shared import LogLevel, ModelConfig, MultimodalConfig, TransportConfig
+from pointillist.config.shared import LogLevel, ModelConfig, MultimodalConfig, ServerConfig, TransportConfig
 from pointillist.config.trainer import TrainerConfig
 
 # Key at the top -> the components' keys that hold the same value.
@@ -27,6 +28,7 @@ SHARED: Final[Mapping[str, tuple[str, ...]]] = {
     "output_dir": ("trainer.output_dir", "orchestrator.output_dir", "inference.output_dir"),
     "multimodal": ("trainer.multimodal", "orchestrator.multimodal", "inference.multimodal"),
     "transport": ("trainer.transport", "orchestrator.transport"),
+    "deterministic": ("trainer.deterministic", "inference.deterministic"),
     "log_level": ("trainer.log_level", "orchestrator.log_level", "inference.log_level"),
 }
 
@@ -52,6 +54,20 @@ class RLConfig(Config):
     env_vars: dict[str, str] = {}
     """Environment variables of every process."""
 
+    deterministic: bool = False
+    """Whether the same config gives the same samples twice: the server decodes every sequence by itself, so that no
+    number depends on what else is in flight. Slow; needs `orchestrator.max_off_policy_steps = 0`."""
+
+    num_servers: int = Field(1, ge=0)
+    """Inference servers to start (on each inference node); 0 uses those at `orchestrator.client.base_url`."""
+
+    supervision: SupervisionConfig = SupervisionConfig()
+    metrics: ServerConfig = ServerConfig()
+    """Where the launcher serves the metrics of all processes, for Prometheus."""
+
+    slurm: SlurmConfig | None = None
+    """Set to run as a SLURM job."""
+
     trainer: TrainerConfig
     orchestrator: OrchestratorConfig
     inference: InferenceConfig
@@ -59,7 +75,8 @@ class RLConfig(Config):
     """Continue the run in `output_dir` from its last checkpoint."""
 
     dry_run: bool = False
-    """Validate, write the resolved configs to `<output_dir>/configs`, and exit."""
+    """Validate, write the resolved configs to `<output_dir>/configs` (with `slurm`, print the job's script), and
+    exit."""
 
     @model_validator(mode="before")
     @classmethod
@@ -68,7 +85,7 @@ class RLConfig(Config):
             return data
         defaults = {
             key: cls.model_fields[key].get_default(call_default_factory=True)
-            for key in ("seq_len", "max_steps", "seed", "output_dir", "log_level")
+            for key in ("seq_len", "max_steps", "seed", "output_dir", "deterministic", "log_level")
         }
         data = {**defaults, **data}
         for component in ("trainer", "orchestrator", "inference"):
@@ -79,6 +96,28 @@ class RLConfig(Config):
             data = share({**data, "_": workers}, {"_": ("orchestrator.num_train_workers",)})
             del data["_"]
         return data
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        self.metrics.require_key("metrics")
+        if self.deterministic and self.orchestrator.max_off_policy_steps:
+            raise ValueError(
+                "deterministic needs orchestrator.max_off_policy_steps = 0, got "
+                f"{self.orchestrator.max_off_policy_steps}: when new weights arrive is a matter of time"
+            )
+        if not self.num_servers and "base_url" not in self.orchestrator.client.model_fields_set:
+            raise ValueError("num_servers = 0 needs orchestrator.client.base_url, the addresses of your own servers")
+        if self.num_servers > 1 and self.inference.server.port:
+            raise ValueError(
+                f"inference.server.port = {self.inference.server.port}, but there are num_servers = {self.num_servers}"
+                ": set the port to 0"
+            )
+        if self.slurm and self.slurm.trainer_nodes and self.trainer.num_workers % self.slurm.trainer_nodes:
+            raise ValueError(
+                f"trainer.num_workers = {self.trainer.num_workers} can not be spread evenly over slurm.trainer_nodes = "
+                f"{self.slurm.trainer_nodes}"
+            )
+        return self
 
     @field_validator("env_vars")
     @classmethod

@@ -1,12 +1,15 @@
 """Config that several components share; set once at the top of an `rl` config."""
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 from pydantic import Field, field_validator
 
 from pointillist.config.base import Config
 from pointillist.images.decode import ImageFormat, ImageLimits
+
+RUN_KEY: Final = "POINTILLIST_RUN_KEY"
+"""Environment variable with the word that the processes of one run know each other by; the launcher makes it up."""
 
 
 class ModelConfig(Config):
@@ -37,51 +40,6 @@ class LimitsConfig(Config):
     def image_limits(self) -> ImageLimits:
         """The limits on one image."""
         return ImageLimits(self.max_bytes, self.max_pixels, self.max_side, tuple(self.formats))
-
-
-class MultimodalConfig(Config):
-    """Images: where they lie, who may read them, what they may be."""
-
-    offload_dir: str | None = None
-    """Folder of the run's image store; may contain ~, $VAR and ${VAR}. Default: see docs/contract.md, section 7."""
-
-    allowed_roots: list[Path] = []
-    """Further folders that references may point into; the run's own image store always is one."""
-
-    limits: LimitsConfig = LimitsConfig()
-
-    allow_remote: bool = False
-    """Whether http(s) URLs in messages are fetched, once, with limits on size, time and address."""
-
-    missing_image_policy: Literal["placeholder_zero_loss", "error"] = "placeholder_zero_loss"
-    """What the trainer does with a sample one of whose images is not there: train the others and give this one zero
-    images and no loss, or stop."""
-
-    missing_image_retries: int = Field(3, ge=0)
-    """How often a file that is not there is looked for again, after 50, 100, 200 ... ms: network file systems lag."""
-
-    missing_image_max_fraction: float = Field(0.05, ge=0, le=1)
-    """Part of a step's images that may be missing, and part that may be corrupt, before the trainer stops."""
-
-    materialize_threads: int | None = Field(None, gt=0)
-    """Images that a reader decodes at once; one a core by default."""
-
-    cache_bytes: int = Field(256 * 1024 * 1024, ge=0)
-    """Decoded images that each reader keeps, in bytes of uint8 pixels: groups and turns bring the same ones again."""
-
-    inflight_bytes: int = Field(1024 * 1024 * 1024, gt=0)
-    """Decoded images that may wait in the inference server, and rows of them in the trainer, in bytes of uint8 pixels;
-    beyond it requests wait. One that is larger by itself is served alone."""
-
-    overlong_policy: Literal["drop", "error"] = "drop"
-    """What the orchestrator does with a sample that is longer than `seq_len`; it is never cut."""
-
-    @field_validator("offload_dir")
-    @classmethod
-    def _not_empty(cls, value: str | None) -> str | None:
-        if value is not None and not value.strip():
-            raise ValueError("offload_dir is empty, expected a folder")
-        return value
 
 
 class ServerConfig(Config):
@@ -115,6 +73,77 @@ class ServerConfig(Config):
                 f"{name}.host = {self.host!r} is reachable from other machines: set {name}.api_key_var to the name of "
                 "an environment variable that holds an API key, or bind 127.0.0.1"
             )
+
+
+class AssetsConfig(ServerConfig):
+    """Images and weights over HTTP, for readers that share no file system with the writers."""
+
+    serve: bool = False
+    """Whether the launcher starts the asset endpoint (`pointillist assets`) beside the orchestrator."""
+
+    api_key_var: str = RUN_KEY
+    """Name of the environment variable that holds the endpoint's key, without which it answers nobody; by default the
+    run's own."""
+
+    urls: list[str] = []
+    """Endpoints from which a reader fetches, by hash, what it does not find in the run's folder; the launcher adds its
+    own."""
+
+    cache_dir: Path | None = None
+    """The reader's own store of fetched images; default `<output_dir>/assets/fetched`."""
+
+    cache_bytes: int = Field(16 * 1024**3, gt=0)
+    """Size of that store; those that were not used for longest go first."""
+
+    timeout: float = Field(30.0, gt=0)
+    """Seconds that fetching one image may take."""
+
+
+class MultimodalConfig(Config):
+    """Images: where they lie, who may read them, what they may be."""
+
+    offload_dir: str | None = None
+    """Folder of the run's image store; may contain ~, $VAR and ${VAR}. Default: see docs/contract.md, section 7."""
+
+    allowed_roots: list[Path] = []
+    """Further folders that references may point into; the run's own image store always is one."""
+
+    limits: LimitsConfig = LimitsConfig()
+
+    allow_remote: bool = False
+    """Whether http(s) URLs in messages are fetched, once, with limits on size, time and address."""
+
+    assets: AssetsConfig = AssetsConfig()
+
+    missing_image_policy: Literal["placeholder_zero_loss", "error"] = "placeholder_zero_loss"
+    """What the trainer does with a sample one of whose images is not there: train the others and give this one zero
+    images and no loss, or stop."""
+
+    missing_image_retries: int = Field(3, ge=0)
+    """How often a file that is not there is looked for again, after 50, 100, 200 ... ms: network file systems lag."""
+
+    missing_image_max_fraction: float = Field(0.05, ge=0, le=1)
+    """Part of a step's images that may be missing, and part that may be corrupt, before the trainer stops."""
+
+    materialize_threads: int | None = Field(None, gt=0)
+    """Images that a reader decodes at once; one a core by default."""
+
+    cache_bytes: int = Field(256 * 1024 * 1024, ge=0)
+    """Decoded images that each reader keeps, in bytes of uint8 pixels: groups and turns bring the same ones again."""
+
+    inflight_bytes: int = Field(1024 * 1024 * 1024, gt=0)
+    """Decoded images that may wait in the inference server, and rows of them in the trainer, in bytes of uint8 pixels;
+    beyond it requests wait. One that is larger by itself is served alone."""
+
+    overlong_policy: Literal["drop", "error"] = "drop"
+    """What the orchestrator does with a sample that is longer than `seq_len`; it is never cut."""
+
+    @field_validator("offload_dir")
+    @classmethod
+    def _not_empty(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("offload_dir is empty, expected a folder")
+        return value
 
 
 class TransportConfig(Config):

@@ -90,6 +90,9 @@ class TrainerConfig(Config):
     resume_step: int | None = Field(None, ge=1)
     """Step of the checkpoint to continue from; the launcher sets it."""
 
+    deterministic: bool = False
+    """Whether torch may use only operators that give the same bits each time."""
+
     optim: OptimConfig = OptimConfig()
     loss: LossConfig = LossConfig()
     ckpt: CheckpointConfig = CheckpointConfig()

@@ -23,11 +23,13 @@ from numpy.typing import NDArray
 from pointillist.config import MultimodalConfig, resolve_image_dir
 from pointillist.errors import ImageError, LayoutError, MissingImageError, RefError
 from pointillist.families.base import Family, ImageLayout, describe_image
+from pointillist.families.fetching import fetched_images
 from pointillist.families.image_cache import ImageCache, LoadedImage
 from pointillist.families.joining import PatchJoiner
 from pointillist.families.layout_record import first_difference
 from pointillist.families.pixels import PixelDtype
 from pointillist.images.decode import ImageLimits, decode_rgb, read_header
+from pointillist.images.fetched import FetchedImages
 from pointillist.images.store import check_named, read_verified, resolve_roots, stored_name
 from pointillist.refs.wire import ImageRef
 
@@ -61,6 +63,7 @@ class RawImageMaterializer:
         allowed_roots: Iterable[Path],
         limits: ImageLimits,
         *,
+        fetched: FetchedImages | None = None,
         missing_image_retries: int = 0,
         threads: int | None = None,
         cache_bytes: int = 256 * _MIB,
@@ -71,6 +74,7 @@ class RawImageMaterializer:
             family: The model's adapter.
             allowed_roots: Folders that references may point into.
             limits: What an image may be at most.
+            fetched: Where images come from that are not in these folders; None if there is no such place.
             missing_image_retries: How often a file that is not there is looked for again.
             threads: Images that are loaded at once; None is one a core.
             cache_bytes: uint8 patches that are kept, in bytes.
@@ -79,6 +83,7 @@ class RawImageMaterializer:
         self.cache = ImageCache(cache_bytes)
         self._roots = resolve_roots(allowed_roots)
         self._limits = limits
+        self._fetched = fetched
         self._pool = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), thread_name_prefix="materialize")
         self._joiner = PatchJoiner(family)
         self._waits = [
@@ -99,6 +104,7 @@ class RawImageMaterializer:
             family,
             [own, *multimodal.allowed_roots],
             multimodal.limits.image_limits(),
+            fetched=fetched_images(multimodal, output_dir),
             missing_image_retries=multimodal.missing_image_retries,
             threads=multimodal.materialize_threads,
             cache_bytes=multimodal.cache_bytes,
@@ -186,10 +192,19 @@ class RawImageMaterializer:
     def _read_patiently(self, uri: str, sha256: str) -> bytes:
         for seconds in self._waits:
             try:
-                return read_verified(uri, sha256, self._roots, self._limits)
+                return self._bytes(uri, sha256)
             except MissingImageError:
                 time.sleep(seconds)
-        return read_verified(uri, sha256, self._roots, self._limits)
+        return self._bytes(uri, sha256)
+
+    def _bytes(self, uri: str, sha256: str) -> bytes:
+        """The image's file, verified: from its folder, else fetched by its hash."""
+        try:
+            return read_verified(uri, sha256, self._roots, self._limits)
+        except MissingImageError:
+            if self._fetched is None:
+                raise
+        return self._fetched.read(stored_name(uri, self._roots)[1], sha256)
 
     def num_bytes(self, lengths: Sequence[int]) -> int:
         """uint8 bytes of images with these numbers of placeholder tokens, before any of them is read.
@@ -253,7 +268,7 @@ class RawImageMaterializer:
         check_named(ref.raw_image_uri, ref.hash, self._roots)
 
     def _read(self, ref: ImageRef) -> LoadedImage:
-        data = read_verified(ref.raw_image_uri, ref.hash, self._roots, self._limits)
+        data = self._bytes(ref.raw_image_uri, ref.hash)
         try:
             pixels = decode_rgb(data, self._limits)
             layout = self.family.layout(pixels.shape[1], pixels.shape[0])

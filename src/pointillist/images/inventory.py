@@ -40,7 +40,11 @@ def list_store(root: Path) -> Iterator[StoreEntry]:
         subfolders[:] = sorted(name for name in subfolders if Path(folder, name) != root / LAYOUTS_FOLDER)
         links = [name for name in subfolders if Path(folder, name).is_symlink()]
         for name in sorted([*names, *links]):
-            yield _entry(root, Path(folder, name))
+            try:
+                entry = _entry(root, Path(folder, name))
+            except FileNotFoundError:
+                continue  # a half-written file that has got its name meanwhile, or an image that was just evicted
+            yield entry
 
 
 def verify_store(root: Path, limits: ImageLimits, workers: int) -> Iterator[StoreEntry]:

@@ -75,7 +75,7 @@ class ImageStore:
         path = self.root / sha256[:2] / f"{sha256}.{header.format}"
         if not _holds(path, data):
             decode_rgb(data, self.limits)  # refuses what has a good header and broken pixels
-            _write_atomically(path, data)
+            write_image(path, data)
         return StoredImage(sha256=sha256, uri=file_uri(path), header=header, num_bytes=len(data))
 
 
@@ -152,6 +152,25 @@ def read_verified(uri: str, sha256: str, allowed_roots: Iterable[Path], limits: 
         MissingImageError: The name is good, the file is not there.
     """
     root, name = check_named(uri, sha256, allowed_roots)
+    data = read_stored(root, name, limits)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise RefError(f"bytes of image {sha256} are not what its hash says: the file is corrupt")
+    return data
+
+
+def read_stored(root: Path, name: str, limits: ImageLimits) -> bytes:
+    """Bytes of the file with a stored image's name, not yet verified.
+
+    Args:
+        root: Of the store.
+        name: As `STORED_NAME` has it.
+        limits: `max_bytes` is enforced before reading.
+
+    Raises:
+        RefError: A link, not a regular file, or over `max_bytes`.
+        MissingImageError: There is no such file.
+    """
+    sha256 = name[3:67]
     try:
         descriptor = _open_without_links(root, name)
     except FileNotFoundError:
@@ -166,10 +185,7 @@ def read_verified(uri: str, sha256: str, allowed_roots: Iterable[Path], limits: 
             raise RefError("raw_image_uri is not a regular file")
         if status.st_size > limits.max_bytes:
             raise RefError(f"image has {status.st_size} bytes, at most {limits.max_bytes} are accepted")
-        data = file.read(status.st_size + 1)  # a file that grew meanwhile has another hash
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise RefError(f"bytes of image {sha256} are not what its hash says: the file is corrupt")
-    return data
+        return file.read(status.st_size + 1)  # a file that grew meanwhile has another hash
 
 
 def _open_without_links(root: Path, name: str) -> int:
@@ -191,7 +207,12 @@ def _holds(path: Path, data: bytes) -> bool:
         return False
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
+def write_image(path: Path, data: bytes) -> None:
+    """Writes an image's file so that it appears whole or not at all; returns once it is on disk.
+
+    Raises:
+        ImageError: It could not be written.
+    """
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:

@@ -1,10 +1,8 @@
-"""Child processes: each with a log file, all ended when one of them dies or the launcher does."""
+"""Child processes: each with a log file and a session of its own, ended together and when the launcher is gone."""
 
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -12,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from pointillist.system import die_with_parent
+
 _GRACE_SECONDS: Final = 5.0
-_PR_SET_PDEATHSIG: Final = 1
 
 
 @dataclass(slots=True)
@@ -54,17 +53,17 @@ def start(name: str, command: Sequence[str], environ: Mapping[str, str], log: Pa
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_die_with_launcher if sys.platform == "linux" else None,
+            preexec_fn=die_with_parent,
         )
     return Child(name, process, log)
 
 
-def stop_all(children: Sequence[Child]) -> None:
-    """Ends all processes: politely first, then for good."""
+def stop_all(children: Sequence[Child], grace: float = _GRACE_SECONDS) -> None:
+    """Ends all processes: politely first, after `grace` seconds for good."""
     running = [child for child in children if child.exit_code is None]
     for child in running:
         _signal_group(child, signal.SIGTERM)
-    deadline = time.monotonic() + _GRACE_SECONDS
+    deadline = time.monotonic() + grace
     while any(child.exit_code is None for child in running) and time.monotonic() < deadline:
         time.sleep(0.05)
     for child in children:
@@ -75,8 +74,3 @@ def stop_all(children: Sequence[Child]) -> None:
 def _signal_group(child: Child, number: signal.Signals) -> None:
     with suppress(ProcessLookupError):
         os.killpg(child.process.pid, number)
-
-
-def _die_with_launcher() -> None:
-    """Runs in the child: the kernel ends it when the launcher is gone, however that happened."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,11 +1,11 @@
 """The output folder before a run: refused if it holds another run, cleaned of undone steps on resume."""
 
 import json
-from collections.abc import Iterable
+import shutil
 from pathlib import Path
 
 from pointillist.config import own_image_dir
-from pointillist.config.run_paths import RunPaths, latest_checkpoint, read_jsonl, remove_steps_after
+from pointillist.config.run_paths import RunPaths, latest_checkpoint, read_jsonl, remove_steps_after, write_atomically
 from pointillist.errors import LaunchError
 from pointillist.images.inventory import collect_garbage
 
@@ -31,34 +31,32 @@ def check_fresh(paths: RunPaths) -> None:
         )
 
 
-def prepare_resume(paths: RunPaths) -> int:
-    """Takes a run back to its last checkpoint.
-
-    Returns:
-        The checkpoint's step.
+def resume_step(paths: RunPaths) -> int:
+    """Step of a run's last complete checkpoint; 0, its beginning, if it died before the first.
 
     Raises:
-        LaunchError: There is no complete checkpoint.
+        LaunchError: There is no run.
     """
-    step = latest_checkpoint(paths)
-    if step is None:
-        raise LaunchError(f"nothing to resume: {paths.checkpoints} holds no complete checkpoint")
+    if not (paths.configs / "rl.toml").is_file():
+        raise LaunchError(f"nothing to resume: {paths.output_dir} holds no run")
+    return latest_checkpoint(paths) or 0
+
+
+def rewind(paths: RunPaths, step: int) -> None:
+    """Takes a run back to a step: removes what came after it; none of its processes may be alive but servers."""
     # Writers that were killed may have left half a file each; none of them lives now.
     own_store = own_image_dir(paths.output_dir)
     collect_garbage(own_store, keep=None, older_than=0.0, dry_run=False)
     remove_steps_after(paths.rollouts, step)
     remove_steps_after(paths.broadcasts, step - 1)  # the trainer broadcasts the resumed weights itself
+    for half in paths.checkpoints.glob(".step_*.tmp"):
+        shutil.rmtree(half)
     for name in METRIC_FILES:
         _keep_until(paths.metrics / name, step)
-    return step
+    _keep_until(paths.output_dir / "quarantine.jsonl", step)
 
 
 def _keep_until(path: Path, step: int) -> None:
-    records = read_jsonl(path)
-    _rewrite(path, (record for record in records if record["step"] <= step))
-
-
-def _rewrite(path: Path, records: Iterable[dict[str, object]]) -> None:
     if path.is_file():
-        lines = [json.dumps(record) + "\n" for record in records]
-        path.write_text("".join(lines), encoding="utf-8")
+        kept = [record for record in read_jsonl(path) if record["step"] <= step]
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())

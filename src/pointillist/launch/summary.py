@@ -1,6 +1,7 @@
 """What came of a run: `summary.json`, a table on the terminal, and the learning curve."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,22 @@ from pointillist.config.run_paths import read_jsonl, write_atomically
 from pointillist.view.curve import draw_curve
 
 
-def summarize(config: RLConfig, paths: RunPaths, console: Console) -> None:
-    """Writes and shows the summary of a finished run."""
+def summarize(
+    config: RLConfig, paths: RunPaths, console: Console, *, restarts: Mapping[str, int], resumes: int
+) -> None:
+    """Writes and shows the summary of a finished run.
+
+    Args:
+        config: Of the run.
+        paths: Its folder.
+        console: Where it is shown.
+        restarts: How often each process was started again.
+        resumes: How often the run went back to its last checkpoint.
+    """
     trainer = read_jsonl(paths.metrics / "trainer.jsonl")
     orchestrator = read_jsonl(paths.metrics / "orchestrator.jsonl")
     evals = read_jsonl(paths.metrics / "eval.jsonl")
-    summary = build_summary(trainer, orchestrator, evals)
+    summary = {**build_summary(trainer, orchestrator, evals), "restarts": dict(restarts), "resumes": resumes}
     write_atomically(paths.output_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     curve = paths.output_dir / "curve.png"
     draw_curve(orchestrator, evals, curve, title=f"{config.env.id}: {Path(config.model.name).name}")

@@ -3,7 +3,8 @@
     wait for weights that are new enough -> groups of rollouts -> advantages -> samples -> packed rows -> trainer
 
 At `max_off_policy_steps = 0` a step's rollouts wait for the weights of the step before; above it they may begin that
-many versions earlier, and new weights reach the server while they run. Held-out tasks are evaluated greedily, through
+many versions earlier, and new weights reach the servers while they run. The bound holds for every token: a rollout with
+an older one (a server that came back with old weights) is tried again. Held-out tasks are evaluated greedily, through
 the same renderer and the same wire, before the first step, every `eval.interval` steps and after the last.
 """
 
@@ -16,10 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pointillist.config import OrchestratorConfig, RunPaths
-from pointillist.config.run_paths import ORCHESTRATOR_STATE, append_jsonl, write_atomically
+from pointillist.config.run_paths import ORCHESTRATOR_STATE, append_jsonl, read_jsonl, write_atomically
 from pointillist.errors import InferenceError, PointillistError
 from pointillist.families import load_family
-from pointillist.logs import resident_mb
 from pointillist.orchestrator.advantages import group_advantages
 from pointillist.orchestrator.packing import OverlongMultimodalSample, pack
 from pointillist.orchestrator.runner import RolloutErrors, RolloutRunner
@@ -29,6 +29,7 @@ from pointillist.orchestrator.weights import WeightWatcher
 from pointillist.rollouts import Branch, InferenceClient
 from pointillist.rollouts.executor import Executor, RolloutHost, RolloutResult
 from pointillist.rollouts.workers import WorkerPool
+from pointillist.system import resident_mb
 from pointillist.transport import RankBatch, Sender, TrainingSample, make_sender
 from pointillist.transport.types import encoded_image_bytes
 
@@ -62,9 +63,7 @@ class Orchestrator:
         self.config = config
         self.paths = RunPaths(config.output_dir.resolve())
         self.family = load_family(config.model.name)
-        self.client = InferenceClient(
-            config.client.base_url, api_key_var=config.client.api_key_var, timeout=config.client.timeout
-        )
+        self.client = InferenceClient.from_config(config.client)
         self.host: RolloutHost = WorkerPool(config) if config.workers.count else Executor(config)
         self.runner = RolloutRunner(config, self.host)
         self.start = config.resume_step or 0
@@ -80,20 +79,21 @@ class Orchestrator:
         self.tasks = TaskOrder(len(await self.host.task_ids("train")), config.seed, self._resume_position())
         self.eval_tasks = (await self.host.task_ids("eval"))[: config.eval.max_tasks]
         await self.client.wait_until_ready(config.client.startup_timeout)
-        await self.weights.wait_for(self.start)
-        if self.start == 0:
-            await self._evaluate(0)
         async with asyncio.TaskGroup() as group:
-            follower = group.create_task(self.weights.follow()) if config.max_off_policy_steps else None
-            for step in range(self.start + 1, config.max_steps + 1):
-                await self._step(step)
-                if step % config.eval.interval == 0 and step < config.max_steps:
-                    await self.weights.wait_for(step)
-                    await self._evaluate(step)
-            await self.weights.wait_for(config.max_steps)
-            if follower is not None:
-                follower.cancel()
-        await self._evaluate(config.max_steps)
+            follower = group.create_task(self.weights.follow())
+            await self._run_steps()
+            follower.cancel()
+
+    async def _run_steps(self) -> None:
+        config = self.config
+        await self.weights.wait_for(self.start)
+        if self._owes_evaluation():
+            await self._evaluate(self.start)
+        for step in range(self.start + 1, config.max_steps + 1):
+            await self._step(step)
+            if step % config.eval.interval == 0 or step == config.max_steps:
+                await self.weights.wait_for(step)
+                await self._evaluate(step)
 
     async def _step(self, step: int) -> None:
         started = time.perf_counter()
@@ -169,6 +169,12 @@ class Orchestrator:
         }
         append_jsonl(self.paths.metrics / "eval.jsonl", metrics)
         logger.info("version %d: held-out accuracy %.3f on %d tasks", version, mean, len(rewards))
+
+    def _owes_evaluation(self) -> bool:
+        """Whether the weights that the run begins with are to be evaluated: it may have ended before they were."""
+        done = {record["step"] for record in read_jsonl(self.paths.metrics / "eval.jsonl")}
+        due = self.start % self.config.eval.interval == 0 or self.start == self.config.max_steps
+        return due and self.start not in done
 
     def _resume_position(self) -> int:
         if not self.start:

@@ -58,7 +58,8 @@ class RolloutRunner:
             )
             for member in range(size)
         ]
-        results = await asyncio.gather(*(self._run(request) for request in requests))
+        oldest = step - 1 - self._config.max_off_policy_steps
+        results = await asyncio.gather(*(self._run(request, oldest) for request in requests))
         return [result for result in results if result is not None]
 
     async def run_greedy(self, task_ids: Sequence[str]) -> list[RolloutResult | None]:
@@ -68,12 +69,15 @@ class RolloutRunner:
             RolloutRequest(id=f"eval.{name}", group=name, split="eval", index=index, sampling=sampling, seed=0)
             for index, name in enumerate(task_ids)
         ]
-        return list(await asyncio.gather(*(self._run(request) for request in requests)))
+        return list(await asyncio.gather(*(self._run(request, oldest=0) for request in requests)))
 
-    async def _run(self, request: RolloutRequest) -> RolloutResult | None:
+    async def _run(self, request: RolloutRequest, oldest: int) -> RolloutResult | None:
+        """A rollout none of whose tokens was sampled with weights older than version `oldest`."""
         async with self._slots:
             for attempt in range(self._config.max_retries + 1):
                 result = await self._host.run(msgspec.structs.replace(request, seed=request.seed + attempt * 2**32))
+                if result.failure is None:
+                    result = _fresh(result, oldest)
                 if result.failure is None:
                     return result
                 if result.failure.permanent or attempt == self._config.max_retries:
@@ -89,6 +93,21 @@ class RolloutRunner:
         if what not in self._warned:
             self._warned.add(what)
             logger.warning("rollout dropped, %s", what)
+
+
+def _fresh(result: RolloutResult, oldest: int) -> RolloutResult:
+    """The result, or a failure if one of its tokens is older than may be trained on."""
+    versions = [
+        v for branch in result.branches for v, on in zip(branch.weight_versions, branch.sampled, strict=True) if on
+    ]
+    if min(versions, default=oldest) >= oldest:
+        return result
+    failure = RolloutFailure(
+        kind="StaleRollout",
+        message=f"sampled with weight version {min(versions)}, expected {oldest} or newer (max_off_policy_steps)",
+        permanent=False,
+    )
+    return msgspec.structs.replace(result, failure=failure)
 
 
 def _seed(seed: int, step: int, index: int) -> int:

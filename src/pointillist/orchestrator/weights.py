@@ -1,10 +1,14 @@
-"""Follows the trainer's weight versions and tells the inference server of each."""
+"""Follows the trainer's weight versions and tells every inference server of each."""
 
 import asyncio
+import contextlib
 import logging
 
 from pointillist.config.run_paths import RunPaths, latest_broadcast
+from pointillist.errors import InferenceError
 from pointillist.rollouts import InferenceClient
+from pointillist.rollouts.client import update_weights
+from pointillist.rollouts.servers import Server, UnreachableError
 
 logger = logging.getLogger(__name__)
 
@@ -12,36 +16,57 @@ _POLL_SECONDS = 0.01
 
 
 class WeightWatcher:
-    """Applies new weight versions to the server as they appear."""
+    """Applies new weight versions to the servers as they appear.
+
+    A server that can not be reached holds nobody up: it loads the latest version by itself when it is started again,
+    and what it missed in between is applied as soon as it answers.
+    """
 
     def __init__(self, paths: RunPaths, client: InferenceClient, first_version: int) -> None:
         self._paths = paths
-        self._client = client
-        self._lock = asyncio.Lock()  # `follow` and `wait_for` may both find a version
-        self.version = first_version - 1
-        """Version that the server has; one below the first until that is there."""
+        self._has = dict.fromkeys(client.servers, first_version - 1)
+        self._refused: InferenceError | None = None
+        self._changed = asyncio.Condition()
+
+    @property
+    def version(self) -> int:
+        """The newest version that a server has; one below the first until there is one."""
+        return max(self._has.values())
 
     async def wait_for(self, version: int) -> None:
-        """Waits until the server has this version or a newer one.
+        """Waits until every server that can be reached has this version or a newer one, and there is one.
 
         Raises:
-            InferenceError: The server refused the weights.
+            InferenceError: A server refused the weights.
         """
-        while self.version < version:
-            if not await self._apply_latest():
-                await asyncio.sleep(_POLL_SECONDS)
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._refused is not None or self._reached(version))
+        if self._refused is not None:
+            raise self._refused
 
     async def follow(self) -> None:
-        """Applies versions as they come, for ever; run it as a task where rollouts may overlap training."""
-        while True:
-            await self._apply_latest()
-            await asyncio.sleep(_POLL_SECONDS)
+        """Applies versions as they come, for ever; `wait_for` needs it to be running."""
+        await asyncio.gather(*(self._follow(server) for server in self._has))
 
-    async def _apply_latest(self) -> bool:
-        async with self._lock:
+    def _reached(self, version: int) -> bool:
+        return self.version >= version and all(has >= version or server.rest for server, has in self._has.items())
+
+    async def _follow(self, server: Server) -> None:
+        while True:
             latest = latest_broadcast(self._paths)
-            if latest is None or latest <= self.version:
-                return False
-            await self._client.update_weights(str(self._paths.broadcast_step(latest)), latest)
-            self.version = latest
-            return True
+            if latest is not None and latest > self._has[server]:
+                await self._apply(server, latest)
+            await asyncio.sleep(max(_POLL_SECONDS, server.rest))
+
+    async def _apply(self, server: Server, version: int) -> None:
+        folder = self._paths.broadcast_step(version)
+        try:
+            with contextlib.suppress(UnreachableError):
+                await update_weights(server, str(folder), version)
+                self._has[server] = version
+        except InferenceError as error:
+            if not folder.is_dir():
+                return  # the trainer has removed it meanwhile: there are newer ones
+            self._refused = error
+        async with self._changed:
+            self._changed.notify_all()

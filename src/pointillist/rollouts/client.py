@@ -1,4 +1,4 @@
-"""The environment side's client of the inference server.
+"""The environment side's client of the inference servers.
 
 Rollouts of one group begin with the same prompt. Requests for the same prompt that are made within a moment of each
 other and whose seeds follow one another are sent as one request with `n` completions: choice `i` is sampled with
@@ -6,20 +6,18 @@ other and whose seeds follow one another are sent as one request with `n` comple
 """
 
 import asyncio
-import contextlib
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Final, Literal
 
-import aiohttp
 import msgspec
-import tenacity
 
+from pointillist.config.orchestrator import ClientConfig
 from pointillist.errors import ConfigError, InferenceError
 from pointillist.render.raw import RenderedPrompt
+from pointillist.rollouts.servers import Server, Servers
 
 Wire = Literal["mmraw", "content_parts"]
 """How images are named to the server: by references that say everything, or by URLs whose layout it computes."""
@@ -27,9 +25,6 @@ Wire = Literal["mmraw", "content_parts"]
 _GATHER_SECONDS: Final = 0.001
 _NEVER: Final = -100.0
 """The lowest bias on a logit that vLLM takes: a probability of e^-100."""
-_READY_POLL_SECONDS: Final = 0.1
-_KEEPALIVE_SECONDS: Final = 4.0
-"""Idle connections are closed by us before uvicorn closes them (5 s) under a request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +46,7 @@ class _Waiting:
 
     prompt: RenderedPrompt
     body: dict[str, Any]
+    affinity: str
     requests: list[tuple[int, asyncio.Future[Completion]]] = field(default_factory=list)
 
 
@@ -59,19 +55,21 @@ class InferenceClient:
 
     def __init__(
         self,
-        base_url: str,
+        base_urls: Sequence[str],
         *,
         api_key_var: str | None = None,
         timeout: float = 600.0,
+        unreachable_timeout: float = 0.0,
         wire: Wire = "mmraw",
         unsampleable: Sequence[int] = (),
     ) -> None:
-        """Opens the connection pool.
+        """Nothing is connected yet.
 
         Args:
-            base_url: Address of the server.
+            base_urls: Address of each server.
             api_key_var: Name of the environment variable that holds the API key.
             timeout: Seconds that one request may take.
+            unreachable_timeout: Seconds for which a request is tried again while no server can be reached.
             wire: How images are named. `content_parts` is for a vLLM without Pointillist's plugin: pixels are then the
                 engine's own, and what it says of tokens and placeholders must be what was rendered here.
             unsampleable: Tokens that such an engine is told not to sample; servers with the plugin know them.
@@ -79,38 +77,52 @@ class InferenceClient:
         Raises:
             ConfigError: The variable is not set.
         """
-        self._base_url = base_url
-        self._headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json"}
         if api_key_var:
-            self._headers["Authorization"] = f"Bearer {api_key(api_key_var)}"
-        self._timeout = aiohttp.ClientTimeout(total=timeout, sock_connect=10.0)
-        self._session: aiohttp.ClientSession | None = None
+            headers["Authorization"] = f"Bearer {api_key(api_key_var)}"
+        self._servers = Servers(base_urls, headers, timeout=timeout, unreachable_timeout=unreachable_timeout)
         self._wire = wire
         self._bias = {str(token): _NEVER for token in unsampleable}
         self._waiting: dict[bytes, _Waiting] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def wait_until_ready(self, seconds: float) -> None:
-        """Waits until the server is healthy.
+    @classmethod
+    def from_config(cls, config: ClientConfig, unsampleable: Sequence[int] = ()) -> "InferenceClient":
+        """The client that a config describes.
 
         Raises:
-            InferenceError: It is not after `seconds`.
+            ConfigError: The variable of the API key is not set.
         """
-        deadline = time.monotonic() + seconds
-        while True:
-            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-                async with self._http.get("/health", timeout=aiohttp.ClientTimeout(total=5.0)) as response:
-                    if response.status == HTTPStatus.OK:
-                        return
-            if time.monotonic() > deadline:
-                raise InferenceError(
-                    f"inference server at {self._base_url} is not healthy after {seconds:.0f} s "
-                    "(orchestrator.client.startup_timeout)"
-                )
-            await asyncio.sleep(_READY_POLL_SECONDS)
+        return cls(
+            config.base_url,
+            api_key_var=config.api_key_var,
+            timeout=config.timeout,
+            unreachable_timeout=config.unreachable_timeout,
+            wire=config.wire,
+            unsampleable=unsampleable,
+        )
+
+    @property
+    def servers(self) -> Sequence[Server]:
+        """Each server by itself."""
+        return self._servers.all
+
+    async def wait_until_ready(self, seconds: float) -> None:
+        """Waits until all servers are healthy.
+
+        Raises:
+            InferenceError: One is not after `seconds`.
+        """
+        await asyncio.gather(*(server.wait_until_ready(seconds) for server in self.servers))
 
     async def generate(
-        self, prompt: RenderedPrompt, sampling_params: Mapping[str, Any], seed: int, *, wait: bool = True
+        self,
+        prompt: RenderedPrompt,
+        sampling_params: Mapping[str, Any],
+        seed: int,
+        *,
+        affinity: str = "",
+        wait: bool = True,
     ) -> Completion:
         """Samples one completion.
 
@@ -118,6 +130,7 @@ class InferenceClient:
             prompt: What is read.
             sampling_params: As vLLM names them, without `n` and `seed`.
             seed: Of this completion.
+            affinity: Requests with the same word go to the same server; those of one group have the same.
             wait: Whether to wait a moment for others with the same prompt; those of the same moment are joined anyway.
 
         Raises:
@@ -129,7 +142,7 @@ class InferenceClient:
         key = msgspec.json.encode(body)
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         if key not in self._waiting:
-            self._waiting[key] = _Waiting(prompt, body)
+            self._waiting[key] = _Waiting(prompt, body, affinity)
             self._start(self._send_gathered(key, _GATHER_SECONDS if wait else 0))
         self._waiting[key].requests.append((seed, future))
         return await future
@@ -140,30 +153,11 @@ class InferenceClient:
         parts = [{"type": "image_url", "url": image.descriptor.raw_image_uri} for image in prompt.images]
         return {"token_ids": prompt.logical_ids, "content_parts": parts or None, "return_token_ids": True}
 
-    async def update_weights(self, weight_dir: str, version: int) -> None:
-        """Tells the server to load a weight version from a folder.
-
-        Raises:
-            InferenceError: The server kept its old weights; the message says why.
-        """
-        await self._post("/update_weights", {"weight_dir": weight_dir, "weight_version": version})
-
     async def aclose(self) -> None:
         """Closes all connections."""
         for task in self._tasks:
             task.cancel()
-        if self._session is not None:
-            await self._session.close()
-
-    @property
-    def _http(self) -> aiohttp.ClientSession:
-        """Opened at the first request, since it belongs to the event loop that is then running."""
-        if self._session is None:
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_SECONDS)
-            self._session = aiohttp.ClientSession(
-                self._base_url, headers=self._headers, timeout=self._timeout, connector=connector
-            )
-        return self._session
+        await self._servers.aclose()
 
     def _start(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -185,7 +179,7 @@ class InferenceClient:
     async def _send(self, waiting: _Waiting, run: list[tuple[int, asyncio.Future[Completion]]]) -> None:
         body = waiting.body
         sampling = {**body["sampling_params"], "seed": run[0][0], "n": len(run)}
-        request = asyncio.ensure_future(self._post("/inference/v1/generate", {**body, "sampling_params": sampling}))
+        request = asyncio.ensure_future(self._generate({**body, "sampling_params": sampling}, waiting.affinity))
 
         def nobody_waits(_: object) -> None:
             if all(future.cancelled() for _, future in run):
@@ -215,28 +209,33 @@ class InferenceClient:
             if not future.done():  # the rollout may have been cancelled meanwhile
                 future.set_result(completion)
 
-    async def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        try:
-            status, data = await self._send_with_retries(path, msgspec.json.encode(body))
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise InferenceError(
-                f"inference server at {self._base_url} did not answer {path} ({type(error).__name__})"
-            ) from None
-        if status != HTTPStatus.OK:
-            raise InferenceError(_refusal(path, status, data))
-        answer: dict[str, Any] = msgspec.json.decode(data)
-        return answer
+    async def _generate(self, body: Mapping[str, Any], affinity: str) -> dict[str, Any]:
+        path = "/inference/v1/generate"
+        return _answer_of(path, *await self._servers.post(path, msgspec.json.encode(body), affinity))
 
-    @tenacity.retry(
-        # Asking again gives the same: a completion is decided by its seed, weights by their version.
-        retry=tenacity.retry_if_exception_type((aiohttp.ClientOSError, aiohttp.ServerDisconnectedError)),
-        stop=tenacity.stop_after_attempt(4),
-        wait=tenacity.wait_exponential(multiplier=0.2, max=2.0),
-        reraise=True,
-    )
-    async def _send_with_retries(self, path: str, body: bytes) -> tuple[int, bytes]:
-        async with self._http.post(path, data=body) as response:
-            return response.status, await response.read()
+
+async def update_weights(server: Server, weight_dir: str, version: int) -> None:
+    """Tells one server to load a weight version from a folder.
+
+    Raises:
+        UnreachableError: It can not be reached.
+        InferenceError: The server kept its old weights; the message says why.
+    """
+    path = "/update_weights"
+    body = msgspec.json.encode({"weight_dir": weight_dir, "weight_version": version})
+    _answer_of(path, *await server.post(path, body))
+
+
+def _answer_of(path: str, status: int, data: bytes) -> dict[str, Any]:
+    """The JSON of an answer.
+
+    Raises:
+        InferenceError: It is a refusal.
+    """
+    if status != HTTPStatus.OK:
+        raise InferenceError(_refusal(path, status, data))
+    answer: dict[str, Any] = msgspec.json.decode(data)
+    return answer
 
 
 def api_key(variable: str) -> str:

@@ -111,7 +111,7 @@ class Executor:
     async def run(self, request: RolloutRequest) -> RolloutResult:
         """Runs one rollout."""
         task = self._tasks[request.split][request.index]
-        session = self._policy.open(request.sampling, request.seed)
+        session = self._policy.open(request.sampling, request.seed, request.group)
         key = self._gateway.add(session)
         try:
             async with asyncio.timeout(self._timeout):

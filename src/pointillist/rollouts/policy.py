@@ -49,18 +49,15 @@ class Policy:
             transform=blank_image if blank_images else None,
             fetch=RemoteImages(store.limits.max_bytes).fetch if config.multimodal.allow_remote else None,
         )
-        client = InferenceClient(
-            config.client.base_url,
-            api_key_var=config.client.api_key_var,
-            timeout=config.client.timeout,
-            wire=config.client.wire,
-            unsampleable=unsampleable_token_ids(family, tokenizer, ModelFiles(folder).vocab_size),
-        )
+        unsampleable = unsampleable_token_ids(family, tokenizer, ModelFiles(folder).vocab_size)
+        client = InferenceClient.from_config(config.client, unsampleable)
         return cls(config.model.name, renderer, sources, client, config.seq_len)
 
-    def open(self, sampling: Sampling, seed: int) -> Session:
-        """A new session."""
-        return Session(self.renderer, self.sources, self.client, sampling, seq_len=self.seq_len, seed=seed)
+    def open(self, sampling: Sampling, seed: int, affinity: str = "") -> Session:
+        """A new session; see `Session`."""
+        return Session(
+            self.renderer, self.sources, self.client, sampling, seq_len=self.seq_len, seed=seed, affinity=affinity
+        )
 
 
 def sampling_of(config: SamplingConfig) -> Sampling:

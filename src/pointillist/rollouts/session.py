@@ -95,6 +95,7 @@ class Session:
         *,
         seq_len: int,
         seed: int,
+        affinity: str = "",
         tools: Tools | None = None,
     ) -> None:
         """Opens a session.
@@ -106,6 +107,7 @@ class Session:
             sampling: For every turn that asks for nothing else.
             seq_len: Longest conversation, in tokens.
             seed: Of the first turn.
+            affinity: Sessions with the same word are served by the same server; by default each has its own.
             tools: What the policy may call in the session's own conversation; an environment may set it.
         """
         self._renderer = renderer
@@ -114,6 +116,7 @@ class Session:
         self._client = client
         self._seq_len = seq_len
         self._seed = seed
+        self._affinity = affinity or f"{seed}"
         self._requests = 0
         self._own = Conversation([], [])
         self._trace = Trace()
@@ -270,7 +273,10 @@ class Session:
         seed = self._seed + _SEEDS_PER_TURN * self._requests
         self._requests += 1
         completions = await asyncio.gather(
-            *(self._client.generate(prompt, parameters, seed + index, wait=wait) for index in range(n))
+            *(
+                self._client.generate(prompt, parameters, seed + index, affinity=self._affinity, wait=wait)
+                for index in range(n)
+            )
         )
         turns = []
         for sampled in completions:

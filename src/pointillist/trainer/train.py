@@ -9,6 +9,7 @@ that the path of the weights is known to work before any rollout is spent on it.
 
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -24,8 +25,8 @@ from pointillist.config.run_paths import append_jsonl, steps_in
 from pointillist.config.trainer import SchedulerConfig
 from pointillist.errors import TrainingError
 from pointillist.families import RawImageMaterializer, resolve_model_dir
-from pointillist.logs import resident_mb
 from pointillist.models import LoadedModel, load_model, pick_device, write_weights
+from pointillist.system import die_with_parent, resident_mb
 from pointillist.trainer.checkpoint import Checkpoints
 from pointillist.trainer.data import ImageCounts, ImageFault, RowLoader, RowTensors
 from pointillist.trainer.feed import RowFeed
@@ -50,8 +51,11 @@ def train(config: TrainerConfig) -> None:
         RefError: A reference that does not fit its image.
         MissingImageError: A referenced image that is not there.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()  # torchrun gives its ranks sessions of their own: whoever kills it would leave them
     torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
+    torch.use_deterministic_algorithms(config.deterministic)
     trainer = Trainer(config)
     try:
         trainer.run()

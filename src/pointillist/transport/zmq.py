@@ -14,13 +14,12 @@ from typing import Final
 import msgspec
 import zmq
 
+from pointillist.config import RUN_KEY
 from pointillist.errors import TransportError
 from pointillist.transport.types import RankBatch, decode_rank_batch, encode_rank_batch
 
 logger = logging.getLogger(__name__)
 
-TOKEN_VARIABLE: Final = "POINTILLIST_TRANSPORT_TOKEN"  # noqa: S105 - a name
-"""Environment variable with the word that both ends must say; the launcher makes one up for each run."""
 _POLL_MS: Final = 100
 _ASK_AGAIN_MS: Final = 2000
 
@@ -59,7 +58,7 @@ class ZmqSender:
         Raises:
             TransportError: The address can not be had.
         """
-        self._token = os.environ.get(TOKEN_VARIABLE, "")
+        self._token = os.environ.get(RUN_KEY, "")
         self._max_pending = max_pending
         self._needed_from = dict.fromkeys(range(num_ranks), 0)
         self._batches: dict[int, list[bytes]] = {}
@@ -133,7 +132,7 @@ class ZmqReceiver:
     def __init__(self, address: str, rank: int) -> None:
         self._address = address
         self._rank = rank
-        self._token = os.environ.get(TOKEN_VARIABLE, "")
+        self._token = os.environ.get(RUN_KEY, "")
         self._context = zmq.Context()
         # Batches are received in the feed's thread, and given up in the trainer's: sockets belong to one thread each.
         self._done_wire = self._connected()

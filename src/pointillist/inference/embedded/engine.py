@@ -74,6 +74,7 @@ class Engine:
         loaded: LoadedModel,
         config: EngineConfig,
         *,
+        alone: bool,
         eos_token_ids: frozenset[int],
         seed: int,
         metrics: EngineMetrics,
@@ -84,6 +85,7 @@ class Engine:
         Args:
             loaded: The model; nobody else may use it from now on.
             config: Batch size and admission.
+            alone: Whether each sequence is decoded by itself, so that no number depends on what else is in flight.
             eos_token_ids: Tokens that end every completion.
             seed: For requests without a seed.
             metrics: Counters to keep.
@@ -92,6 +94,7 @@ class Engine:
         self._loaded = loaded
         self._normalize = PixelNormalizer(loaded.family).to(loaded.device)
         self._config = config
+        self._alone = alone
         self._eos_token_ids = eos_token_ids
         self._metrics = metrics
         self._on_failure = on_failure
@@ -100,6 +103,8 @@ class Engine:
         self._waiting: deque[EngineRequest] = deque()
         self._rows: list[_Sequence] = []
         self._batch: RunningBatch | None = None
+        self._next: deque[tuple[_Sequence, RunningBatch]] = deque()
+        """Sequences that have been read and wait to be decoded alone."""
         self._paused = False
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -163,7 +168,7 @@ class Engine:
                 self._take_commands()
                 if self._stopping:
                     return
-                if self._paused or not (self._waiting or self._rows):
+                if self._paused or not (self._waiting or self._rows or self._next):
                     self._wait_for_command()
                     continue
                 self._admit()
@@ -205,24 +210,32 @@ class Engine:
 
     def _stop(self) -> None:
         self._stopping = True
-        for request in [*self._waiting, *{sequence.request for sequence in self._rows}]:
+        for request in [*self._waiting, *{sequence.request for sequence in self._sequences()}]:
             request.future.cancel()
 
     def _drop(self, request: EngineRequest) -> None:
         if request in self._waiting:
             self._waiting.remove(request)
+        self._next = deque(item for item in self._next if item[0].request is not request)
         self._keep([row for row, sequence in enumerate(self._rows) if sequence.request is not request])
 
     def _fail_all(self, error: BaseException) -> None:
         self._take_commands()  # requests among them
-        for request in [*self._waiting, *{sequence.request for sequence in self._rows}]:
+        for request in [*self._waiting, *{sequence.request for sequence in self._sequences()}]:
             with suppress(InvalidStateError):
                 request.future.set_exception(RuntimeError(f"engine died: {error!r}"))
         self._waiting.clear()
         self._rows.clear()
+        self._next.clear()
+
+    def _sequences(self) -> list[_Sequence]:
+        return [*self._rows, *(sequence for sequence, _ in self._next)]
 
     def _admit(self) -> None:
         """Moves waiting requests into the batch, in order, while there is room; equal prompts are read once."""
+        if self._alone and (self._rows or self._next):
+            self._take_next()
+            return
         admitted: list[EngineRequest] = []
         room = self._config.max_batch_size - len(self._rows)
         while self._waiting and self._waiting[0].params.n <= room:
@@ -231,6 +244,8 @@ class Engine:
                 continue
             admitted.append(request)
             room -= request.params.n
+            if self._alone:
+                break
         if not admitted:
             return
         unique: dict[tuple[Any, ...], int] = {}
@@ -249,8 +264,18 @@ class Engine:
         for request in admitted:
             request.prompt = replace(request.prompt, tensors={})
             request.prefilled.set_result(None)
-        self._batch = new if self._batch is None else self._batch.join(new)
+        if self._alone:
+            self._next.extend((sequence, new.select([row])) for row, sequence in enumerate(self._rows))
+            self._rows = []
+            self._take_next()
+        else:
+            self._batch = new if self._batch is None else self._batch.join(new)
         self._metrics.prefilled(len(prompts), sum(len(p.token_ids) for p in prompts), len(rows))
+
+    def _take_next(self) -> None:
+        if not self._rows:
+            sequence, self._batch = self._next.popleft()
+            self._rows = [sequence]
 
     def _step(self) -> None:
         """Samples one token for every row, ends those that are done, and reads the others' tokens."""

@@ -16,7 +16,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 
 from pointillist.budget import ByteBudget
-from pointillist.config import InferenceConfig, RunPaths
+from pointillist.config import InferenceConfig
 from pointillist.errors import ConfigError, InferenceError, PointillistError
 from pointillist.families import RawImageMaterializer
 from pointillist.inference.embedded.batch import Prompt
@@ -46,6 +45,7 @@ from pointillist.inference.protocol import (
     UpdateWeightsRequest,
     Usage,
 )
+from pointillist.inference.weight_folders import WeightFolders
 from pointillist.models import LoadedModel, as_tensors, load_model
 from pointillist.refs.mm_refs import mm_token_type_ids
 from pointillist.refs.wire import ImageRef
@@ -71,9 +71,11 @@ class Server:
         self.bounds = ServerBounds(config.seq_len, vocab_size, config.engine.max_batch_size)
         self.budget = ByteBudget(config.multimodal.inflight_bytes)
         self.metrics = EngineMetrics()
+        self.folders = WeightFolders(config)
         self.engine = Engine(
             loaded,
             config.engine,
+            alone=config.deterministic,
             eos_token_ids=_eos_token_ids(loaded),
             seed=config.seed,
             metrics=self.metrics,
@@ -127,12 +129,18 @@ class Server:
             raise RequestError(f"{error}; version {self.engine.weight_version} serves on", param="weight_dir") from None
 
     def _update_weights(self, request: UpdateWeightsRequest) -> None:
-        broadcasts = RunPaths(self.config.output_dir.resolve()).broadcasts
-        folder = Path(request.weight_dir).resolve()
-        if not folder.is_relative_to(broadcasts):
-            raise RequestError(f"weight_dir is not below {broadcasts}", param="weight_dir")
+        folder = self.folders.folder(request.weight_dir, request.weight_version)
         self.engine.update_weights(folder, request.weight_version)
         logger.info("weight version %d serves", request.weight_version)
+
+    def load_latest(self) -> None:
+        """Loads the run's newest weights, if there are any: a server that is started again must not serve old ones.
+
+        Raises:
+            InferenceError: They do not fit.
+        """
+        if (latest := self.folders.latest()) is not None:
+            self._update_weights(UpdateWeightsRequest(weight_dir=latest[0], weight_version=latest[1]))
 
     async def _prepare(self, request: GenerateRequest, max_tokens: int, prompt: CheckedPrompt) -> EngineRequest:
         tensors = await run_in_threadpool(self._materialize, prompt.refs, prompt.lengths) if prompt.refs else {}
@@ -176,6 +184,7 @@ def create_app(server: Server, key: str | None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         server.engine.start()
+        await run_in_threadpool(server.load_latest)
         yield
         if server.engine.failure is None:
             await run_in_threadpool(server.engine.stop)

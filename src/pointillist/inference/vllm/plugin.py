@@ -37,6 +37,7 @@ from pointillist.inference.vllm.serve import CONFIG_VARIABLE
 from pointillist.inference.vllm.serving import ItemMaker, RawServingTokens
 from pointillist.inference.vllm.versions import check_vllm
 from pointillist.inference.vllm.weights import WeightUpdates
+from pointillist.inference.weight_folders import WeightFolders
 from pointillist.rollouts.client import api_key
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class PointillistPlugin:
         check_vllm()
         state.pointillist = _Shared(engine_client, state, args)
         await engine_client.update_weight_version("0")
+        await state.pointillist.weights.load_latest()
 
 
 class _Shared:
@@ -90,7 +92,7 @@ class _Shared:
         scheduler, model = engine.vllm_config.scheduler_config, engine.vllm_config.model_config
         self.bounds = ServerBounds(model.max_model_len, model.get_vocab_size(), scheduler.max_num_seqs)
         self.budget = ByteBudget(self.config.multimodal.inflight_bytes)
-        self.weights = WeightUpdates(engine, resolve_model_dir(self.config.model.name), self.config.output_dir)
+        self.weights = WeightUpdates(engine, resolve_model_dir(self.config.model.name), WeightFolders(self.config))
         if model.logprobs_mode != "processed_logprobs":
             logger.warning(
                 "logprobs are not at the sampling temperature: start vLLM with --logprobs-mode processed_logprobs"

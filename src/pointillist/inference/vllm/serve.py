@@ -15,8 +15,6 @@ from pointillist.rollouts.client import api_key
 CONFIG_VARIABLE: Final = "POINTILLIST_INFERENCE_CONFIG"
 """Environment variable by which the plugin finds the path of the server's config."""
 
-_CONFIG_NAME: Final = "inference.vllm.toml"
-
 
 def serve(config: InferenceConfig) -> None:
     """Replaces this process by the server.
@@ -28,7 +26,9 @@ def serve(config: InferenceConfig) -> None:
     environ = {**os.environ, "VLLM_PLUGINS": "pointillist"}
     if config.server.api_key_var is not None:
         environ["VLLM_API_KEY"] = api_key(config.server.api_key_var)
-    path = config.output_dir.absolute() / "configs" / _CONFIG_NAME
+    if config.deterministic:
+        environ["VLLM_BATCH_INVARIANT"] = "1"
+    path = config.output_dir.absolute() / "configs" / f"inference.vllm.{config.server.port}.toml"
     write_toml(config, path)
     environ[CONFIG_VARIABLE] = str(path)
     on_cpu = not torch.cuda.is_available()

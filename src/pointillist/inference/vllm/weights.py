@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pointillist.config.run_paths import WEIGHTS_FILE, RunPaths
+from pointillist.config.run_paths import WEIGHTS_FILE
 from pointillist.errors import InferenceError
 from pointillist.inference.protocol import RequestError, UpdateWeightsRequest
+from pointillist.inference.weight_folders import WeightFolders
 from pointillist.models.weights import check_weights_fit
 
 logger = logging.getLogger(__name__)
@@ -32,16 +33,16 @@ class WeightUpdates:
     the language model has changed.
     """
 
-    def __init__(self, engine: Any, model_dir: Path, output_dir: Path) -> None:
+    def __init__(self, engine: Any, model_dir: Path, folders: WeightFolders) -> None:
         """Takes the engine's current weights for those of the model folder.
 
         Args:
             engine: vLLM's `EngineClient`.
             model_dir: Folder that the engine was started with; its names and shapes are what an update must have.
-            output_dir: The run's folder; weights are taken from its `broadcasts` only.
+            folders: Where versions are found.
         """
         self._engine = engine
-        self._broadcasts = RunPaths(output_dir.resolve()).broadcasts
+        self._folders = folders
         text_config = engine.vllm_config.model_config.hf_text_config
         self._tied = bool(getattr(text_config, "tie_word_embeddings", False))
         self._first_files = sorted(model_dir.glob("*.safetensors"))
@@ -63,7 +64,7 @@ class WeightUpdates:
         """
         async with self._lock:
             try:
-                folder, digest = await asyncio.to_thread(self._check, Path(request.weight_dir))
+                folder, digest = await asyncio.to_thread(self._check, request)
             except InferenceError as error:
                 raise RequestError(f"{error}; version {self.version} serves on", param="weight_dir") from None
             await self._engine.pause_generation(mode="keep", clear_cache=False)
@@ -92,11 +93,18 @@ class WeightUpdates:
             self.encoder_resets += 1
             await self._engine.reset_encoder_cache()
 
-    def _check(self, folder: Path) -> tuple[Path, str]:
+    async def load_latest(self) -> None:
+        """Loads the run's newest weights, if there are any: a server that is started again must not serve old ones.
+
+        Raises:
+            RequestError: As `apply`.
+        """
+        if (latest := await asyncio.to_thread(self._folders.latest)) is not None:
+            await self.apply(UpdateWeightsRequest(weight_dir=latest[0], weight_version=latest[1]))
+
+    def _check(self, request: UpdateWeightsRequest) -> tuple[Path, str]:
         """The resolved folder and the digest of its encoder's weights; names and shapes must be the model's."""
-        folder = folder.resolve()
-        if not folder.is_relative_to(self._broadcasts):
-            raise InferenceError(f"weight_dir is not below {self._broadcasts}")
+        folder = self._folders.folder(request.weight_dir, request.weight_version)
         shapes = _shapes_of([folder / WEIGHTS_FILE])
         # Where it is tied to the embedding, an output layer that comes along is the embedding once more.
         tied = {"lm_head.weight"} if self._tied else set()

@@ -20,6 +20,7 @@ from pointillist.rollouts.workers.protocol import (
     decode_to_worker,
     encode,
 )
+from pointillist.system import die_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ async def serve(config: EnvWorkerConfig) -> None:
         ConfigError: The model folder is unusable.
         EnvironmentLoadError: The environment can not be had.
     """
+    die_with_parent()
     executor = Executor(config)
     await executor.start()
     context = zmq.asyncio.Context()

@@ -1,0 +1,160 @@
+"""Images for a reader that does not share a file system with the writers.
+
+References stay as they are. What their path names is not here, so the image is asked for by its hash at the writers'
+asset endpoint, verified, and kept in a store of the reader's own: same layout, bounded in size, the images that were
+not used for longest go first.
+"""
+
+import hashlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+import httpx
+
+from pointillist.errors import ImageError, MissingImageError, RefError
+from pointillist.images.decode import ImageLimits
+from pointillist.images.inventory import StoreEntry, list_store
+from pointillist.images.store import read_stored, write_image
+
+logger = logging.getLogger(__name__)
+
+_CHUNK_BYTES: Final = 1024 * 1024
+_KEPT_AFTER_EVICTION: Final = 0.9
+
+
+class AssetClient:
+    """The asset endpoints of a run; safe to be called from several threads."""
+
+    def __init__(self, urls: Sequence[str], key: str, timeout: float) -> None:
+        """Nothing is connected yet.
+
+        Args:
+            urls: Address of each endpoint; they are asked in this order.
+            key: That they ask for.
+            timeout: Seconds for connecting, and between two pieces of an answer.
+        """
+        self._urls = urls
+        self._http = httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=timeout, trust_env=False)
+
+    def fetch(self, path: str, max_bytes: int) -> bytes:
+        """What is behind a path.
+
+        Raises:
+            MissingImageError: No endpoint has it, or can be asked; the message says what each answered.
+        """
+        data = bytearray()
+
+        def take(chunk: bytes) -> None:
+            data.extend(chunk)
+            if len(data) > max_bytes:
+                raise MissingImageError(f"{path}: an asset endpoint sends more than {max_bytes} bytes")
+
+        self._stream(path, data.clear, take)
+        return bytes(data)
+
+    def download(self, path: str, target: Path) -> None:
+        """Writes what is behind a path to a file, which appears whole.
+
+        Raises:
+            MissingImageError: As `fetch`.
+        """
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        with temporary.open("wb") as file:
+            self._stream(path, lambda: file.truncate(file.seek(0)), file.write)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+
+    def _stream(self, path: str, begin: Callable[[], object], take: Callable[[bytes], object]) -> None:
+        answers = []
+        for url in self._urls:
+            begin()
+            try:
+                with self._http.stream("GET", f"{url}{path}") as response:
+                    if response.status_code == httpx.codes.OK:
+                        for chunk in response.iter_bytes(_CHUNK_BYTES):
+                            take(chunk)
+                        return
+                    answers.append(f"{url} answered {response.status_code}")
+            except httpx.HTTPError as error:
+                answers.append(f"{url} did not answer ({type(error).__name__})")
+        raise MissingImageError(f"{path} is not to be had: {'; '.join(answers)}")
+
+
+class FetchedImages:
+    """A reader's own store of images that it fetched."""
+
+    def __init__(self, root: Path, max_bytes: int, client: AssetClient, limits: ImageLimits) -> None:
+        """Opens the store, making its folder if it is not there.
+
+        Args:
+            root: The folder; several readers of one machine may share it.
+            max_bytes: Size that it is kept below.
+            client: Where images are fetched from.
+            limits: What an image may be at most.
+        """
+        root.mkdir(parents=True, exist_ok=True)
+        self._root = root.resolve()
+        self._max_bytes = max_bytes
+        self._client = client
+        self._limits = limits
+        self._lock = threading.Lock()
+        self._bytes = sum(entry.num_bytes for entry in _images_in(self._root))
+
+    def read(self, name: str, sha256: str) -> bytes:
+        """Bytes of an image, verified.
+
+        Args:
+            name: Below a store's root, `<hh>/<sha256>.<ext>`.
+            sha256: 64 hex digits.
+
+        Raises:
+            MissingImageError: No endpoint has it.
+            RefError: What came has another hash.
+        """
+        path = self._root / name
+        with suppress(MissingImageError, RefError):
+            data = read_stored(self._root, name, self._limits)
+            if hashlib.sha256(data).hexdigest() == sha256:
+                with suppress(OSError):  # another reader may have just evicted it
+                    os.utime(path)
+                return data
+        data = self._client.fetch(f"/images/{name}", self._limits.max_bytes)
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise RefError(f"bytes of image {sha256} as fetched are not what its hash says: the file is corrupt")
+        self._keep(path, data)
+        return data
+
+    def _keep(self, path: Path, data: bytes) -> None:
+        """Writes an image and makes room; a full disk costs only the keeping."""
+        try:
+            write_image(path, data)
+        except (ImageError, OSError) as error:
+            logger.warning("fetched image is not kept: %s", error)
+            return
+        with self._lock:
+            self._bytes += len(data)
+            if self._bytes > self._max_bytes:
+                self._bytes = _evict(self._root, int(self._max_bytes * _KEPT_AFTER_EVICTION))
+
+
+def _evict(root: Path, max_bytes: int) -> int:
+    """Removes what was not used for longest until at most `max_bytes` are left; returns how many are."""
+    found = sorted(_images_in(root), key=lambda entry: entry.modified)
+    total = sum(entry.num_bytes for entry in found)
+    for entry in found:
+        if total <= max_bytes:
+            break
+        entry.path.unlink(missing_ok=True)
+        total -= entry.num_bytes
+    return total
+
+
+def _images_in(root: Path) -> Iterator[StoreEntry]:
+    return (entry for entry in list_store(root) if entry.sha256 is not None)

@@ -1,0 +1,141 @@
+"""All of a run's metrics at one address, for Prometheus: `GET /metrics`, and `GET /health` for people.
+
+- `pointillist_<component>_<name>`: the newest record of each component's per-step metrics;
+- `pointillist_process_up`, `_restarts_total`, `_resident_bytes` of each process;
+- what the inference servers say of themselves, with a label `process`.
+"""
+
+import re
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Final
+
+import httpx
+import psutil
+import uvicorn
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from pointillist.config import RunPaths
+from pointillist.config.run_paths import read_jsonl
+from pointillist.config.shared import ServerConfig
+from pointillist.launch.supervisor import Supervisor
+from pointillist.rollouts.client import api_key
+
+_ANSWER_SECONDS: Final = 2.0
+_STARTUP_SECONDS: Final = 10.0
+_CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class RunCollector(Collector):
+    """Reads everything anew each time it is asked."""
+
+    def __init__(self, paths: RunPaths, supervisor: Supervisor, headers: Mapping[str, str]) -> None:
+        self._paths = paths
+        self._supervisor = supervisor
+        self._headers = headers
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics of this module's docstring."""
+        yield from self._steps()
+        yield from self._processes()
+        yield from self._servers()
+
+    def _steps(self) -> Iterator[Metric]:
+        for component in ("trainer", "orchestrator", "eval"):
+            for record in read_jsonl(self._paths.metrics / f"{component}.jsonl")[-1:]:
+                for name, value in record.items():
+                    if isinstance(value, (int, float)):
+                        metric = re.sub(r"[^a-zA-Z0-9_]", "_", f"pointillist_{component}_{name}")
+                        yield GaugeMetricFamily(metric, f"{name} of {component}, newest step", value=float(value))
+
+    def _processes(self) -> Iterator[Metric]:
+        up = GaugeMetricFamily("pointillist_process_up", "Whether it runs and answers.", labels=["process"])
+        restarts = CounterMetricFamily("pointillist_process_restarts", "Starts after the first.", labels=["process"])
+        resident = GaugeMetricFamily("pointillist_process_resident_bytes", "Memory.", labels=["process"])
+        for name, each in self._supervisor.watched.items():
+            up.add_metric([name], float(each.is_up))
+            restarts.add_metric([name], each.restarts)
+            if each.child is not None:
+                with suppress(psutil.Error):
+                    resident.add_metric([name], psutil.Process(each.child.process.pid).memory_info().rss)
+        yield from (up, restarts, resident)
+
+    def _servers(self) -> Iterator[Metric]:
+        merged: dict[str, Metric] = {}
+        for name, each in self._supervisor.watched.items():
+            if each.spec.metrics_url is None:
+                continue
+            with suppress(httpx.HTTPError, ValueError):
+                answer = httpx.get(
+                    each.spec.metrics_url, headers=self._headers, timeout=_ANSWER_SECONDS, trust_env=False
+                )
+                for family in text_string_to_metric_families(answer.raise_for_status().text):
+                    mine = merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                    for sample in family.samples:
+                        mine.add_sample(sample.name, {**sample.labels, "process": name}, sample.value)
+        yield from merged.values()
+
+
+class MetricsEndpoint:
+    """A small server in a thread of the launcher."""
+
+    def __init__(
+        self, config: ServerConfig, paths: RunPaths, supervisor: Supervisor, headers: Mapping[str, str]
+    ) -> None:
+        """Binds.
+
+        Args:
+            config: Where it listens.
+            paths: The run's folder.
+            supervisor: Of the run's processes.
+            headers: With which the inference servers are asked.
+
+        Raises:
+            OSError: The address can not be had.
+            ConfigError: The variable of the API key is not set.
+        """
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(RunCollector(paths, supervisor, headers))
+        key = api_key(config.api_key_var) if config.api_key_var else None
+
+        async def metrics(request: Request) -> Response:
+            given = request.headers.get("authorization", "").encode()
+            if key is not None and not secrets.compare_digest(given, f"Bearer {key}".encode()):
+                return JSONResponse({"error": {"message": "expected Authorization: Bearer <API key>"}}, 401)
+            return Response(await run_in_threadpool(generate_latest, registry), media_type=_CONTENT_TYPE)
+
+        async def health(_: Request) -> Response:
+            return JSONResponse({name: each.is_up for name, each in supervisor.watched.items()})
+
+        app = Starlette(routes=[Route("/metrics", metrics), Route("/health", health)])
+        self._socket = socket.create_server(
+            (config.host, config.port), family=socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        )
+        host, port = self._socket.getsockname()[:2]
+        self.url = f"http://[{host}]:{port}/metrics" if ":" in host else f"http://{host}:{port}/metrics"
+        self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+
+    def start(self) -> None:
+        """Serves until `stop`."""
+        self._thread = threading.Thread(target=self._server.run, args=([self._socket],), name="metrics", daemon=True)
+        self._thread.start()
+        deadline = time.monotonic() + _STARTUP_SECONDS
+        while not self._server.started and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        """Ends it."""
+        self._server.should_exit = True
+        self._socket.close()

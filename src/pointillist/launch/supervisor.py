@@ -1,0 +1,192 @@
+"""Watches the processes of one machine: restarts servers that die or hang, and says whose death ends the run.
+
+A server (inference, assets) has no state that the run needs, so it is restarted within the run, a little later each
+time. One that ends with an error before it was ever healthy has a fault that a restart would not mend. Trainer and
+orchestrator end by themselves when their work is done; what their death means is for the launcher to decide.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import httpx
+
+from pointillist.config import SupervisionConfig
+from pointillist.launch.processes import Child, start, stop_all
+
+_POLL_SECONDS: Final = 0.1
+_LONGEST_BACKOFF_SECONDS: Final = 60.0
+_HEALTH_ANSWER_SECONDS: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A process to run."""
+
+    name: str
+    command: Sequence[str]
+    environ: Mapping[str, str]
+    log: Path
+    health_url: str | None = None
+    """Of a server; None for a process that ends by itself."""
+    metrics_url: str | None = None
+
+
+@dataclass(slots=True)
+class Watched:
+    """A process and what became of it."""
+
+    spec: Spec
+    child: Child | None = None
+    """None while it waits to be started."""
+    start_at: float = 0.0
+    started: float = 0.0
+    answered: float = 0.0
+    """When it last said that it is healthy; 0 if it has not since its start."""
+    healthy_since: float = 0.0
+    ever_healthy: bool = False
+    in_a_row: int = 0
+    """Restarts since it was last stable."""
+    restarts: int = 0
+    """Restarts of the whole run."""
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it runs, and, if it is a server, has answered."""
+        running = self.child is not None and self.child.exit_code is None
+        return running and (self.spec.health_url is None or self.answered > 0)
+
+
+@dataclass(slots=True)
+class Supervisor:
+    """Runs processes until the work is done."""
+
+    specs: Sequence[Spec]
+    config: SupervisionConfig
+    say: Callable[[str], None]
+    """Where a restart is reported."""
+    watched: dict[str, Watched] = field(default_factory=dict)
+    _closing: threading.Event = field(default_factory=threading.Event)
+
+    def start(self) -> None:
+        """Starts all processes, and asking servers for their health."""
+        self.watched = {spec.name: Watched(spec) for spec in self.specs}
+        for each in self.watched.values():
+            self._start(each)
+        threading.Thread(target=self._ask_for_health, name="health", daemon=True).start()
+
+    def run(self, finished: Callable[[], bool], poll: Callable[[], None]) -> Child | None:
+        """Watches until the work is done.
+
+        Args:
+            finished: Whether it is, beside that of the processes that end by themselves.
+            poll: Called again and again.
+
+        Returns:
+            Whoever's death ends the run; None if all is done.
+        """
+        while True:
+            poll()
+            for each in self.watched.values():
+                if (dead := self._look_after(each)) is not None:
+                    return dead
+            if self._work_is_done() and finished():
+                return None
+            time.sleep(_POLL_SECONDS)
+
+    def end(self, names: Collection[str]) -> None:
+        """Ends some processes, whatever their state."""
+        stop_all([each.child for name, each in self.watched.items() if name in names and each.child is not None])
+
+    def start_again(self, names: Collection[str]) -> None:
+        """Starts processes that were ended."""
+        for name in names:
+            self.watched[name].restarts += 1
+            self._start(self.watched[name])
+
+    def stop(self) -> None:
+        """Ends everything."""
+        self._closing.set()
+        self.end(self.watched.keys())
+
+    def restarts(self) -> dict[str, int]:
+        """How often each process was started again, of those that were."""
+        return {name: each.restarts for name, each in self.watched.items() if each.restarts}
+
+    def _work_is_done(self) -> bool:
+        work = [each for each in self.watched.values() if each.spec.health_url is None]
+        return all(each.child is not None and each.child.exit_code == 0 for each in work)
+
+    def _start(self, each: Watched) -> None:
+        spec = each.spec
+        each.child = start(spec.name, spec.command, spec.environ, spec.log)
+        each.started, each.answered, each.healthy_since = time.monotonic(), 0.0, 0.0
+
+    def _look_after(self, each: Watched) -> Child | None:
+        """Returns the process if its death ends the run."""
+        now = time.monotonic()
+        if each.child is None:
+            if now >= each.start_at:
+                self._start(each)
+            return None
+        code = each.child.exit_code
+        if each.spec.health_url is None:
+            return each.child if code not in (None, 0) else None
+        if code is None:
+            self._kill_if_silent(each, now)
+            return None
+        return self._bury(each, each.child, now)
+
+    def _bury(self, each: Watched, child: Child, now: float) -> Child | None:
+        never_worked = not each.ever_healthy and (child.exit_code or 0) > 0
+        if each.healthy_since and now - each.healthy_since >= self.config.stable_seconds:
+            each.in_a_row = 0
+        if never_worked or each.in_a_row >= self.config.max_restarts:
+            return child
+        wait = min(self.config.backoff * 2**each.in_a_row, _LONGEST_BACKOFF_SECONDS)
+        each.in_a_row += 1
+        each.restarts += 1
+        self.say(
+            f"{child.cause()}; restarting it in {wait:.3g} s ({each.in_a_row} of {self.config.max_restarts}, "
+            "supervision.max_restarts)"
+        )
+        stop_all([child])  # what its death left of it: a vLLM server has processes of its own
+        each.child, each.start_at, each.answered = None, now + wait, 0.0
+        return None
+
+    def _kill_if_silent(self, each: Watched, now: float) -> None:
+        if each.answered and now - each.answered > self.config.health_timeout and each.child is not None:
+            self.say(
+                f"{each.spec.name} has not answered {each.spec.health_url} for {now - each.answered:.0f} s "
+                "(supervision.health_timeout): killing it"
+            )
+            stop_all([each.child], grace=0.0)
+
+    def _ask_for_health(self) -> None:
+        """In a thread: a server that hangs must not hold up the watching of the others."""
+        with httpx.Client(timeout=_HEALTH_ANSWER_SECONDS, trust_env=False) as http:
+            while not self._closing.wait(self.config.health_interval):
+                for each in list(self.watched.values()):
+                    child = each.child
+                    if (
+                        each.spec.health_url is not None
+                        and child is not None
+                        and _is_healthy(http, each.spec.health_url)
+                    ):
+                        self._note_health(each, child)
+
+    def _note_health(self, each: Watched, child: Child) -> None:
+        if each.child is child:  # else it was the answer of one that has died meanwhile
+            each.answered = time.monotonic()
+            each.healthy_since = each.healthy_since or each.answered
+            each.ever_healthy = True
+
+
+def _is_healthy(http: httpx.Client, url: str) -> bool:
+    try:
+        return http.get(url).status_code == httpx.codes.OK
+    except httpx.HTTPError:
+        return False

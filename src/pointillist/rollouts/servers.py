@@ -1,0 +1,167 @@
+"""The inference servers behind a client: which one gets a request, and what happens when one can not be reached.
+
+Requests of one group or conversation go to one server, which has their prompt in its cache; a new one goes where the
+fewest are in flight. A server that can not be reached is left alone for a moment, a little longer each time, and its
+requests go to the others. While none can be reached a request waits: what it asks for is decided by its seed, so asking
+again, and elsewhere, gives the same.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Final
+
+import aiohttp
+from cachetools import LRUCache
+
+from pointillist.errors import InferenceError
+
+_KEEPALIVE_SECONDS: Final = 4.0
+"""Idle connections are closed by us before uvicorn closes them (5 s) under a request."""
+_READY_POLL_SECONDS: Final = 0.1
+_FIRST_REST_SECONDS: Final = 0.1
+_LONGEST_REST_SECONDS: Final = 2.0
+_REMEMBERED: Final = 100_000
+_UNAVAILABLE: Final = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
+
+
+class UnreachableError(InferenceError):
+    """A server that can not be reached, or ended in the middle of an answer."""
+
+
+class Server:
+    """One inference server."""
+
+    def __init__(self, url: str, headers: Mapping[str, str], timeout: float) -> None:
+        self.url = url
+        self.in_flight = 0
+        self._headers = headers
+        self._timeout = aiohttp.ClientTimeout(total=timeout, sock_connect=10.0)
+        self._session: aiohttp.ClientSession | None = None
+        self._rests_until = 0.0
+        self._failures = 0
+
+    @property
+    def rest(self) -> float:
+        """Seconds for which this server is still to be left alone; 0 if it can be asked."""
+        return max(0.0, self._rests_until - time.monotonic())
+
+    async def post(self, path: str, body: bytes) -> tuple[int, bytes]:
+        """Status and body of an answer.
+
+        Raises:
+            UnreachableError: No connection, no whole answer, or a server that is not available.
+            InferenceError: No answer in time.
+        """
+        self.in_flight += 1
+        try:
+            async with self._http.post(path, data=body) as response:
+                status, data = response.status, await response.read()
+            if status in _UNAVAILABLE:
+                raise UnreachableError(f"inference server at {self.url} answered {path} with {status}")
+        except TimeoutError:
+            raise InferenceError(f"inference server at {self.url} did not answer {path} in time") from None
+        except (aiohttp.ClientError, UnreachableError) as error:
+            self._failures += 1
+            rest = min(_FIRST_REST_SECONDS * 2 ** (self._failures - 1), _LONGEST_REST_SECONDS)
+            self._rests_until = time.monotonic() + rest
+            if isinstance(error, UnreachableError):
+                raise
+            raise UnreachableError(
+                f"inference server at {self.url} did not answer {path} ({type(error).__name__})"
+            ) from None
+        finally:
+            self.in_flight -= 1
+        self._failures = 0
+        return status, data
+
+    async def wait_until_ready(self, seconds: float) -> None:
+        """Waits until the server is healthy.
+
+        Raises:
+            InferenceError: It is not after `seconds`.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                async with self._http.get("/health", timeout=aiohttp.ClientTimeout(total=5.0)) as response:
+                    if response.status == HTTPStatus.OK:
+                        return
+            if time.monotonic() > deadline:
+                raise InferenceError(
+                    f"inference server at {self.url} is not healthy after {seconds:.0f} s "
+                    "(orchestrator.client.startup_timeout)"
+                )
+            await asyncio.sleep(_READY_POLL_SECONDS)
+
+    async def aclose(self) -> None:
+        """Closes all connections."""
+        if self._session is not None:
+            await self._session.close()
+
+    @property
+    def _http(self) -> aiohttp.ClientSession:
+        """Opened at the first request, since it belongs to the event loop that is then running."""
+        if self._session is None:
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_SECONDS)
+            self._session = aiohttp.ClientSession(
+                self.url, headers=self._headers, timeout=self._timeout, connector=connector
+            )
+        return self._session
+
+
+class Servers:
+    """All of them, as one."""
+
+    def __init__(
+        self, urls: Sequence[str], headers: Mapping[str, str], *, timeout: float, unreachable_timeout: float
+    ) -> None:
+        """Nothing is connected yet.
+
+        Args:
+            urls: Address of each server.
+            headers: Of every request.
+            timeout: Seconds that one request may take.
+            unreachable_timeout: Seconds for which a request is tried again while no server can be reached.
+        """
+        self.all = [Server(url, headers, timeout) for url in urls]
+        self._unreachable_timeout = unreachable_timeout
+        self._home: LRUCache[str, Server] = LRUCache(_REMEMBERED)
+
+    async def post(self, path: str, body: bytes, affinity: str) -> tuple[int, bytes]:
+        """Status and body of an answer.
+
+        Args:
+            path: Of the route.
+            body: JSON.
+            affinity: Requests with the same word go to the same server while it can be reached.
+
+        Raises:
+            UnreachableError: No server could be reached for `unreachable_timeout` seconds.
+            InferenceError: No answer in time.
+        """
+        deadline: float | None = None
+        while True:
+            server = self._pick(affinity)
+            await asyncio.sleep(server.rest)
+            try:
+                return await server.post(path, body)
+            except UnreachableError:
+                deadline = deadline or time.monotonic() + self._unreachable_timeout
+                if time.monotonic() >= deadline:
+                    raise
+
+    def _pick(self, affinity: str) -> Server:
+        """The server that knows the conversation, the least busy one, or if none can be asked the first that can."""
+        home = self._home.get(affinity)
+        if home is None or home.rest:
+            home = min(self.all, key=lambda server: (server.rest, server.in_flight))
+            self._home[affinity] = home
+        return home
+
+    async def aclose(self) -> None:
+        """Closes all connections."""
+        for server in self.all:
+            await server.aclose()
