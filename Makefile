@@ -10,8 +10,8 @@ VLLM := .venv-vllm
 VERIFIERS := .venv-verifiers
 HUNT := outputs/hunt
 
-.PHONY: setup demo demo-hunt test test-vllm test-verifiers test-unit lint format fuzz faults bench lock lock-vllm \
-	lock-verifiers clean
+.PHONY: setup demo demo-hunt test test-vllm test-verifiers test-slurm test-unit lint format fuzz faults bench lock \
+	lock-vllm lock-verifiers clean
 
 setup: $(VENV)/.ready
 
@@ -66,6 +66,12 @@ $(VERIFIERS)/.ready: requirements-verifiers.lock pyproject.toml
 		--requirement requirements-verifiers.lock
 	$(VERIFIERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
+
+# A real SLURM of two nodes on this machine; as root, since slurmd must be (in a container, say).
+test-slurm: setup
+	command -v slurmctld munged > /dev/null || \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge; }
+	PATH="$$PATH:/usr/sbin" $(BIN)/python -m pytest tests/slurm --timeout 600
 
 # Seconds instead of minutes: no processes are started.
 test-unit: setup

@@ -4,16 +4,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pointillist.config import EnvConfig, ModelConfig, OrchestratorConfig
 from pointillist.errors import EnvironmentLoadError, RefError
 from pointillist.images import Sources, normalize_images
 from pointillist.orchestrator.advantages import group_advantages
 from pointillist.orchestrator.orchestrator import _Batch
 from pointillist.orchestrator.packing import OverlongMultimodalSample
+from pointillist.orchestrator.runner import RolloutRunner
 from pointillist.orchestrator.samples import make_sample
 from pointillist.orchestrator.tasks import TaskOrder
 from pointillist.render import RawRenderer
 from pointillist.rollouts import Branch, Completion, load_environment
-from pointillist.rollouts.executor import RolloutResult
+from pointillist.rollouts.executor import RolloutRequest, RolloutResult
 from pointillist.rollouts.trace import Trace
 from tests.conftest import picture
 from tests.unit.test_transport import sample
@@ -34,6 +36,44 @@ def test_advantages_compare_within_the_group(rewards: list[float]) -> None:
 
 def test_groups_without_variance_say_nothing() -> None:
     assert group_advantages([1.0, 1.0, 1.0], normalize_std=True) is None
+
+
+class _Host:
+    """Gives rollouts that were sampled with the weight versions that it is told."""
+
+    def __init__(self, versions: list[int]) -> None:
+        self.versions = versions
+        self.seeds: list[int] = []
+
+    async def run(self, request: RolloutRequest) -> RolloutResult:
+        self.seeds.append(request.seed)
+        version = self.versions.pop(0)
+        branch = Branch(
+            token_ids=[1, 2, 3], sampled=[False, True, True], logprobs=[0, 0, 0], weight_versions=[-1, 9, version],
+            temperatures=[1, 1, 1], images=[], messages=[],
+        )  # fmt: skip
+        return RolloutResult(id=request.id, task_id="t", branches=[branch])
+
+
+@pytest.mark.parametrize(("bound", "versions", "tries"), [(0, [8, 7, 9], 3), (2, [7], 1), (1, [7, 8], 2)])
+async def test_no_token_is_older_than_the_bound(bound: int, versions: list[int], tries: int) -> None:
+    """Step 10 wants version 9, and with a bound of k 9 - k; what is older is sampled again."""
+    config = OrchestratorConfig(
+        model=ModelConfig(name="m"), env=EnvConfig(id="e"), max_off_policy_steps=bound, max_retries=2
+    )
+    host = _Host(list(versions))
+    runner = RolloutRunner(config, host)  # type: ignore[arg-type]
+    (result,) = await runner.run_group(0, step=10, index=0, size=1)
+    assert result.branches[0].weight_versions[-1] == versions[-1] >= 9 - bound
+    assert len(set(host.seeds)) == tries
+    assert runner.errors.retried == tries - 1
+
+
+async def test_a_rollout_that_stays_stale_is_dropped() -> None:
+    config = OrchestratorConfig(model=ModelConfig(name="m"), env=EnvConfig(id="e"), max_retries=1)
+    runner = RolloutRunner(config, _Host([3, 3]))  # type: ignore[arg-type]
+    assert await runner.run_group(0, step=10, index=0, size=1) == []
+    assert runner.errors.counts == {"StaleRollout": 1}
 
 
 def test_task_order_is_a_function_of_seed_and_position() -> None:

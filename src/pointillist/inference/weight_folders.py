@@ -1,6 +1,7 @@
 """Where a server finds a weight version: in the run's folder, or, on a machine without it, at the asset endpoint."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Final
@@ -10,6 +11,8 @@ from pointillist.config.run_paths import WEIGHTS_FILE, latest_broadcast, steps_i
 from pointillist.errors import InferenceError, MissingImageError
 from pointillist.families.fetching import asset_client
 from pointillist.images.fetched import AssetClient
+
+logger = logging.getLogger(__name__)
 
 _KEPT: Final = 2
 
@@ -42,15 +45,15 @@ class WeightFolders:
     def latest(self) -> tuple[str, int] | None:
         """Folder and number of the newest version, for a server that starts in the middle of a run.
 
-        Raises:
-            InferenceError: The asset endpoint can not be asked.
+        None where there is no version, or no endpoint that says so: the run has not begun, or its orchestrator will
+        notice that this server has old weights.
         """
         version = latest_broadcast(self._paths)
         if version is None and self._assets is not None:
             try:
                 version = json.loads(self._assets.fetch("/weights", max_bytes=1000))["version"]
             except MissingImageError as error:
-                raise InferenceError(str(error)) from None
+                logger.warning("beginning with the weights of the model folder: %s", error)
         return None if version is None else (str(self._paths.broadcast_step(version)), version)
 
     def _fetch(self, assets: AssetClient, version: int) -> Path:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 
 from pointillist.config.run_paths import RunPaths, latest_broadcast
 from pointillist.errors import InferenceError
@@ -13,13 +14,15 @@ from pointillist.rollouts.servers import Server, UnreachableError
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.01
+_ASK_SECONDS = 1.0
 
 
 class WeightWatcher:
     """Applies new weight versions to the servers as they appear.
 
     A server that can not be reached holds nobody up: it loads the latest version by itself when it is started again,
-    and what it missed in between is applied as soon as it answers.
+    what it missed in between is applied as soon as it answers, and one that says that it has an older version than it
+    was given (somebody has started it anew elsewhere) is given the latest once more.
     """
 
     def __init__(self, paths: RunPaths, client: InferenceClient, first_version: int) -> None:
@@ -52,7 +55,12 @@ class WeightWatcher:
         return self.version >= version and all(has >= version or server.rest for server, has in self._has.items())
 
     async def _follow(self, server: Server) -> None:
+        ask_at = 0.0
         while True:
+            if time.monotonic() >= ask_at:
+                said = (await server.health() or {}).get("weight_version")
+                self._has[server] = min(self._has[server], self._has[server] if said is None else int(said))
+                ask_at = time.monotonic() + _ASK_SECONDS
             latest = latest_broadcast(self._paths)
             if latest is not None and latest > self._has[server]:
                 await self._apply(server, latest)

@@ -11,9 +11,10 @@ import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import Final
+from typing import Any, Final
 
 import aiohttp
+import msgspec
 from cachetools import LRUCache
 
 from pointillist.errors import InferenceError
@@ -21,6 +22,7 @@ from pointillist.errors import InferenceError
 _KEEPALIVE_SECONDS: Final = 4.0
 """Idle connections are closed by us before uvicorn closes them (5 s) under a request."""
 _READY_POLL_SECONDS: Final = 0.1
+_HEALTH_SECONDS: Final = 5.0
 _FIRST_REST_SECONDS: Final = 0.1
 _LONGEST_REST_SECONDS: Final = 2.0
 _REMEMBERED: Final = 100_000
@@ -37,6 +39,7 @@ class Server:
     def __init__(self, url: str, headers: Mapping[str, str], timeout: float) -> None:
         self.url = url
         self.in_flight = 0
+        """Requests that were given to it and not answered."""
         self._headers = headers
         self._timeout = aiohttp.ClientTimeout(total=timeout, sock_connect=10.0)
         self._session: aiohttp.ClientSession | None = None
@@ -55,7 +58,6 @@ class Server:
             UnreachableError: No connection, no whole answer, or a server that is not available.
             InferenceError: No answer in time.
         """
-        self.in_flight += 1
         try:
             async with self._http.post(path, data=body) as response:
                 status, data = response.status, await response.read()
@@ -72,8 +74,6 @@ class Server:
             raise UnreachableError(
                 f"inference server at {self.url} did not answer {path} ({type(error).__name__})"
             ) from None
-        finally:
-            self.in_flight -= 1
         self._failures = 0
         return status, data
 
@@ -85,16 +85,27 @@ class Server:
         """
         deadline = time.monotonic() + seconds
         while True:
-            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-                async with self._http.get("/health", timeout=aiohttp.ClientTimeout(total=5.0)) as response:
-                    if response.status == HTTPStatus.OK:
-                        return
+            if await self.health() is not None:
+                return
             if time.monotonic() > deadline:
                 raise InferenceError(
                     f"inference server at {self.url} is not healthy after {seconds:.0f} s "
                     "(orchestrator.client.startup_timeout)"
                 )
             await asyncio.sleep(_READY_POLL_SECONDS)
+
+    async def health(self) -> dict[str, Any] | None:
+        """What the server says of itself, which may be nothing; None if it is not healthy."""
+        try:
+            async with self._http.get("/health", timeout=aiohttp.ClientTimeout(total=_HEALTH_SECONDS)) as response:
+                if response.status != HTTPStatus.OK:
+                    return None
+                data = await response.read()
+        except (aiohttp.ClientError, TimeoutError):
+            return None
+        with contextlib.suppress(msgspec.MsgspecError):
+            return msgspec.json.decode(data, type=dict[str, Any])
+        return {}
 
     async def aclose(self) -> None:
         """Closes all connections."""
@@ -145,13 +156,16 @@ class Servers:
         deadline: float | None = None
         while True:
             server = self._pick(affinity)
-            await asyncio.sleep(server.rest)
+            server.in_flight += 1  # before anything is awaited: the next request must know of this one
             try:
+                await asyncio.sleep(server.rest)
                 return await server.post(path, body)
             except UnreachableError:
                 deadline = deadline or time.monotonic() + self._unreachable_timeout
                 if time.monotonic() >= deadline:
                     raise
+            finally:
+                server.in_flight -= 1
 
     def _pick(self, affinity: str) -> Server:
         """The server that knows the conversation, the least busy one, or if none can be asked the first that can."""

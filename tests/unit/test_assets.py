@@ -1,0 +1,179 @@
+"""The asset endpoint and its readers: the same pixels, nothing but images and weights, a bounded store."""
+
+import hashlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+
+from pointillist.config import RunPaths
+from pointillist.config.run_paths import WEIGHTS_FILE
+from pointillist.errors import MissingImageError, RefError
+from pointillist.families import Family, RawImageMaterializer
+from pointillist.families.base import describe_image
+from pointillist.images import ImageLimits, ImageStore
+from pointillist.images.fetched import AssetClient, FetchedImages
+from pointillist.refs import ImageRef
+from pointillist.rollouts.assets import create_app
+from tests.conftest import encoded, picture
+
+KEY = "the run's own word"
+LIMITS = ImageLimits()
+
+
+@dataclass
+class Endpoint:
+    url: str
+    store: ImageStore
+    paths: RunPaths
+
+    def client(self, key: str = KEY) -> AssetClient:
+        return AssetClient([self.url], key, timeout=10)
+
+
+@pytest.fixture
+def endpoint(tmp_path: Path) -> Iterator[Endpoint]:
+    paths = RunPaths(tmp_path / "run")
+    store = ImageStore(_made(paths.output_dir / "assets" / "images"), LIMITS)
+    wire = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(create_app(store.root, paths, KEY, LIMITS), log_level="warning"))
+    thread = threading.Thread(target=server.run, args=([wire],))
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield Endpoint(f"http://127.0.0.1:{wire.getsockname()[1]}", store, paths)
+    server.should_exit = True
+    thread.join()
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _name(store: ImageStore, uri: str) -> str:
+    return uri.removeprefix(f"file://{store.root}/")
+
+
+def test_a_reader_without_the_folder_has_the_same_pixels(endpoint: Endpoint, family: Family, tmp_path: Path) -> None:
+    stored = endpoint.store.put(encoded(picture(64, 96)))
+    layout = family.layout(64, 96)
+    ref = ImageRef.of(describe_image(family, stored.uri, layout), stored.sha256)
+    local = RawImageMaterializer(family, [endpoint.store.root], LIMITS)
+    expected = local.materialize([ref], [layout.num_tokens])
+    # As on another machine: the reference's folder is not there.
+    endpoint.store.root.rename(tmp_path / "elsewhere")
+    fetched = FetchedImages(tmp_path / "mine", 10**6, endpoint.client(), LIMITS)
+    with pytest.raises(MissingImageError):
+        RawImageMaterializer(family, [endpoint.store.root], LIMITS, fetched=fetched).materialize(
+            [ref], [layout.num_tokens]
+        )
+    (tmp_path / "elsewhere").rename(endpoint.store.root)
+    reader = RawImageMaterializer(family, [tmp_path / "not" / "here"], LIMITS, fetched=fetched)
+    with pytest.raises(RefError, match="not an image under an allowed root"):
+        reader.materialize([ref], [layout.num_tokens])
+    data = fetched.read(_name(endpoint.store, stored.uri), stored.sha256)
+    assert hashlib.sha256(data).hexdigest() == stored.sha256
+    (endpoint.store.root / _name(endpoint.store, stored.uri)).unlink()  # from now on it is in the reader's store only
+    again = RawImageMaterializer(family, [endpoint.store.root], LIMITS, fetched=fetched)
+    tensors = again.materialize([ref], [layout.num_tokens])
+    assert np.array_equal(tensors["pixel_values"], expected["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/images/../configs/rl.toml", "/images/%2e%2e/secret", "/images/ab/notes.txt", "/images/",
+        "/images//etc/passwd", "/configs/rl.toml", "/weights/7", "/weights/-1", "/weights/../x",
+        f"/images/00/{'0' * 64}.png",
+    ],
+)  # fmt: skip
+def test_nothing_else_can_be_asked_for(endpoint: Endpoint, path: str) -> None:
+    (endpoint.paths.output_dir / "secret").write_text("s")
+    _made(endpoint.store.root / "ab").joinpath("notes.txt").write_text("s")
+    _made(endpoint.paths.configs).joinpath("rl.toml").write_text("s")
+    answer = httpx.get(f"{endpoint.url}{path}", headers={"Authorization": f"Bearer {KEY}"})
+    assert answer.status_code == 404, path
+    assert httpx.post(f"{endpoint.url}{path}", headers={"Authorization": f"Bearer {KEY}"}).status_code in (404, 405)
+
+
+def test_links_are_not_followed(endpoint: Endpoint, tmp_path: Path) -> None:
+    data = encoded(picture(32, 32))
+    sha256 = hashlib.sha256(data).hexdigest()
+    (tmp_path / "outside").write_bytes(data)
+    _made(endpoint.store.root / sha256[:2]).joinpath(f"{sha256}.png").symlink_to(tmp_path / "outside")
+    answer = httpx.get(f"{endpoint.url}/images/{sha256[:2]}/{sha256}.png", headers={"Authorization": f"Bearer {KEY}"})
+    assert answer.status_code == 404
+
+
+def test_the_key_is_asked_for(endpoint: Endpoint, tmp_path: Path) -> None:
+    stored = endpoint.store.put(encoded(picture(32, 32)))
+    name = _name(endpoint.store, stored.uri)
+    assert httpx.get(f"{endpoint.url}/images/{name}").status_code == 401
+    assert httpx.get(f"{endpoint.url}/weights").status_code == 401
+    assert httpx.get(f"{endpoint.url}/health").status_code == 200
+    reader = FetchedImages(tmp_path / "mine", 10**6, endpoint.client("another word"), LIMITS)
+    with pytest.raises(MissingImageError, match="answered 401"):
+        reader.read(name, stored.sha256)
+
+
+def test_damage_on_the_way_is_found(endpoint: Endpoint, tmp_path: Path) -> None:
+    stored = endpoint.store.put(encoded(picture(32, 32)))
+    name = _name(endpoint.store, stored.uri)
+    reader = FetchedImages(tmp_path / "mine", 10**6, endpoint.client(), LIMITS)
+    good = reader.read(name, stored.sha256)
+    # A damaged file of the reader's own store is fetched anew, a damaged one of the writers' is refused.
+    (tmp_path / "mine" / name).write_bytes(good[:-1] + b"x")
+    assert reader.read(name, stored.sha256) == good
+    (endpoint.store.root / name).write_bytes(good[:-1] + b"x")
+    (tmp_path / "mine" / name).unlink()
+    with pytest.raises(RefError, match="the file is corrupt"):
+        reader.read(name, stored.sha256)
+
+
+def test_the_readers_store_is_bounded(endpoint: Endpoint, tmp_path: Path) -> None:
+    stored = [endpoint.store.put(encoded(picture(32, 32, seed))) for seed in range(12)]
+    bound = sum(each.num_bytes for each in stored[:5])
+    reader = FetchedImages(tmp_path / "mine", bound, endpoint.client(), LIMITS)
+    for number, each in enumerate(stored):
+        reader.read(_name(endpoint.store, each.uri), each.sha256)
+        # The first is used again and again, so it stays.
+        reader.read(_name(endpoint.store, stored[0].uri), stored[0].sha256)
+        left = list((tmp_path / "mine").rglob("*.png"))
+        assert sum(path.stat().st_size for path in left) <= bound, number
+    names = {path.stem for path in left}
+    assert stored[0].sha256 in names
+    assert stored[-1].sha256 in names
+    # Another reader of the same folder knows what lies there.
+    other = FetchedImages(tmp_path / "mine", bound, AssetClient(["http://127.0.0.1:1"], KEY, 1), LIMITS)
+    assert other.read(_name(endpoint.store, stored[-1].uri), stored[-1].sha256)
+    with pytest.raises(MissingImageError, match="did not answer"):
+        other.read(_name(endpoint.store, stored[1].uri), stored[1].sha256)
+
+
+def test_an_endpoint_that_is_gone_is_passed_over(endpoint: Endpoint, tmp_path: Path) -> None:
+    stored = endpoint.store.put(encoded(picture(32, 32)))
+    client = AssetClient(["http://127.0.0.1:1", endpoint.url], KEY, timeout=2)
+    assert FetchedImages(tmp_path / "mine", 10**6, client, LIMITS).read(
+        _name(endpoint.store, stored.uri), stored.sha256
+    )
+    with pytest.raises(MissingImageError, match="more than 10 bytes"):
+        client.fetch(f"/images/{_name(endpoint.store, stored.uri)}", max_bytes=10)
+
+
+def test_weights_are_downloaded_whole(endpoint: Endpoint, tmp_path: Path) -> None:
+    assert httpx.get(f"{endpoint.url}/weights", headers={"Authorization": f"Bearer {KEY}"}).json() == {"version": None}
+    _made(endpoint.paths.broadcast_step(3)).joinpath(WEIGHTS_FILE).write_bytes(weights := bytes(range(256)) * 10_000)
+    assert httpx.get(f"{endpoint.url}/weights", headers={"Authorization": f"Bearer {KEY}"}).json() == {"version": 3}
+    endpoint.client().download("/weights/3", tmp_path / "here" / WEIGHTS_FILE)
+    assert (tmp_path / "here" / WEIGHTS_FILE).read_bytes() == weights
+    with pytest.raises(MissingImageError, match="answered 404"):
+        endpoint.client().download("/weights/4", tmp_path / "there" / WEIGHTS_FILE)
+    assert not (tmp_path / "there" / WEIGHTS_FILE).exists()

@@ -1,0 +1,247 @@
+"""Who runs what and where, scripts of jobs, and the supervision of processes."""
+
+import stat
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from pointillist.config import RLConfig, RunPaths, SlurmConfig, SupervisionConfig, parse_cli
+from pointillist.errors import ConfigError, LaunchError
+from pointillist.launch.devices import gpu_shares
+from pointillist.launch.layout import Layout, Node, settle, specs, write_configs
+from pointillist.launch.rendezvous import Rendezvous
+from pointillist.launch.run_dir import resume_step, rewind
+from pointillist.launch.slurm import render
+from pointillist.launch.supervisor import Spec, Supervisor
+
+JOB = ["--slurm.job_name", "x", "--slurm.inference_nodes", 1]
+BASE = ["--model.name", "m", "--env.id", "digits"]
+
+
+def _config(*arguments: object) -> RLConfig:
+    return parse_cli(RLConfig, [*BASE, *map(str, arguments)])
+
+
+def _node(index: int, servers: int, host: str = "10.0.0.") -> Node:
+    return Node(
+        index=index, host=f"{host}{index}", server_ports=[8000 + n for n in range(servers)], transport_port=7000,
+        assets_port=7001, rendezvous_port=7002,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-servers", 0], "needs orchestrator.client.base_url"),
+        (["--num-servers", 2, "--inference.server.port", 8000], "set the port to 0"),
+        (["--deterministic", "true", "--orchestrator.max_off_policy_steps", 1], "max_off_policy_steps = 0"),
+        (JOB, "give both, or neither"),
+        (["--slurm.job_name", "two words"], "one word without spaces"),
+        (["--slurm.job_name", "x", "--slurm.options", '{"a;b": 1}'], "name of an sbatch option"),
+        (["--metrics.host", "0.0.0.0"], "metrics.api_key_var"),
+        ([*JOB, "--slurm.trainer_nodes", 2, "--trainer.num_workers", 3], "spread evenly"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_together_is_told(
+    arguments: list[object], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises((ConfigError, ValidationError, SystemExit)) as raised:
+        _config(*arguments)
+    flat = " ".join((str(raised.value) + capsys.readouterr().err).replace("│", " ").split())
+    assert message in flat
+
+
+def test_one_machine_has_every_role(tmp_path: Path) -> None:
+    config = _config("--num-servers", 2, "--multimodal.assets.serve", "true", "--output-dir", tmp_path)
+    layout, nodes, paths = Layout(config), [_node(0, 2, host="127.0.0.")], RunPaths(tmp_path)
+    settle(config, layout, nodes)
+    write_configs(config, layout, nodes, paths)
+    assert config.orchestrator.client.base_url == ["http://127.0.0.1:8000", "http://127.0.0.1:8001"]
+    assert config.inference.multimodal.assets.urls == ["http://127.0.0.1:7001"]
+    found = specs(config, layout, nodes, 0, paths, {})
+    assert [spec.name for spec in found] == ["inference_0", "inference_1", "assets", "trainer", "orchestrator"]
+    assert [spec.health_url for spec in found] == [
+        "http://127.0.0.1:8000/health", "http://127.0.0.1:8001/health", "http://127.0.0.1:7001/health", None, None,
+    ]  # fmt: skip
+    assert all(Path(spec.command[-1]).is_file() for spec in found)
+
+
+def test_roles_are_spread_over_a_jobs_nodes(tmp_path: Path) -> None:
+    config = _config(
+        "--slurm.job_name", "x", "--slurm.inference_nodes", 2, "--slurm.trainer_nodes", 2, "--trainer.num_workers", 8,
+        "--num-servers", 2, "--transport.type", "zmq", "--output-dir", tmp_path,
+    )  # fmt: skip
+    layout, paths = Layout(config), RunPaths(tmp_path)
+    nodes = [_node(0, 2), _node(1, 2), _node(2, 0), _node(3, 0)]
+    settle(config, layout, nodes)
+    assert config.orchestrator.client.base_url == [
+        "http://10.0.0.0:8000", "http://10.0.0.0:8001", "http://10.0.0.1:8000", "http://10.0.0.1:8001",
+    ]  # fmt: skip
+    assert config.orchestrator.client.api_key_var == config.inference.server.api_key_var == "POINTILLIST_RUN_KEY"
+    assert config.trainer.transport.address == config.orchestrator.transport.address == "tcp://10.0.0.2:7000"
+    write_configs(config, layout, nodes, paths)
+    names = [[spec.name for spec in specs(config, layout, nodes, index, paths, {})] for index in range(4)]
+    assert names == [
+        ["inference_0", "inference_1"], ["inference_2", "inference_3"], ["trainer_0", "orchestrator"], ["trainer_1"],
+    ]  # fmt: skip
+    second = " ".join(specs(config, layout, nodes, 3, paths, {})[0].command)
+    for argument in ("--nnodes=2", "--nproc-per-node=4", "--node-rank=1", "--master-addr=10.0.0.2"):
+        assert argument in second
+    assert 'host = "10.0.0.1"' in (paths.configs / "inference_3.toml").read_text()
+
+
+def test_gpus_are_shared_out(tmp_path: Path) -> None:
+    eight = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
+    shares = gpu_shares(eight, servers=2, ranks=4)
+    assert shares.server(0) == {"CUDA_VISIBLE_DEVICES": "0,1"}
+    assert shares.server(1) == {"CUDA_VISIBLE_DEVICES": "2,3"}
+    assert shares.trainer() == {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}
+    for nothing in (
+        gpu_shares({}, servers=2, ranks=1, driver_list=tmp_path / "none"),
+        gpu_shares(eight, servers=0, ranks=8),
+        gpu_shares({"CUDA_VISIBLE_DEVICES": "0"}, servers=1, ranks=1),
+    ):
+        assert nothing.trainer() == {}
+        assert nothing.server(0) == {}
+    for name in ("a", "b", "c"):
+        (tmp_path / name).touch()
+    assert gpu_shares({}, servers=1, ranks=1, driver_list=tmp_path).server(0) == {"CUDA_VISIBLE_DEVICES": "0,1"}
+
+
+def test_a_template_of_ones_own(tmp_path: Path) -> None:
+    own = tmp_path / "own.j2"
+    own.write_text("#!/bin/sh\n# {{ slurm.job_name }} on {{ slurm.num_nodes }}\n{{ python }} {{ config }}\n")
+    slurm = SlurmConfig(job_name="x", template=own)
+    assert render(slurm, RunPaths(tmp_path)).splitlines()[1] == "# x on 1"
+    own.write_text("{{ nothing }}")
+    with pytest.raises(LaunchError, match="can not be rendered"):
+        render(slurm, RunPaths(tmp_path))
+
+
+def test_nodes_meet(tmp_path: Path) -> None:
+    meetings = [Rendezvous(tmp_path / "1.0", 2, 5.0) for _ in range(2)]
+    first = threading.Thread(target=meetings[0].join, args=(_node(0, 1),))
+    first.start()
+    meetings[1].join(_node(1, 0))
+    assert [node.index for node in meetings[1].nodes()] == [0, 1]
+    meetings[0].announce(7)
+    assert meetings[1].wait_for_go().resume_step == 7
+    assert not meetings[1].is_finished()
+    meetings[0].finish()
+    assert meetings[1].is_finished()
+    with pytest.raises(LaunchError, match="for nodes 2 in"):
+        Rendezvous(tmp_path / "1.0", 3, 0.1).nodes()
+    # The next start of the job meets elsewhere: nobody of the last one is mistaken for somebody of this one.
+    with pytest.raises(LaunchError, match="for the head's configs"):
+        Rendezvous(tmp_path / "1.1", 2, 0.1).wait_for_go()
+    first.join()
+
+
+def test_going_back_removes_what_came_after(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path / "run")
+    with pytest.raises(LaunchError, match="holds no run"):
+        resume_step(paths)
+    paths.configs.mkdir(parents=True)
+    (paths.configs / "rl.toml").touch()
+    assert resume_step(paths) == 0
+    for step in (1, 2, 3):
+        paths.rollout_step(step).mkdir(parents=True)
+        paths.broadcast_step(step).mkdir(parents=True)
+    (paths.checkpoint_step(2)).mkdir(parents=True)
+    (paths.checkpoints / ".step_3.tmp").mkdir()
+    (paths.checkpoint_step(2) / "orchestrator.json").touch()
+    paths.metrics.mkdir()
+    (paths.metrics / "trainer.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    (paths.output_dir / "quarantine.jsonl").write_text('{"step": 2}\n{"step": 3}\n')
+    assert resume_step(paths) == 2
+    rewind(paths, 2)
+    assert (paths.metrics / "trainer.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert (paths.output_dir / "quarantine.jsonl").read_text() == '{"step": 2}\n'
+    assert not paths.rollout_step(3).exists()
+    assert not paths.broadcast_step(2).exists()
+    assert not (paths.checkpoints / ".step_3.tmp").exists()
+
+
+_SERVER = """
+import http.server, os, sys
+marks = sys.argv[2]
+number = len(os.listdir(marks))
+open(f"{marks}/{number}", "w").close()
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+    def log_message(self, *_): pass
+if sys.argv[3] == "never": sys.exit(3)
+server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler)
+for _ in range(3): server.handle_request()
+if number < int(sys.argv[3]): os.kill(os.getpid(), 9)
+server.serve_forever()
+"""
+
+
+def _supervisor(tmp_path: Path, deaths: str, work: str, **config: float) -> tuple[Supervisor, list[str], Path]:
+    from tests.integration.conftest import free_port
+
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    port = free_port()
+    command = [sys.executable, "-c", _SERVER, str(port), str(marks), deaths]
+    said: list[str] = []
+    settings = SupervisionConfig(**{"backoff": 0.01, "health_interval": 0.05, **config})
+    server = Spec("server", command, {}, tmp_path / "server.log", f"http://127.0.0.1:{port}/")
+    worker = Spec("work", [sys.executable, "-c", work.format(marks=marks)], {}, tmp_path / "work.log")
+    return Supervisor([server, worker], settings, said.append), said, marks
+
+
+# Ends when the server has been started three times.
+_WAIT = "import os, time\nwhile len(os.listdir({marks!r})) < 3: time.sleep(0.05)"
+
+
+@pytest.mark.integration
+def test_a_server_is_started_again_until_the_work_is_done(tmp_path: Path) -> None:
+    supervisor, said, _ = _supervisor(tmp_path, "2", _WAIT.replace("{marks!r}", "'{marks}'"), max_restarts=3)
+    supervisor.start()
+    assert supervisor.run(lambda: True, lambda: None) is None
+    supervisor.stop()
+    assert supervisor.restarts() == {"server": 2}
+    assert "server was killed by SIGKILL; restarting it in 0.01 s (1 of 3, supervision.max_restarts)" in said[0]
+    assert "restarting it in 0.02 s (2 of 3" in said[1]
+
+
+@pytest.mark.integration
+def test_a_server_that_dies_too_often_ends_the_run(tmp_path: Path) -> None:
+    supervisor, said, marks = _supervisor(tmp_path, "9", "import time; time.sleep(60)", max_restarts=1)
+    supervisor.start()
+    dead = supervisor.run(lambda: True, lambda: None)
+    supervisor.stop()
+    assert dead is not None
+    assert dead.cause() == "server was killed by SIGKILL"
+    assert len(said) == 1
+    assert len(list(marks.iterdir())) == 2
+
+
+@pytest.mark.integration
+def test_a_server_that_never_worked_is_not_started_again(tmp_path: Path) -> None:
+    supervisor, said, _ = _supervisor(tmp_path, "never", "import time; time.sleep(60)")
+    supervisor.start()
+    dead = supervisor.run(lambda: True, lambda: None)
+    supervisor.stop()
+    assert dead is not None
+    assert dead.cause() == "server ended with exit code 3"
+    assert said == []
+
+
+def test_a_jobs_key_is_for_its_user_only(tmp_path: Path) -> None:
+    from pointillist.launch.slurm import _read_key, _write_key
+
+    _write_key(tmp_path / "key")
+    assert stat.S_IMODE((tmp_path / "key").stat().st_mode) == 0o600
+    key = _read_key(tmp_path / "key")
+    _write_key(tmp_path / "key")
+    assert _read_key(tmp_path / "key") == key
+    assert len(key) == 32
+    with pytest.raises(LaunchError, match="submit runs with"):
+        _read_key(tmp_path / "none")
