@@ -10,7 +10,7 @@ VLLM := .venv-vllm
 VERIFIERS := .venv-verifiers
 HUNT := outputs/hunt
 
-.PHONY: setup demo demo-hunt test test-vllm test-verifiers test-slurm test-unit lint format fuzz faults bench lock \
+.PHONY: setup demo demo-hunt test test-vllm test-verifiers test-slurm test-unit lint format fuzz faults faults-run bench lock \
 	lock-vllm lock-verifiers clean
 
 setup: $(VENV)/.ready
@@ -94,6 +94,12 @@ fuzz: setup
 # Writers of the image store killed at random points, and flipped bits: minutes.
 faults: setup
 	$(BIN)/python -m tests.faults.store_faults
+
+# The digits demo while its processes are killed, fifteen times: minutes.
+faults-run: setup
+	$(BIN)/python examples/digits/prepare.py --data $(DIGITS)/data --model $(DIGITS)/model-$(SEED) --seed $(SEED)
+	$(BIN)/python -m tests.faults.run_faults --model $(DIGITS)/model-$(SEED) \
+		--output-dir $(DIGITS)/faults-$$(date +%Y%m%d-%H%M%S)
 
 # All claims about speed and memory, each a ratio measured side by side: a quarter of an hour.
 bench: setup $(VENV)/torchvision-reference
