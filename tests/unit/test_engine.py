@@ -23,18 +23,30 @@ from tests.conftest import joined, picture
 END = 2
 
 
-@pytest.fixture
-def engine(model_dir: Path) -> Iterator[Engine]:
+def _engine(model_dir: Path, *, alone: bool) -> Engine:
     loaded = load_model(str(model_dir), device="cpu", dtype="float32")
-    engine = Engine(
+    return Engine(
         loaded,
         EngineConfig(max_batch_size=32),
-        alone=False,
+        alone=alone,
         eos_token_ids=frozenset({END}),
         seed=0,
         metrics=EngineMetrics(),
         on_failure=lambda: None,
     )
+
+
+@pytest.fixture
+def engine(model_dir: Path) -> Iterator[Engine]:
+    engine = _engine(model_dir, alone=False)
+    engine.start()
+    yield engine
+    engine.stop()
+
+
+@pytest.fixture
+def lonely_engine(model_dir: Path) -> Iterator[Engine]:
+    engine = _engine(model_dir, alone=True)
     engine.start()
     yield engine
     engine.stop()
@@ -105,6 +117,45 @@ def test_mixed_batches_equal_plain_forwards(engine: Engine) -> None:
             if prompt.tensors:  # the control: a blank picture must give other numbers
                 assert (_logprobs(choice) - _expected_logprobs(loaded, blank, choice)).abs().max() > 1e-3
     assert len(late.result(60)[0].token_ids) == 9
+
+
+def _bits(futures: list[Future[list[Choice]]]) -> list[tuple[list[int], list[float]]]:
+    return [(c.token_ids, [e.logprob for e in c.logprobs.content]) for f in futures for c in f.result(60) if c.logprobs]
+
+
+def test_decoded_alone_every_bit_is_the_same_in_a_crowd(lonely_engine: Engine, engine: Engine) -> None:
+    """And as a group of four or as four requests; in a shared batch, the control, bits differ."""
+
+    def ask(engine: Engine, *, crowd: bool, grouped: bool) -> list[tuple[list[int], list[float]]]:
+        prompt = _prompt(engine._loaded, 11, [(64, 96)], 3)
+        engine.pause()
+        if crowd:
+            for number in range(3):
+                _submit(engine, _prompt(engine._loaded, 5 + 9 * number, [(64, 64)], number), max_tokens=9, seed=1, n=2)
+        if grouped:
+            futures = [_submit(engine, prompt, n=4, seed=50, max_tokens=8)]
+        else:
+            futures = [_submit(engine, prompt, key=seed, seed=seed, max_tokens=8) for seed in range(50, 54)]
+        engine.resume()
+        return _bits(futures)
+
+    alone = ask(lonely_engine, crowd=False, grouped=True)
+    assert len(alone) == 4
+    assert ask(lonely_engine, crowd=True, grouped=True) == alone
+    assert ask(lonely_engine, crowd=True, grouped=False) == alone
+    assert ask(engine, crowd=True, grouped=True) != alone
+
+
+def test_a_lonely_engine_forgets_what_is_given_up(lonely_engine: Engine) -> None:
+    lonely_engine.pause()
+    given_up = EngineRequest(
+        _prompt(lonely_engine._loaded, 5, [], 1), ("x",), SamplingParams(n=4, ignore_eos=True), 400
+    )
+    lonely_engine.submit(given_up)
+    other = _submit(lonely_engine, _prompt(lonely_engine._loaded, 5, [], 2), max_tokens=3)
+    lonely_engine.resume()
+    lonely_engine.abort(given_up)
+    assert len(other.result(60)[0].token_ids) == 3
 
 
 def test_what_shares_a_batch_changes_nothing(engine: Engine) -> None:
