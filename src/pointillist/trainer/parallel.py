@@ -47,11 +47,11 @@ class Ranks:
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
         """Sums of each value over all ranks."""
-        if self.world_size == 1:
-            return dict(values)
-        tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
-        return dict(zip(values, tensor.tolist(), strict=True))
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The largest of each value over all ranks."""
+        return self._reduce(values, dist.ReduceOp.MAX)
 
     def barrier(self) -> None:
         """Waits for all ranks."""
@@ -65,6 +65,13 @@ class Ranks:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state: dict[str, Any] = get_model_state_dict(policy, options=options)
         return {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
+
+    def _reduce(self, values: Mapping[str, float], operation: Any) -> dict[str, float]:
+        if self.world_size == 1:
+            return dict(values)
+        tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, operation)
+        return dict(zip(values, tensor.tolist(), strict=True))
 
     def close(self) -> None:
         """Leaves the process group."""
