@@ -39,8 +39,7 @@ def _train(
     )
     config.multimodal.offload_dir = str(images)
     config.optim.lr = 1e-3
-    # The samples are made up, and so are their logprobs: no band would hold them.
-    config.loss.ratio_low, config.loss.ratio_high = 0.0, 1e6
+    config.loss.ratio_low, config.loss.ratio_high = 0.0, 1e6  # the samples' logprobs are made up
     write_toml(config, run / "trainer.toml")
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"] if workers > 1 else []
     command = [sys.executable, *launcher, "-m", "pointillist", "trainer", "@", str(run / "trainer.toml"), *extra]
@@ -54,7 +53,7 @@ def _train(
 
 def _close(one: tuple, two: tuple) -> None:
     for alone, shared in zip(one[0], two[0], strict=True):
-        assert alone["optim/grad_norm"] > 0.01  # the control: without gradients all ranks would agree
+        assert alone["optim/grad_norm"] > 0.1  # the control: without gradients all ranks would agree
         assert shared["loss"] == pytest.approx(alone["loss"], abs=1e-5)
         for name in ("ratio/max", "ratio/mean", "off_policy/max", "off_policy/mean"):
             assert shared[name] == pytest.approx(alone[name], rel=1e-4)
@@ -70,7 +69,7 @@ def _close(one: tuple, two: tuple) -> None:
         (True, ("--lora.rank", "4")),
         (True, ("--freeze-vision", "true")),
         (True, ("--activation-checkpointing", "true")),
-        (True, ("--compile", "true", "--activation-checkpointing", "true", "--lora.rank", "4")),
+        (True, ("--compile", "true", "--activation-checkpointing", "true")),
     ],
 )
 def test_two_ranks_are_one(
@@ -79,6 +78,17 @@ def test_two_ranks_are_one(
     """With `text_only` one rank has no image all the time, the other one in every row: no collective waits."""
     one, two = _one_and_two(family, model_dir, tmp_path, text_only, extra)
     _close(one, two)
+
+
+def test_two_ranks_are_nearly_one_in_bfloat16(family: Family, model_dir: Path, tmp_path: Path) -> None:
+    """One rank rounds weights where they are used (autocast), two send them rounded (FSDP)."""
+    one, two = _one_and_two(family, model_dir, tmp_path, False, ("--dtype", "bfloat16"))
+    losses = [(alone["loss"], shared["loss"]) for alone, shared in zip(one[0], two[0], strict=True)]
+    print(losses)
+    for alone, shared in losses:
+        assert shared == pytest.approx(alone, rel=0.05)
+    assert any(abs(shared - alone) > 1e-5 for alone, shared in losses)  # the control: float32 agrees better
+    assert all(weight.dtype == torch.float32 for weight in two[1].values())
 
 
 def _one_and_two(

@@ -23,6 +23,9 @@ from pointillist.models import LoadedModel
 
 _BASE = ".base_layer."
 _ADAPTERS = (".lora_A.", ".lora_B.")
+# A layer is compiled anew with and without gradients, with each kind of mask, with one row and several; beyond a limit
+# torch goes on without compiling. Its own (8) is too low for a model of two kinds of layers.
+_VARIANTS = 64
 
 
 def prepare_model(loaded: LoadedModel, config: TrainerConfig) -> None:
@@ -96,6 +99,7 @@ def compile_layers(loaded: LoadedModel) -> None:
     Raises:
         ConfigError: No layers.
     """
+    torch._dynamo.config.recompile_limit = _VARIANTS
     vision = _vision_parts(loaded)
     for layer in _layers(loaded):
         if layer not in vision:
