@@ -42,7 +42,8 @@ def _train(
     config.loss.ratio_low, config.loss.ratio_high = 0.0, 1e6  # the samples' logprobs are made up
     write_toml(config, run / "trainer.toml")
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"] if workers > 1 else []
-    command = [sys.executable, *launcher, "-m", "pointillist", "trainer", "@", str(run / "trainer.toml"), *extra]
+    program = "tests.integration.aot_eager" if "--compile" in extra else "pointillist"
+    command = [sys.executable, *launcher, "-m", program, "trainer", "@", str(run / "trainer.toml"), *extra]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -62,27 +63,30 @@ def _close(one: tuple, two: tuple) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text_only", "extra"),
+    ("text_only", "both", "shared"),
     [
-        (False, ()),
-        (True, ()),
-        (True, ("--lora.rank", "4")),
-        (True, ("--freeze-vision", "true")),
-        (True, ("--activation-checkpointing", "true")),
-        (True, ("--compile", "true", "--activation-checkpointing", "true")),
+        (False, [], []),
+        (True, [], []),
+        (True, ["--lora.rank", "4"], []),
+        (True, ["--freeze-vision", "true"], []),
+        (True, [], ["--activation-checkpointing", "true"]),
+        (True, [], ["--compile", "true", "--activation-checkpointing", "true"]),
     ],
 )
 def test_two_ranks_are_one(
-    family: Family, model_dir: Path, tmp_path: Path, text_only: bool, extra: tuple[str, ...]
+    family: Family, model_dir: Path, tmp_path: Path, text_only: bool, both: list[str], shared: list[str]
 ) -> None:
-    """With `text_only` one rank has no image all the time, the other one in every row: no collective waits."""
-    one, two = _one_and_two(family, model_dir, tmp_path, text_only, extra)
+    """With `text_only` one rank has no image all the time, the other one in every row: no collective waits.
+
+    Options that change no result are set for the two (`shared`), and the one is plain.
+    """
+    one, two = _one_and_two(family, model_dir, tmp_path, text_only, both, [*both, *shared])
     _close(one, two)
 
 
 def test_two_ranks_are_nearly_one_in_bfloat16(family: Family, model_dir: Path, tmp_path: Path) -> None:
     """One rank rounds weights where they are used (autocast), two send them rounded (FSDP)."""
-    one, two = _one_and_two(family, model_dir, tmp_path, False, ("--dtype", "bfloat16"))
+    one, two = _one_and_two(family, model_dir, tmp_path, False, *[["--dtype", "bfloat16"]] * 2)
     losses = [(alone["loss"], shared["loss"]) for alone, shared in zip(one[0], two[0], strict=True)]
     print(losses)
     for alone, shared in losses:
@@ -92,7 +96,7 @@ def test_two_ranks_are_nearly_one_in_bfloat16(family: Family, model_dir: Path, t
 
 
 def _one_and_two(
-    family: Family, model_dir: Path, tmp_path: Path, text_only: bool, extra: tuple[str, ...]
+    family: Family, model_dir: Path, tmp_path: Path, text_only: bool, alone: list[str], shared: list[str]
 ) -> tuple[tuple, tuple]:
     """The same samples trained by one rank and by two."""
     images = tmp_path / "images"
@@ -103,6 +107,6 @@ def _one_and_two(
         second = [_sample(family, store, [(64, 96)], seed=100 * step + 10 + n) for n in range(2)]
         batches.append([first, second])
     together = [[[*first, *second]] for first, second in batches]
-    one = _train(model_dir, tmp_path / "one", images, together, 1, *extra)
-    two = _train(model_dir, tmp_path / "two", images, batches, 2, *extra)
+    one = _train(model_dir, tmp_path / "one", images, together, 1, *alone)
+    two = _train(model_dir, tmp_path / "two", images, batches, 2, *shared)
     return one, two

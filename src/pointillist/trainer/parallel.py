@@ -5,6 +5,7 @@ With one rank nothing here does anything: the same training loop runs on a lapto
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ class Ranks:
         for module in policy.modules():
             if type(module).__name__.endswith(("DecoderLayer", "VisionBlock")):
                 fully_shard(module, mp_policy=precision)
-        fully_shard(policy, mp_policy=precision)
+        # Temperatures are an input of the root: in bfloat16 0.7 would be 0.699.
+        fully_shard(policy, mp_policy=replace(precision, cast_forward_inputs=False))
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
         """Sums of each value over all ranks."""
