@@ -26,7 +26,7 @@ STEPS = 5
 def _train(
     model_dir: Path, run: Path, images: Path, batches: list[list[list[TrainingSample]]], workers: int, *extra: str
 ) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-    """Trains on one row a sample; `batches` are the samples by step and rank."""
+    """Trains on one row a sample; `batches` are the samples by step and rank, `extra` are overrides of the config."""
     paths = RunPaths(run)
     for step, ranks in enumerate(batches, start=1):
         rows = [[row for s in rank for row in pack([s], seq_len=256, num_workers=1)[0]] for rank in ranks]
@@ -39,9 +39,11 @@ def _train(
     )
     config.multimodal.offload_dir = str(images)
     config.optim.lr = 1e-3
+    config.loss.ratio_low, config.loss.ratio_high = 0.0, 1e6  # the samples' logprobs are made up
     write_toml(config, run / "trainer.toml")
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"] if workers > 1 else []
-    command = [sys.executable, *launcher, "-m", "pointillist", "trainer", "@", str(run / "trainer.toml"), *extra]
+    program = "tests.integration.aot_eager" if "--compile" in extra else "pointillist"
+    command = [sys.executable, *launcher, "-m", program, "trainer", "@", str(run / "trainer.toml"), *extra]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -52,14 +54,51 @@ def _train(
 
 def _close(one: tuple, two: tuple) -> None:
     for alone, shared in zip(one[0], two[0], strict=True):
+        assert alone["optim/grad_norm"] > 0.1  # the control: without gradients all ranks would agree
         assert shared["loss"] == pytest.approx(alone["loss"], abs=1e-5)
+        for name in ("ratio/max", "ratio/mean", "off_policy/max", "off_policy/mean"):
+            assert shared[name] == pytest.approx(alone[name], rel=1e-4)
     for name, weight in one[1].items():
         assert torch.allclose(two[1][name], weight, atol=1e-4), name
 
 
-@pytest.mark.parametrize("text_only", [False, True])
-def test_two_ranks_are_one(family: Family, model_dir: Path, tmp_path: Path, text_only: bool) -> None:
-    """With `text_only` one rank has no image all the time, the other one in every row: no collective waits."""
+@pytest.mark.parametrize(
+    ("text_only", "both", "shared"),
+    [
+        (False, [], []),
+        (True, [], []),
+        (True, ["--lora.rank", "4"], []),
+        (True, ["--freeze-vision", "true"], []),
+        (True, [], ["--activation-checkpointing", "true"]),
+        (True, [], ["--compile", "true", "--activation-checkpointing", "true"]),
+    ],
+)
+def test_two_ranks_are_one(
+    family: Family, model_dir: Path, tmp_path: Path, text_only: bool, both: list[str], shared: list[str]
+) -> None:
+    """With `text_only` one rank has no image all the time, the other one in every row: no collective waits.
+
+    Options that change no result are set for the two (`shared`), and the one is plain.
+    """
+    one, two = _one_and_two(family, model_dir, tmp_path, text_only, both, [*both, *shared])
+    _close(one, two)
+
+
+def test_two_ranks_are_nearly_one_in_bfloat16(family: Family, model_dir: Path, tmp_path: Path) -> None:
+    """One rank rounds weights where they are used (autocast), two send them rounded (FSDP)."""
+    one, two = _one_and_two(family, model_dir, tmp_path, False, *[["--dtype", "bfloat16"]] * 2)
+    losses = [(alone["loss"], shared["loss"]) for alone, shared in zip(one[0], two[0], strict=True)]
+    print(losses)
+    for alone, shared in losses:
+        assert shared == pytest.approx(alone, rel=0.05)
+    assert any(abs(shared - alone) > 1e-5 for alone, shared in losses)  # the control: float32 agrees better
+    assert all(weight.dtype == torch.float32 for weight in two[1].values())
+
+
+def _one_and_two(
+    family: Family, model_dir: Path, tmp_path: Path, text_only: bool, alone: list[str], shared: list[str]
+) -> tuple[tuple, tuple]:
+    """The same samples trained by one rank and by two."""
     images = tmp_path / "images"
     store = ImageStore(images, ImageLimits())
     batches = []
@@ -68,6 +107,6 @@ def test_two_ranks_are_one(family: Family, model_dir: Path, tmp_path: Path, text
         second = [_sample(family, store, [(64, 96)], seed=100 * step + 10 + n) for n in range(2)]
         batches.append([first, second])
     together = [[[*first, *second]] for first, second in batches]
-    one = _train(model_dir, tmp_path / "one", images, together, 1)
-    two = _train(model_dir, tmp_path / "two", images, batches, 2)
-    _close(one, two)
+    one = _train(model_dir, tmp_path / "one", images, together, 1, *alone)
+    two = _train(model_dir, tmp_path / "two", images, batches, 2, *shared)
+    return one, two

@@ -181,6 +181,10 @@ def check_against_huggingface(folder: Path, loaded: LoadedModel, store: ImageSto
     blank = torch.cat([_huggingface(folder, loaded, sample, blank=True) for sample in order])
     assert (stats.logprobs - blank).abs().max() > 0.01  # the control
     stats.logprobs.sum().backward()
-    vision = getattr(loaded.model.model, "visual", None) or loaded.model.model.vision_tower
-    assert any(parameter.grad is not None and bool(parameter.grad.abs().sum() > 0) for parameter in vision.parameters())
+    # The family's vision modules are all of the model but the language model; each takes part.
+    modules = loaded.family.vision_modules
+    assert {*modules, "language_model"} == {name for name, _ in loaded.model.model.named_children()}
+    for name in modules:
+        gradients = [each.grad for each in loaded.model.model.get_submodule(name).parameters()]
+        assert any(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in gradients), name
     return proof

@@ -203,6 +203,17 @@ def test_refusals_on_both_ends_of_the_wire(change: dict[str, Any], message: str)
     _refuse(msgspec.structs.replace(row, **change), message)
 
 
+@pytest.mark.parametrize("seq_len", [64, 9])
+def test_a_sample_is_trained_once_a_step(seq_len: int) -> None:
+    """In one row, or in two rows of the same batch; samples without a name are not compared."""
+    encode_rank_batch(batch(sample("a"), sample("b"), sample(""), sample(""), seq_len=seq_len))
+    twice = batch(sample("a"), sample("b"), sample("a"), seq_len=seq_len)
+    with pytest.raises(TransportError, match="step 4: sample a stands 2 times in one batch"):
+        encode_rank_batch(twice)
+    with pytest.raises(TransportError, match="sample a stands 2 times"):
+        decode_rank_batch(msgspec.msgpack.encode(twice))
+
+
 def test_two_families_in_one_row_are_refused() -> None:
     row = batch(sample(images=2)).micro_batches[0]
     first, second = row.mm_refs.images

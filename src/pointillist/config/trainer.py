@@ -53,6 +53,21 @@ class LossConfig(Config):
     """Weight of the bonus on the policy's entropy; about 0.01 keeps a policy from settling before it has explored."""
 
 
+class LoRAConfig(Config):
+    """Low-rank adapters (Hu et al., arXiv 2106.09685): `W + alpha / rank * B @ A`, and only `A` and `B` are trained."""
+
+    rank: int = Field(16, gt=0)
+    """Rows of `A`, columns of `B`."""
+
+    alpha: float = Field(32.0, gt=0)
+    """Scale of the adapters, divided by the rank."""
+
+    target_modules: list[str] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], min_length=1
+    )
+    """Linear layers of the language model that get one, by the last part of their names."""
+
+
 class CheckpointConfig(Config):
     """Checkpoints to resume from."""
 
@@ -83,6 +98,19 @@ class TrainerConfig(Config):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations; weights and optimiser state are always float32."""
+
+    lora: LoRAConfig | None = None
+    """Adapters to train instead of the model's own weights; servers and the exported model get them merged."""
+
+    freeze_vision: bool = False
+    """Leaves the vision tower and its projector as they are."""
+
+    activation_checkpointing: bool = False
+    """Computes each layer again in the backward pass instead of keeping its activations: less memory, a third more
+    work."""
+
+    compile: bool = False
+    """Compiles the language model's layers by torch.compile; needs a C++ compiler, on a GPU Triton."""
 
     num_threads: int = Field(1, gt=0)
     """Threads of torch's CPU operators, a rank."""

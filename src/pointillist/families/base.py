@@ -63,6 +63,8 @@ class Family(Protocol):
     model_types: ClassVar[frozenset[str]]
     """`model_type` values of `config.json` that this adapter serves."""
     forward_policy: ClassVar[ForwardPolicy]
+    vision_modules: ClassVar[tuple[str, ...]]
+    """Vision tower and projector: their names in the Hugging Face model's `model`. All else is the language model."""
 
     image_token_id: int
     """The placeholder."""

@@ -46,6 +46,7 @@ class Gemma3Family:
         requires_mm_token_type_ids=True,
         token_types_argument="token_type_ids",  # noqa: S106 - no password
     )
+    vision_modules: ClassVar[tuple[str, ...]] = ("vision_tower", "multi_modal_projector")
 
     def __init__(self, files: ModelFiles) -> None:
         """Reads the model folder's settings and its tokenizer.

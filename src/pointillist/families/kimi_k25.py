@@ -42,6 +42,7 @@ class KimiK25Family:
     forward_policy: ClassVar[ForwardPolicy] = ForwardPolicy(
         pass_position_ids_with_mm=True, requires_mm_token_type_ids=False
     )
+    vision_modules: ClassVar[tuple[str, ...]] = ("vision_tower", "mm_projector")
 
     def __init__(self, files: ModelFiles) -> None:
         """Reads the model folder's settings.

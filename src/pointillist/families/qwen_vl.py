@@ -59,6 +59,7 @@ class QwenVLFamily:
     forward_policy: ClassVar[ForwardPolicy] = ForwardPolicy(
         pass_position_ids_with_mm=False, requires_mm_token_type_ids=True
     )
+    vision_modules: ClassVar[tuple[str, ...]] = ("visual",)
 
     def __init__(self, files: ModelFiles) -> None:
         """Reads the model folder's settings.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from pointillist.config.run_paths import ORCHESTRATOR_STATE, RunPaths, steps_in
@@ -80,8 +81,9 @@ class Checkpoints:
         try:
             with _quiet():
                 dcp.load(state, checkpoint_id=folder / "trainer", no_dist=self._ranks.world_size == 1)
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise TrainingError(f"checkpoint {folder} does not fit this model ({error})") from None
+        except CheckpointException as error:  # of any rank; a BaseException, with the whole traceback for a text
+            (cause, _), *_others = error.failures.values()
+            raise TrainingError(f"checkpoint {folder} does not fit this model ({cause})") from None
         set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         torch.set_rng_state(state["random"])

@@ -33,6 +33,8 @@ class LossTerms:
     """Sum of |trainer logprob - sampler logprob|."""
     mismatch_kl_sum: torch.Tensor
     """Sum of `k3` of the same difference: an estimate of KL(sampler || trainer)."""
+    ratio: torch.Tensor
+    """Importance ratio of each trained token, masked ones too, without a gradient."""
     masked_sum: torch.Tensor
     """Tokens whose ratio was outside the band."""
     kl_sum: torch.Tensor
@@ -69,6 +71,7 @@ def policy_gradient_loss(
         loss=(per_token + config.kl_coef * kl - config.entropy_coef * entropy).sum() / num_tokens,
         mismatch_sum=detached.abs().sum(),
         mismatch_kl_sum=_k3(detached).sum(),
+        ratio=ratio.detach(),
         masked_sum=(~inside).sum(),
         kl_sum=kl.detach().sum(),
     )

@@ -5,6 +5,7 @@ With one rank nothing here does anything: the same training loop runs on a lapto
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,15 +44,16 @@ class Ranks:
         for module in policy.modules():
             if type(module).__name__.endswith(("DecoderLayer", "VisionBlock")):
                 fully_shard(module, mp_policy=precision)
-        fully_shard(policy, mp_policy=precision)
+        # Temperatures are an input of the root: in bfloat16 0.7 would be 0.699.
+        fully_shard(policy, mp_policy=replace(precision, cast_forward_inputs=False))
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
         """Sums of each value over all ranks."""
-        if self.world_size == 1:
-            return dict(values)
-        tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
-        return dict(zip(values, tensor.tolist(), strict=True))
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The largest of each value over all ranks."""
+        return self._reduce(values, dist.ReduceOp.MAX)
 
     def barrier(self) -> None:
         """Waits for all ranks."""
@@ -65,6 +67,13 @@ class Ranks:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state: dict[str, Any] = get_model_state_dict(policy, options=options)
         return {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
+
+    def _reduce(self, values: Mapping[str, float], operation: Any) -> dict[str, float]:
+        if self.world_size == 1:
+            return dict(values)
+        tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, operation)
+        return dict(zip(values, tensor.tolist(), strict=True))
 
     def close(self) -> None:
         """Leaves the process group."""

@@ -31,6 +31,7 @@ from pointillist.trainer.checkpoint import Checkpoints
 from pointillist.trainer.data import ImageCounts, ImageFault, RowLoader, RowTensors
 from pointillist.trainer.feed import RowFeed
 from pointillist.trainer.loss import LossTerms, policy_gradient_loss
+from pointillist.trainer.options import merge_lora, prepare_model
 from pointillist.trainer.packing_check import check_packing
 from pointillist.trainer.parallel import Ranks
 from pointillist.trainer.policy import Policy, TokenStats
@@ -72,13 +73,14 @@ class Trainer:
         self.ranks = Ranks(pick_device(config.device))  # before loading: it chooses this rank's GPU
         # Weights and optimiser state are float32 whatever the activations are: small updates vanish in bfloat16.
         loaded = load_model(config.model.name, device=config.device, dtype="float32")
+        prepare_model(loaded, config)
         self.loaded: LoadedModel = loaded
         self.policy = Policy(loaded)
         self.activations = getattr(torch, config.dtype)
         self.ranks.shard(self.policy, self.activations)
         self.reference = self._frozen_copy() if config.loss.kl_coef > 0 else None
         self.optimizer = torch.optim.AdamW(
-            self.policy.parameters(),
+            [parameter for parameter in self.policy.parameters() if parameter.requires_grad],
             lr=config.optim.lr,
             betas=config.optim.betas,
             weight_decay=config.optim.weight_decay,
@@ -122,7 +124,8 @@ class Trainer:
         with self._phase("wait_for_batch"):
             batch = feed.batch()
         with self._phase("forward_backward"):
-            sums = self.ranks.sum(self._accumulate(batch, feed))
+            sums, largest = self._accumulate(batch, feed)
+            sums, largest = self.ranks.sum(sums), self.ranks.max(largest)
         self._stop_if_too_many_faults(step, sums)
         with self._phase("optimizer"):
             grad_norm = self._update()
@@ -132,15 +135,16 @@ class Trainer:
             with self._phase("checkpoint"):
                 self.checkpoints.save(step, self.policy, self.optimizer, self.scheduler, batch.orchestrator_state)
         self.phases["step"] = time.perf_counter() - started
-        self._report(step, sums, grad_norm)
+        self._report(step, sums, largest, grad_norm)
         self.receiver.discard_before(step)
 
-    def _accumulate(self, batch: RankBatch, feed: RowFeed) -> dict[str, float]:
-        """Gradients of all rows; returns sums over this rank's trained tokens."""
+    def _accumulate(self, batch: RankBatch, feed: RowFeed) -> tuple[dict[str, float], dict[str, float]]:
+        """Gradients of all rows; returns sums and largest values over this rank's trained tokens."""
         self.optimizer.zero_grad()
         sums: dict[str, float] = dict.fromkeys(
-            ("loss", "entropy", "mismatch", "mismatch_kl", "masked", "kl", "trained", "tokens", "stale"), 0.0
+            ("loss", "entropy", "mismatch", "mismatch_kl", "ratio", "masked", "kl", "trained", "tokens", "stale"), 0.0
         )
+        largest = {"ratio": 0.0, "stale": 0.0}
         counts = ImageCounts()
         for micro_batch in batch.micro_batches:
             started = time.perf_counter()
@@ -156,17 +160,20 @@ class Trainer:
                 ("entropy", stats.entropy.sum()),
                 ("mismatch", terms.mismatch_sum),
                 ("mismatch_kl", terms.mismatch_kl_sum),
+                ("ratio", terms.ratio.sum()),
                 ("masked", terms.masked_sum),
                 ("kl", terms.kl_sum),
-                ("stale", staleness),
+                ("stale", staleness.sum()),
             ):
                 sums[name] += float(value.detach())
+            for name, values in (("ratio", terms.ratio), ("stale", staleness)):
+                largest[name] = max([largest[name], *values.tolist()])
             sums["trained"] += len(stats.logprobs)
             sums["tokens"] += len(micro_batch.input_ids)
         if not all(map(math.isfinite, sums.values())):
             raise TrainingError(f"step {batch.step}: loss is not finite ({sums})")
         self.phases["mm_materialize"] = counts.materialize_seconds
-        return {**sums, **counts.numbers()}
+        return {**sums, **counts.numbers()}, largest
 
     def _row(self, row: RowTensors, batch: RankBatch) -> tuple[TokenStats, LossTerms, torch.Tensor]:
         with self._autocast():
@@ -184,7 +191,7 @@ class Trainer:
             self.config.loss,
             reference,
         )
-        return stats, terms, (batch.step - 1 - row.weight_versions).sum()
+        return stats, terms, batch.step - 1 - row.weight_versions
 
     def _note_faults(self, step: int, faults: list[ImageFault]) -> None:
         """Logs every fault; what is corrupt is quarantined, so that somebody can look at it."""
@@ -212,8 +219,13 @@ class Trainer:
         self.scheduler.step()
         return float(norm)
 
-    def _broadcast(self, version: int) -> None:
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """Whole, as the model without adapters has them; empty on all ranks but the main one."""
         weights = self.ranks.full_state_dict(self.policy)
+        return weights if self.config.lora is None else merge_lora(weights, self.config.lora)
+
+    def _broadcast(self, version: int) -> None:
+        weights = self._weights()
         if self.ranks.is_main:
             write_weights(weights, self.paths.broadcast_step(version))
             for old in steps_in(self.paths.broadcasts)[:-_BROADCASTS_KEPT]:
@@ -221,14 +233,14 @@ class Trainer:
 
     def _export(self) -> None:
         """The trained model as a folder that `from_pretrained` loads."""
-        weights = self.ranks.full_state_dict(self.policy)
+        weights = self._weights()
         if self.ranks.is_main:
             self.loaded.model.save_pretrained(self.paths.model, state_dict=weights)
             for file in resolve_model_dir(self.config.model.name).glob("*"):
                 if file.suffix in (".json", ".jinja", ".txt", ".model") and not (self.paths.model / file.name).exists():
                     shutil.copy(file, self.paths.model / file.name)
 
-    def _report(self, step: int, sums: dict[str, float], grad_norm: float) -> None:
+    def _report(self, step: int, sums: dict[str, float], largest: dict[str, float], grad_norm: float) -> None:
         if not self.ranks.is_main:
             return
         trained = max(sums["trained"], 1.0)
@@ -238,9 +250,12 @@ class Trainer:
             "entropy": sums["entropy"] / trained,
             "mismatch/mean_abs": sums["mismatch"] / trained,
             "mismatch/kl": sums["mismatch_kl"] / trained,
+            "ratio/mean": sums["ratio"] / trained,
+            "ratio/max": largest["ratio"],
             "ratio/masked": sums["masked"] / trained,
             "kl": sums["kl"] / trained,
             "off_policy/mean": sums["stale"] / trained,
+            "off_policy/max": largest["stale"],
             "optim/grad_norm": grad_norm,
             "optim/lr": self.scheduler.get_last_lr()[0],
             "tokens/trained": sums["trained"],

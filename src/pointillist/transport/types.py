@@ -7,6 +7,7 @@ The URL of an image is written once: `MMImageRef.item` leaves it out while it is
 it is read.
 """
 
+from collections import Counter
 from typing import Final
 
 import msgspec
@@ -79,10 +80,9 @@ def encode_rank_batch(batch: RankBatch) -> bytes:
     """Bytes of a batch.
 
     Raises:
-        TransportError: A micro batch that the trainer would refuse.
+        TransportError: A batch that the trainer would refuse.
     """
-    for micro_batch in batch.micro_batches:
-        check_micro_batch(micro_batch)
+    _check_rank_batch(batch)
     return _encoder.encode(msgspec.structs.replace(batch, micro_batches=[_to_wire(m) for m in batch.micro_batches]))
 
 
@@ -90,8 +90,8 @@ def decode_rank_batch(data: bytes) -> RankBatch:
     """The batch that `encode_rank_batch` wrote.
 
     Raises:
-        TransportError: Not such bytes, or a micro batch with processed tensors, with lists of differing lengths, or
-            with image tokens and references that do not cover each other.
+        TransportError: Not such bytes, a sample that stands in it twice, or a micro batch with processed tensors, with
+            lists of differing lengths, or with image tokens and references that do not cover each other.
     """
     try:
         batch = _decoder.decode(data)
@@ -101,8 +101,7 @@ def decode_rank_batch(data: bytes) -> RankBatch:
     if batch.format != FORMAT:
         raise TransportError(f"training batch has format {batch.format!r}, expected {FORMAT!r}")
     batch = msgspec.structs.replace(batch, micro_batches=[_from_wire(m) for m in batch.micro_batches])
-    for micro_batch in batch.micro_batches:
-        check_micro_batch(micro_batch)
+    _check_rank_batch(batch)
     return batch
 
 
@@ -157,6 +156,16 @@ def check_micro_batch(micro_batch: MicroBatch) -> None:
     families = {image.item.get("family") for image in m.mm_refs.images} if m.mm_refs else set()
     if len(families) > 1:
         raise TransportError(f"{where}: families {sorted(map(str, families))} in one micro batch, expected one")
+
+
+def _check_rank_batch(batch: RankBatch) -> None:
+    for micro_batch in batch.micro_batches:
+        check_micro_batch(micro_batch)
+    # A sample that is trained twice weighs twice in its step. Samples need no name; those without one can not be told.
+    names = Counter(name for micro_batch in batch.micro_batches for name in micro_batch.sample_ids if name)
+    for name, count in names.items():
+        if count > 1:
+            raise TransportError(f"step {batch.step}: sample {name} stands {count} times in one batch, expected once")
 
 
 def _check(
