@@ -4,7 +4,7 @@
     python -m benchmarks.scaling durability  # only this section anew
     python -m benchmarks.scaling tables      # only the tables, from results/scaling.json
 
-Needs strace. Takes three minutes and 100,000 files in the folder for temporary files.
+Needs strace. Takes five minutes and 400,000 files in the folder for temporary files.
 """
 
 import dataclasses
@@ -14,13 +14,16 @@ import platform
 import sys
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from itertools import accumulate, dropwhile, takewhile
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.scaling_assets import assets
 from benchmarks.scaling_cluster import (
     Arrivals,
     FileSystem,
     Operation,
+    Routing,
     Scenario,
     poisson,
     queueing,
@@ -29,6 +32,7 @@ from benchmarks.scaling_cluster import (
     trainer_reads,
 )
 from benchmarks.scaling_store import SECTIONS as STORE_SECTIONS
+from pointillist.transport.filesystem import poll_seconds
 
 RESULTS: Final = Path(__file__).parent / "results" / "scaling.json"
 PAGE: Final = Path(__file__).parent.parent / "docs" / "scaling.md"
@@ -37,13 +41,16 @@ IMAGE_BYTES: Final = (200_000, 400_000, 1_000_000)
 # What metadata servers are assumed to sustain, requests a second: a small filer, a good one, a spread one.
 CAPACITIES: Final = (10_000, 50_000, 200_000)
 FACTORS: Final = (1, 4, 10)
-POLL_SECONDS: Final = 0.01
-"""As in `transport/filesystem.py`."""
+LINK_BYTES: Final = 1.25e9
+"""Assumed network of the asset endpoint's machine, bytes a second."""
+AT_THE_REFERENCE: Final[Routing] = "a server a group"
+"""What the client does with several servers: `rollouts/servers.py`."""
 LOOKUP_SECONDS: Final = 0.0003
 """Assumed round trip of one metadata request."""
 # ext4: a name of 68 characters in a block of 4 KiB; the root of its index holds 508 blocks, each of these 511.
 EXT4_LEAVES: Final = 508 * 511
 EXT4_BLOCK: Final = 4096
+UNBOUNDED_MIB: Final = 1_000_000
 _WINDOW: Final = 10.0
 
 Results = Mapping[str, Any]
@@ -55,8 +62,15 @@ def entries_per_folder(images: float, fan_out: int) -> float:
 
 
 def requests_of(calls: Mapping[str, int]) -> int:
-    """Requests to the metadata server, if the client caches nothing: each call with a path, and each close."""
-    return calls["name"] + calls["close"]
+    """Requests to the metadata server, if the client caches nothing: calls with a path, closes, flushes of a folder."""
+    return calls["name"] + calls["close"] + calls.get("folder_fsync", 0)
+
+
+def lookups(begin: float, end: float) -> float:
+    """How often a second a rank that waits for its batch looks for it, between two moments of its waiting."""
+    moments = accumulate(poll_seconds(), initial=0.0)
+    within = takewhile(lambda moment: moment < end, dropwhile(lambda moment: moment < begin, moments))
+    return sum(1 for _ in within) / (end - begin)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -80,7 +94,7 @@ class Traffic:
         return self.operations * self.num_bytes / scenario.step_seconds
 
 
-def server_misses(results: Results, routing: str, cache_mib: int) -> dict[str, float]:
+def server_misses(results: Results, routing: Routing, cache_mib: int) -> dict[str, float]:
     """The row of the simulated caches."""
     (row,) = (r for r in results["server_caches"] if r["routing"] == routing and r["cache_mib"] == cache_mib)
     return dict(row)
@@ -91,7 +105,9 @@ def miss_share(row: Mapping[str, Any]) -> float:
     return float(row["misses"] / row["shown"])
 
 
-def traffic(results: Results, scenario: Scenario, routing: str = "any server", cache_mib: int = 256) -> list[Traffic]:
+def traffic(
+    results: Results, scenario: Scenario, routing: Routing = AT_THE_REFERENCE, cache_mib: int = 256
+) -> list[Traffic]:
     """What a step asks of the file system, rollouts with conversations of their own."""
     calls, size = results["calls"], scenario.image_bytes
     missed = scenario.shown * miss_share(server_misses(results, routing, cache_mib))
@@ -101,6 +117,33 @@ def traffic(results: Results, scenario: Scenario, routing: str = "any server", c
         Traffic("puts of known images", scenario.spans - scenario.distinct, requests_of(calls["put_known"]), size),
         Traffic("reads of servers", missed, requests_of(calls["read"]), size),
         Traffic("reads of trainers", loads, requests_of(calls["read"]), size),
+    ]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fetches:
+    """One kind of request to the asset endpoint in a step."""
+
+    name: str
+    operations: float
+    """A step."""
+    num_bytes: float
+    core_seconds: float
+    """Of the endpoint, one operation, as measured."""
+
+
+def fetches(results: Results, scenario: Scenario) -> list[Fetches]:
+    """What a step asks of one asset endpoint if no reader shares a file system with it.
+
+    Each server and rank has a store of its own, which holds what it fetches for much longer than a step: a picture
+    comes once to each server that shows it.
+    """
+    pictures = traffic(results, scenario, cache_mib=UNBOUNDED_MIB)[2:]
+    per_picture = results["assets"]["core_ms_per_picture"] / 1e3
+    per_version = results["assets"]["core_seconds_per_gb_of_weights"] * scenario.weight_bytes / 1e9
+    return [
+        *(Fetches(f"pictures: {kind.name}", kind.operations, kind.num_bytes, per_picture) for kind in pictures),
+        Fetches("weights, one version a server", scenario.servers, scenario.weight_bytes, per_version),
     ]
 
 
@@ -151,7 +194,7 @@ def queueing_rows(results: Results) -> list[dict[str, Any]]:
 
 def _spread(kind: Traffic, scenario: Scenario) -> Arrivals:
     per_second = kind.operations / scenario.step_seconds
-    operation = Operation(kind.requests, int(kind.num_bytes), flush=kind.name == "puts of new images")
+    operation = Operation(kind.requests, int(kind.num_bytes), flushes=2 if kind.name == "puts of new images" else 0)
     return Arrivals(kind.name, operation, poisson(per_second, _WINDOW, seed=kind.requests))
 
 
@@ -160,7 +203,7 @@ def burst_rows(results: Results) -> list[dict[str, Any]]:
     scenario, calls = Scenario(), results["calls"]
     a_row = scenario.training_gpus * scenario.seq_len // scenario.tokens * scenario.turns
     read = Operation(requests_of(calls["read"]), scenario.image_bytes)
-    put = Operation(requests_of(calls["put_new"]), scenario.image_bytes, flush=True)
+    put = Operation(requests_of(calls["put_new"]), scenario.image_bytes, flushes=2)
     rows = []
     for name, operation, number in (
         ("every rank loads its first row", read, a_row),
@@ -177,6 +220,7 @@ SECTIONS: Final[dict[str, Callable[[], Any]]] = {
     "server_caches": lambda: server_caches(Scenario()),
     "trainer_reads": lambda: trainer_reads(Scenario()),
     "references": lambda: references(Scenario()),
+    "assets": lambda: assets(Scenario().image_bytes),
 }
 """Measured or simulated by themselves; queueing follows from them."""
 
@@ -220,6 +264,7 @@ def scenario_table(_: Results) -> str:
         ("seconds a step", "`t`", f"{s.step_seconds:.0f}"),
         ("tokens of text a rollout", "", f"{s.text_tokens:,}"),
         ("distinct pictures of the run", "`N`", f"{s.images_total:,}"),
+        ("GB of one version of the weights", "", number(s.weight_bytes / 1e9)),
     ]
     return table(["assumed", "", "value"], [list(row) for row in rows])
 
@@ -268,16 +313,17 @@ def calls_table(results: Results) -> str:
     rows = []
     for key, name in names.items():
         calls = results["calls"][key]
-        counts = [str(calls.get(kind, 0)) for kind in ("name", "close", "fsync", "data")]
+        counts = [str(calls.get(kind, 0)) for kind in ("name", "close", "fsync", "folder_fsync", "data")]
         rows.append([name, *counts, str(requests_of(calls))])
-    return table(["operation", "with a path", "close", "fsync", "read, write", "metadata requests, at most"], rows)
+    head = ["operation", "with a path", "close", "fsync of the file", "of the folder", "read, write"]
+    return table([*head, "metadata requests, at most"], rows)
 
 
 def caches_table(results: Results) -> str:
     """Hit rates by routing and size."""
     rows = []
     for row in results["server_caches"]:
-        size = "unbounded" if row["cache_mib"] >= 1_000_000 else f"{row['cache_mib']:,}"
+        size = "unbounded" if row["cache_mib"] == UNBOUNDED_MIB else f"{row['cache_mib']:,}"
         if row["cache_mib"]:
             rows.append([row["routing"], size, f"{1 - miss_share(row):.1%}", f"{row['misses']:,}"])
     return table(["a rollout's requests go to", "cache of a server, MiB", "hits", "loads a step"], rows)
@@ -294,13 +340,15 @@ def traffic_table(results: Results) -> str:
     sums = {
         "sum without gateway": kinds,
         "sum with gateway": [*kinds, gateway_traffic(results, s)],
-        "sum without gateway, a server a rollout, 1 GiB": traffic(results, s, "a server a rollout", 1024),
-        "sum without gateway, no caches in servers": traffic(results, s, "any server", 0),
+        "sum without gateway, caches of 1 GiB": traffic(results, s, cache_mib=1024),
+        "sum without gateway, no caches in servers": traffic(results, s, cache_mib=0),
+        "sum without gateway, if any server got a request": traffic(results, s, "any server"),
     }
     for name, summed in sums.items():
         rows.append([name, "", "", f"{total_requests(summed, s):,.0f}", f"{total_bytes(summed, s) / 1e6:,.0f}"])
-    polls = s.training_gpus / POLL_SECONDS
-    rows.append(["ranks that wait for a batch, `transport.type = filesystem`", "", "1", f"{polls:,.0f}", "0"])
+    for name, begin, end in (("their first second", 0.0, 1.0), ("after ten seconds", 10.0, 60.0)):
+        polls = s.training_gpus * lookups(begin, end)
+        rows.append([f"ranks that wait for a batch through files, {name}", "", "1", f"{polls:,.0f}", "0"])
     return table(["what", "operations a step", "requests each", "metadata requests/s", "MB/s"], rows)
 
 
@@ -328,7 +376,11 @@ def bursts_table(results: Results) -> str:
 
 def durability_table(results: Results) -> str:
     """Policies of flushing."""
-    names = {"none": "no fsync", "file": "fsync of the file (what `put` does)", "file_and_folder": "and of the folder"}
+    names = {
+        "none": "no fsync",
+        "file": "fsync of the file",
+        "file_and_folder": "fsync of the file and of the folder (what `put` does)",
+    }
     rows = []
     for key, name in names.items():
         row = results["durability"][key]
@@ -341,6 +393,8 @@ def care_table(results: Results) -> str:
     s, care = Scenario(), results["looking_after"]
     total = s.images_total
     core_hours = total * care["verify_picture_ms"] / 1e3 / 3600
+    fullest = results["folder_sizes"][-1]
+    names_mb = fullest["list_store_mb"]
     rows = [
         [
             "`store ls`, names and sizes",
@@ -355,8 +409,9 @@ def care_table(results: Results) -> str:
         ],
         [
             "`store verify`, memory",
-            f"{care['verify_bytes_per_entry']:,.0f} bytes a file",
-            f"{total * care['verify_bytes_per_entry'] / 1e9:,.0f} GB",
+            f"{care['verify_few_mb']:.1f} MB for {care['few_files']:,} files, "
+            f"{care['verify_all_mb']:.1f} MB for {care['files']:,}",
+            f"{names_mb:.0f} MB: the names of one folder of {fullest['entries']:,}, measured",
         ],
         [
             "`store gc`, half of the files removed",
@@ -410,20 +465,44 @@ def references_table(results: Results) -> str:
     return table(["what", "each, measured", "a step", "product"], cells)
 
 
+def assets_table(results: Results) -> str:
+    """What one asset endpoint would have to do."""
+    s = Scenario()
+    rows = []
+    for kind in fetches(results, s):
+        rate = kind.operations / s.step_seconds
+        rows.append(
+            [
+                kind.name,
+                f"{kind.operations:,.0f}",
+                number(rate, 2) if rate < 10 else f"{rate:,.0f}",
+                f"{rate * kind.num_bytes / 1e6:,.0f}",
+                f"{kind.core_seconds * 1e3:.2g} ms" if kind.core_seconds < 1 else f"{kind.core_seconds:.0f} s",
+                number(rate * kind.core_seconds, 2),
+            ]
+        )
+    head = ["what", "fetches a step", "fetches/s", "MB/s", "work of one core for each, measured", "cores busy"]
+    return table(head, rows)
+
+
 def verdict_table(results: Results) -> str:
     """Where it holds, bends and breaks."""
     s, care, refs = Scenario(), results["looking_after"], results["references"]
     kinds = traffic(results, s)
     requests, rate = total_requests(kinds, s), total_bytes(kinds, s)
-    sticky = total_requests(traffic(results, s, "a server a rollout", 1024), s)
+    roomy_requests = total_requests(traffic(results, s, cache_mib=1024), s)
     entries = entries_per_folder(s.images_total, 256)
     fullest = results["folder_sizes"][-1]
     system = FileSystem(CAPACITIES[0])
     bandwidth = system.data_servers * system.bytes_per_second
-    anywhere = 1 - miss_share(server_misses(results, "any server", 256))
-    bound, roomy = (1 - miss_share(server_misses(results, "a server a rollout", mib)) for mib in (256, 1024))
+    bound, roomy = (1 - miss_share(server_misses(results, AT_THE_REFERENCE, mib)) for mib in (256, 1024))
     gateway = gateway_traffic(results, s)
-    polls = s.training_gpus / POLL_SECONDS
+    polls = lookups(10.0, 60.0)
+    *pictures, weights = fetches(results, s)
+    picture_rate = sum(kind.operations for kind in pictures) / s.step_seconds
+    picture_cores = picture_rate * pictures[0].core_seconds
+    weight_rate = weights.operations * weights.num_bytes / s.step_seconds
+    weight_cores = weights.operations * weights.core_seconds / s.step_seconds
     writers = results["simultaneous_writers"]
     extra = s.groups * (writers - 1) / s.distinct
     token_bytes = refs["sample_bytes_per_token"] * s.rollouts * s.tokens
@@ -455,32 +534,26 @@ def verdict_table(results: Results) -> str:
             "one store a run; two levels above 10^9 images in one store",
         ],
         [
-            "fsync of every file",
-            f"{s.distinct / s.step_seconds:.0f} new files/s, {file:.2f} ms each here",
+            "fsync of every file and its folder",
+            f"{s.distinct / s.step_seconds:.0f} new files/s, {both:.2f} ms each here, "
+            f"{both - file:.2f} ms of it for the folder",
             "holds",
-            "where a flush takes longer than a rollout can wait: seconds",
+            "where two flushes take longer than a rollout can wait: seconds",
             "nothing: puts run in threads",
-        ],
-        [
-            "no fsync of the folder",
-            "a put survives a killed process, not surely a power failure",
-            "bends",
-            "local file systems; a lost name is a missing image",
-            f"fsync of the folder too: {both - file:+.2f} ms here",
         ],
         [
             "metadata requests",
             f"{requests:,.0f}/s, nothing cached by the client",
             "bends",
             ", ".join(f"{number(s.gpus * capacity / requests, 2)} GPUs at {capacity:,}/s" for capacity in CAPACITIES),
-            f"a server a rollout and caches of 1 GiB: {sticky:,.0f}/s; spread the folders over metadata servers",
+            f"caches of 1 GiB: {roomy_requests:,.0f}/s; spread the folders over metadata servers",
         ],
         [
             "servers' caches, 256 MiB",
-            f"{anywhere:.0%} hits, {bound:.0%} if a rollout keeps its server",
+            f"{bound:.0%} hits; the client keeps a group on its server",
             "bends",
             "as soon as the live rollouts of a server have more pictures than fit",
-            f"a router that keeps rollouts on a server, and 1 GiB: {roomy:.0%}",
+            f"`multimodal.cache_bytes` of 1 GiB: {roomy:.0%}",
         ],
         [
             "groups putting the same picture at once",
@@ -513,16 +586,17 @@ def verdict_table(results: Results) -> str:
         ],
         [
             "`store verify`",
-            f"{s.images_total * care['verify_bytes_per_entry'] / 1e9:,.0f} GB of memory",
-            "breaks",
-            f"{memory / care['verify_bytes_per_entry'] / 1e6:.0f} M files in 64 GB",
-            "one store a run; hand the threads a bounded number of files",
+            f"{s.images_total * care['verify_picture_ms'] / 3.6e6:,.0f} core hours; "
+            f"memory of one folder's names, {fullest['list_store_mb']:.0f} MB",
+            "bends",
+            "hours grow with the files, memory with the largest folder",
+            "one store a run; many cores",
         ],
         [
             "batches through files",
-            f"{polls:,.0f} lookups/s while {s.training_gpus} ranks wait",
-            "breaks",
-            f"{requests * POLL_SECONDS:,.0f} ranks ask as much as all images",
+            f"{polls * s.training_gpus:,.0f} lookups/s while {s.training_gpus} ranks wait",
+            "bends",
+            f"{requests / polls:,.0f} ranks ask as much as all images",
             '`transport.type = "zmq"`',
         ],
         [
@@ -530,7 +604,23 @@ def verdict_table(results: Results) -> str:
             "a `file://` URL says nothing to another machine",
             "breaks",
             "the second machine",
-            "fetch by hash from an asset endpoint (`multimodal.assets`)",
+            "fetch by hash from an asset endpoint (`multimodal.assets`), below",
+        ],
+        [
+            "pictures from one asset endpoint",
+            f"{picture_rate:,.0f} fetches/s, {picture_rate * s.image_bytes / 1e9:.2f} GB/s, "
+            f"{picture_cores:.0%} of a core",
+            "holds",
+            f"{number(s.gpus / picture_cores, 2)} GPUs: its one core; "
+            f"{number(s.gpus * LINK_BYTES / (picture_rate * s.image_bytes), 2)} GPUs: 10 Gbit/s",
+            "nothing; not for steps that begin at the same moment",
+        ],
+        [
+            "weights from one asset endpoint",
+            f"{weight_rate / 1e9:.0f} GB/s, {weight_cores:.0f} cores",
+            "breaks",
+            f"{s.servers / weight_cores:.0f} servers: its one core",
+            "weights over a shared file system",
         ],
     ]
     return table(["what", "at the reference", "verdict", "breaks at", "what to do"], rows)
@@ -548,6 +638,7 @@ TABLES: Final[dict[str, Callable[[Results], str]]] = {
     "durability": durability_table,
     "care": care_table,
     "references": references_table,
+    "assets": assets_table,
     "verdict": verdict_table,
 }
 

@@ -53,6 +53,8 @@ class Scenario:
     step_seconds: float = 300.0
     images_total: int = 100_000_000
     """Distinct pictures of the whole run."""
+    weight_bytes: int = 16_000_000_000
+    """Of one version of the model: 8 x 10^9 parameters of two bytes."""
 
     @property
     def gpus(self) -> int:
@@ -282,7 +284,8 @@ class Operation:
     metadata: int
     """Requests to the metadata server, one after the other."""
     num_bytes: int
-    flush: bool = False
+    flushes: int = 0
+    """Of the file and of its folder, one after the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +307,7 @@ def queueing(arrivals: Sequence[Arrivals], system: FileSystem) -> dict[str, dict
     """Latencies of operations on a file system that serves metadata by one queue and data by several.
 
     Metadata requests of an operation follow one another; service times are exponential. Then the bytes go through
-    the queue of a data server drawn by chance; a flush is added to those of a put.
+    the queue of a data server drawn by chance; flushes are added to those of a put.
 
     Returns:
         Per kind: median and 99th percentile in milliseconds.
@@ -331,8 +334,8 @@ def queueing(arrivals: Sequence[Arrivals], system: FileSystem) -> dict[str, dict
             continue
         server = int(random.integers(system.data_servers))
         data_free[server] = max(data_free[server], now) + operation.num_bytes / system.bytes_per_second
-        flush = system.flush_seconds if operation.flush else 0.0
-        latencies[name].append(data_free[server] + system.round_trip + flush - began)
+        flushes = operation.flushes * system.flush_seconds
+        latencies[name].append(data_free[server] + system.round_trip + flushes - began)
     return {
         name: {"median_ms": float(np.median(taken)) * 1e3, "p99_ms": float(np.percentile(taken, 99)) * 1e3}
         for name, taken in latencies.items()

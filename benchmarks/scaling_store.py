@@ -11,10 +11,11 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, Final
@@ -22,11 +23,11 @@ from unittest import mock
 
 import numpy as np
 
-from benchmarks.common import picture, rss_mb, scratch
+from benchmarks.common import picture, scratch
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.images import store as store_module
 from pointillist.images.inventory import collect_garbage, list_store, verify_entry, verify_store
-from pointillist.images.store import read_verified
+from pointillist.images.store import TEMPORARY_SUFFIX, read_verified, write_image
 
 LIMITS: Final = ImageLimits()
 MARKER: Final = "/marker-of-the-scaling-benchmark/"
@@ -34,6 +35,7 @@ FOLDER_SIZES: Final = (0, 1_000, 10_000, 100_000, 200_000, 390_000)
 FOLDER: Final = "00"
 SAMPLES: Final = 200
 TINY_FILES: Final = 100_000
+FEW_FILES: Final = 50_000
 WRITES: Final = 300
 GROUPS: Final = 30
 
@@ -61,17 +63,27 @@ def without_fsync() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def traced_memory() -> Iterator[Callable[[], float]]:
+    """Counts allocations of Python; what it gives tells the highest sum so far, in MB."""
+    tracemalloc.start()
+    try:
+        yield lambda: tracemalloc.get_traced_memory()[1] / 1e6
+    finally:
+        tracemalloc.stop()
+
+
 def calls() -> dict[str, dict[str, int]]:
     """System calls on files of a put of a new image, of a known one, and of a read, counted by strace.
 
     Returns:
         Per operation: `name` (calls that take a path), `open` (files and folders opened, part of `name`), `close`,
-        `fsync`, and `data` (reads and writes).
+        `fsync`, `folder_fsync`, and `data` (reads and writes).
     """
     with scratch() as folder:
         log = Path(folder) / "calls"
         child = [sys.executable, "-m", "benchmarks.scaling_store", str(Path(folder) / "store")]
-        traced = ["strace", "-f", "-e", "trace=%file,%desc", "-o", str(log), *child]  # found on PATH
+        traced = ["strace", "-f", "-y", "-e", "trace=%file,%desc", "-o", str(log), *child]  # found on PATH
         subprocess.run(traced, check=True)
         lines = log.read_text().splitlines()
     counts: dict[str, Counter[str]] = {}
@@ -92,7 +104,9 @@ def _kinds(call: str, arguments: str) -> list[str]:
         return ["name", "open"] if call == "openat" else ["name"]
     if call in ("read", "write"):
         return ["data"]
-    return [call] if call in ("close", "fsync") else []
+    if call == "fsync":
+        return ["fsync" if TEMPORARY_SUFFIX in arguments else "folder_fsync"]  # -y writes names beside descriptors
+    return [call] if call == "close" else []
 
 
 def traced_operations(root: Path) -> None:
@@ -137,6 +151,9 @@ def folder_sizes() -> list[dict[str, float]]:
             started = time.perf_counter()
             entries = sum(1 for _ in (full.root / FOLDER).iterdir())
             row["list_ms"] = (time.perf_counter() - started) * 1e3
+            with traced_memory() as peak_mb:
+                sum(1 for _ in list_store(full.root))
+                row["list_store_mb"] = peak_mb()
             rows.append({"entries": entries, "folder_mb": (full.root / FOLDER).stat().st_size / 1e6, **row})
     return rows
 
@@ -175,7 +192,7 @@ def _microseconds(functions: list[Callable[[], object]]) -> float:
 
 
 def durability() -> dict[str, dict[str, float]]:
-    """Milliseconds of writing one picture of 400 KB by the store, with other policies of flushing; they take turns.
+    """Milliseconds of writing one picture of 400 KB by the store, and with less flushing; they take turns.
 
     Returns:
         Per policy: median and 99th percentile.
@@ -183,22 +200,20 @@ def durability() -> dict[str, dict[str, float]]:
     seconds: dict[str, list[float]] = {"none": [], "file": [], "file_and_folder": []}
     # Only what is written counts here, so the bytes need not be a picture.
     content = np.random.default_rng(0).bytes(400_000)
+    skipping: dict[str, Callable[[], AbstractContextManager[object]]] = {
+        "none": without_fsync,
+        "file": lambda: mock.patch.object(store_module, "_flush_folder", lambda _: None),
+        "file_and_folder": nullcontext,
+    }
     with scratch() as root:
         for number, data in enumerate(islice(variants(content), WRITES)):
             for policy, taken in seconds.items():
                 path = Path(root) / policy / f"{number % 256:02x}" / f"{number}.jpg"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                started = time.perf_counter()
-                if policy == "none":
-                    with without_fsync():
-                        store_module._write_atomically(path, data)
-                else:
-                    store_module._write_atomically(path, data)
-                if policy == "file_and_folder":
-                    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-                    os.fsync(folder)
-                    os.close(folder)
-                taken.append(time.perf_counter() - started)
+                with skipping[policy]():
+                    started = time.perf_counter()
+                    write_image(path, data)
+                    taken.append(time.perf_counter() - started)
     return {
         policy: {"median_ms": float(np.median(taken)) * 1e3, "p99_ms": float(np.percentile(taken, 99)) * 1e3}
         for policy, taken in seconds.items()
@@ -215,11 +230,11 @@ def simultaneous_puts(group_size: int) -> float:
             barrier.wait()
             store.put(data)
 
-    write = mock.Mock(wraps=store_module._write_atomically)
+    write = mock.Mock(wraps=write_image)
     with (
         scratch() as root,
         ThreadPoolExecutor(group_size) as pool,
-        mock.patch.object(store_module, "_write_atomically", write),
+        mock.patch.object(store_module, "write_image", write),
     ):
         store = ImageStore(Path(root), LIMITS)
         for future in [pool.submit(put, store) for _ in range(group_size)]:
@@ -228,7 +243,7 @@ def simultaneous_puts(group_size: int) -> float:
 
 
 def looking_after() -> dict[str, float]:
-    """Rates of listing, verifying and collecting garbage, and what verifying holds in memory."""
+    """Rates of listing, verifying and collecting garbage, and the most that verifying few and all files holds."""
     with scratch() as folder:
         store = ImageStore(Path(folder), LIMITS)
         started = time.perf_counter()
@@ -238,13 +253,10 @@ def looking_after() -> dict[str, float]:
         started = time.perf_counter()
         entries = sum(1 for _ in list_store(store.root))
         list_seconds = time.perf_counter() - started
-        before = rss_mb()
         started = time.perf_counter()
-        verified = list(verify_store(store.root, LIMITS, workers=2))
+        Counter(entry.condition for entry in verify_store(store.root, LIMITS, workers=2))
         verify_seconds = time.perf_counter() - started
-        # The peak of the whole process: nothing before this was larger.
-        growth = rss_mb(peak=True) - before
-        del verified
+        peaks_mb = [_verify_peak_mb(store.root, number) for number in (FEW_FILES, TINY_FILES)]
         keep = frozenset(hashes[::2])
         started = time.perf_counter()
         gone = collect_garbage(store.root, keep=keep, older_than=0, dry_run=False)
@@ -256,11 +268,20 @@ def looking_after() -> dict[str, float]:
         "tiny_puts_per_second": entries / put_seconds,
         "listed_per_second": entries / list_seconds,
         "verified_tiny_per_second": entries / verify_seconds,
-        "verify_bytes_per_entry": growth * 1024**2 / entries,
+        "few_files": FEW_FILES,
+        "verify_few_mb": peaks_mb[0],
+        "verify_all_mb": peaks_mb[1],
         "gc_per_second": entries / gc_seconds,
         "gc_removed": len(gone),
         "verify_picture_ms": _verify_picture_ms(),
     }
+
+
+def _verify_peak_mb(root: Path, files: int) -> float:
+    """The most that verifying so many files holds."""
+    with traced_memory() as peak_mb:
+        Counter(entry.condition for entry in islice(verify_store(root, LIMITS, workers=2), files))
+        return peak_mb()
 
 
 def _verify_picture_ms() -> float:

@@ -1,15 +1,19 @@
+import errno
 import hashlib
 import multiprocessing
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pointillist.errors import ImageError, MissingImageError, RefError
-from pointillist.images import ImageLimits, ImageStore, read_verified
-from pointillist.images.store import file_uri, local_path
+from pointillist.images import ImageLimits, ImageStore, inventory, read_verified
+from pointillist.images.inventory import StoreEntry, list_store, verify_store
+from pointillist.images.store import file_uri, local_path, write_image
 from tests.conftest import encoded, picture
 
 LIMITS = ImageLimits()
@@ -43,6 +47,80 @@ def test_put_refuses_before_writing(store: ImageStore, data: bytes) -> None:
     with pytest.raises(ImageError):
         store.put(data)
     assert list(store.root.iterdir()) == []
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
+    """What is made, flushed and renamed, in this order; a flushed file by the name that it has at that moment."""
+    record: list[tuple[str, Path]] = []
+
+    def recorded(name: str, path_of: Callable[..., Path]) -> None:
+        original = getattr(os, name)
+
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            record.append((name, path_of(*arguments)))
+            return original(*arguments, **keywords)
+
+        monkeypatch.setattr(os, name, call)
+
+    recorded("mkdir", lambda path, *_: Path(path))
+    recorded("fsync", lambda descriptor: Path(f"/proc/self/fd/{descriptor}").readlink())
+    recorded("replace", lambda _, target: Path(target))
+    return record
+
+
+def test_names_are_flushed_and_folders_made_once(store: ImageStore, calls: list[tuple[str, Path]]) -> None:
+    root, folder = store.root, store.root / "ab"
+    first, second = (folder / f"ab{digit * 62}.png" for digit in "01")
+    for path, before in ((first, [("mkdir", folder), ("fsync", root)]), (second, [])):
+        calls.clear()
+        write_image(path, b"data")
+        _, temporary = calls[len(before)]
+        assert temporary.name.startswith(f".{path.name}.")
+        assert calls == [*before, ("fsync", temporary), ("replace", path), ("fsync", folder)]
+
+
+def test_a_folder_that_can_not_be_flushed(store: ImageStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().is_dir():
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    code = errno.EINVAL  # the file system does not do that
+    write_image(store.root / "ab" / "ab.png", b"data")
+    code = errno.EIO
+    with pytest.raises(ImageError, match="could not be stored"):
+        write_image(store.root / "ab" / "ab.png", b"data")
+    assert [path.name for path in (store.root / "ab").iterdir()] == ["ab.png"]
+
+
+def test_what_stands_in_the_way_of_a_folder_is_an_image_error(store: ImageStore) -> None:
+    (store.root / "ab").write_text("a file")
+    with pytest.raises(ImageError, match="could not be stored"):
+        write_image(store.root / "ab" / "ab.png", b"data")
+    with pytest.raises(ImageError, match="could not be stored"):
+        write_image(store.root / "gone" / "ab" / "ab.png", b"data")
+
+
+def test_verifying_keeps_the_order_and_few_files_at_once(store: ImageStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(100):
+        write_image(store.root / f"{number:02d}" / f"{number:02d}{'0' * 62}.png", b"")
+    listed = 0
+
+    def counting(root: Path) -> Iterator[StoreEntry]:
+        nonlocal listed
+        for entry in list_store(root):
+            listed += 1
+            yield entry
+
+    monkeypatch.setattr(inventory, "list_store", counting)
+    names = [entry.path.name for entry in list_store(store.root)]
+    taken = []
+    for entry in verify_store(store.root, LIMITS, workers=2):
+        taken.append(entry.path.name)
+        assert entry.condition == "corrupt"
+        assert listed - len(taken) <= 8
+    assert taken == names
 
 
 def _put_all(root: Path, seeds: list[int]) -> None:

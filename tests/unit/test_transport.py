@@ -13,6 +13,8 @@ from pointillist.errors import TransportError
 from pointillist.orchestrator.packing import OverlongMultimodalSample, pack
 from pointillist.refs import MMImageRef, MMRefs, RawImageDescriptor
 from pointillist.transport import (
+    FilesystemReceiver,
+    FilesystemSender,
     MicroBatch,
     RankBatch,
     Receiver,
@@ -22,6 +24,7 @@ from pointillist.transport import (
     ZmqSender,
     decode_rank_batch,
     encode_rank_batch,
+    filesystem,
     make_receiver,
     make_sender,
 )
@@ -100,6 +103,25 @@ def test_a_receiver_may_wait_before_there_is_anything(ends: Any) -> None:
         time.sleep(0.3)
         sender.send(step(1))
         assert [each.result(10) for each in waiting] == step(1)
+
+
+def test_a_receiver_looks_at_files_less_often_the_longer_it_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths, slept = RunPaths(tmp_path), []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if sum(slept) >= 10:
+            FilesystemSender(paths).send(step(1))
+
+    monkeypatch.setattr(filesystem.time, "sleep", sleep)
+    assert FilesystemReceiver(paths, 1).receive(1) == step(1)[1]
+    assert slept[:10] == [0.01] * 10
+    assert slept == sorted(slept)
+    assert slept[-1] == 0.25
+    assert all(late <= max(0.01, sum(slept[:place]) / 9.99) for place, late in enumerate(slept))
+    assert len(slept) < 80
 
 
 def test_a_receiver_that_restarts_loses_no_step(ends: Any) -> None:

@@ -4,8 +4,9 @@ import hashlib
 import os
 import stat
 import time
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -18,6 +19,9 @@ Condition = Literal["good", "corrupt", "half-written", "foreign"]
 
 LAYOUTS_FOLDER: Final = "layouts"
 """Folder of a store that holds settings behind fingerprints, not images."""
+
+_AHEAD: Final = 4
+"""Files that wait for each thread of `verify_store`: enough that none is idle while the caller takes a result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +39,7 @@ class StoreEntry:
 
 
 def list_store(root: Path) -> Iterator[StoreEntry]:
-    """All files of a store, by name; nothing is read and no symbolic link followed."""
+    """All files of a store, by name; nothing is read and no symbolic link followed. Holds one folder's names."""
     for folder, subfolders, names in os.walk(root, followlinks=False):
         subfolders[:] = sorted(name for name in subfolders if Path(folder, name) != root / LAYOUTS_FOLDER)
         links = [name for name in subfolders if Path(folder, name).is_symlink()]
@@ -48,9 +52,18 @@ def list_store(root: Path) -> Iterator[StoreEntry]:
 
 
 def verify_store(root: Path, limits: ImageLimits, workers: int) -> Iterator[StoreEntry]:
-    """All files of a store, each read and compared with its name, in the order of `list_store`."""
+    """All files of a store, each read and compared with its name, in the order of `list_store`.
+
+    Only a few files are ahead of what the caller has taken, so memory does not grow with the store.
+    """
+    ahead: deque[Future[StoreEntry]] = deque()
     with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(lambda entry: verify_entry(entry, limits), list_store(root))
+        for entry in list_store(root):
+            if len(ahead) == workers * _AHEAD:
+                yield ahead.popleft().result()
+            ahead.append(pool.submit(verify_entry, entry, limits))
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def verify_entry(entry: StoreEntry, limits: ImageLimits) -> StoreEntry:

@@ -5,8 +5,8 @@ a `put` of known bytes writes nothing; a name can not lie about its content with
 reference (the file's URL) can never point at an arbitrary file, because the path below the root has a grammar
 that only stored images match.
 
-Writers are atomic: a temporary file in the same folder, flushed to disk, then renamed. Readers open every path
-component without following symbolic links and verify the hash of what they read.
+Writers are atomic: a temporary file in the same folder, flushed to disk, then renamed, and the folder flushed, too.
+Readers open every path component without following symbolic links and verify the hash of what they read.
 """
 
 import errno
@@ -16,9 +16,10 @@ import re
 import secrets
 import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 from urllib.parse import quote, unquote_to_bytes
 
 from pointillist.errors import ImageError, MissingImageError, RefError
@@ -65,7 +66,8 @@ class ImageStore:
     def put(self, data: bytes) -> StoredImage:
         """Stores an encoded image under its hash; storing the same bytes again writes nothing.
 
-        Safe from any number of processes at once: a reader never sees half a file. Returns once the file is on disk.
+        Safe from any number of processes at once: a reader never sees half a file. Returns once a file
+        that it wrote, and its name, are on disk.
 
         Raises:
             ImageError: Not a decodable still image within the limits; nothing was written.
@@ -208,19 +210,46 @@ def _holds(path: Path, data: bytes) -> bool:
 
 
 def write_image(path: Path, data: bytes) -> None:
-    """Writes an image's file so that it appears whole or not at all; returns once it is on disk.
+    """Writes an image's file so that it appears whole or not at all; returns once it and its name are on disk.
+
+    Args:
+        path: In a store: its folder is made if it is not there, the store's root is there.
+        data: The file's bytes.
 
     Raises:
         ImageError: It could not be written.
     """
-    path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
-        with temporary.open("xb") as file:
+        with _create(temporary) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        _flush_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise ImageError(f"image could not be stored in {path.parent} ({error.strerror})") from error
+
+
+def _create(path: Path) -> BinaryIO:
+    """A new file; its folder is made only if it turns out not to be there, as it is after a store's first images."""
+    with suppress(FileNotFoundError):
+        return path.open("xb")
+    path.parent.mkdir(exist_ok=True)
+    # A writer that finds the folder before this flush is done relies on the order in which a journal commits.
+    _flush_folder(path.parent.parent)
+    return path.open("xb")
+
+
+def _flush_folder(folder: Path) -> None:
+    """Returns once the names in a folder are on disk, where the file system can say so."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that does not flush folders
+            raise
+    finally:
+        os.close(descriptor)

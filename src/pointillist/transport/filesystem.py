@@ -1,11 +1,28 @@
 """Batches through a shared folder: `<output_dir>/rollouts/step_<n>/rank_<r>.bin`, each written atomically."""
 
 import time
+from collections.abc import Iterator
+from typing import Final
 
 from pointillist.config.run_paths import RunPaths, steps_in, write_atomically
 from pointillist.transport.types import RankBatch, decode_rank_batch, encode_rank_batch
 
-_POLL_SECONDS = 0.01
+_SHORTEST_POLL_SECONDS: Final = 0.01
+_LONGEST_POLL_SECONDS: Final = 0.25
+_LATE: Final = 0.1
+
+
+def poll_seconds() -> Iterator[float]:
+    """How long to sleep before each next look for a batch.
+
+    A tenth of what was slept so far, so that a batch is found at most a tenth later than it could be; at least 10 ms,
+    and at most 250 ms, so that hundreds of ranks that wait for long are no load for a shared file system.
+    """
+    slept = 0.0
+    while True:
+        seconds = min(max(_SHORTEST_POLL_SECONDS, _LATE * slept), _LONGEST_POLL_SECONDS)
+        yield seconds
+        slept += seconds
 
 
 class FilesystemSender:
@@ -42,8 +59,9 @@ class FilesystemReceiver:
             TransportError: The batch is malformed or must not be trained.
         """
         path = self._paths.rollout_step(step) / f"rank_{self._rank}.bin"
+        pauses = poll_seconds()
         while not path.exists():
-            time.sleep(_POLL_SECONDS)
+            time.sleep(next(pauses))
         return decode_rank_batch(path.read_bytes())
 
     def discard_before(self, step: int) -> None:

@@ -91,12 +91,17 @@ def import_command(archive: Path, run: Path) -> None:
 
 
 def _verify_files(root: Path) -> list[str]:
-    total = sum(1 for _ in list_store(root))
+    # Files are counted only for the eye: in a large store it takes long.
+    total = sum(1 for _ in list_store(root)) if console.is_terminal else None
     entries = verify_store(root, ImageLimits(), workers=os.cpu_count() or 1)
-    checked = list(track(entries, "reading images", total=total, console=console, disable=not console.is_terminal))
-    counts = Counter(entry.condition for entry in checked)
+    counts: Counter[str] = Counter()
+    problems = []
+    for entry in track(entries, "reading images", total=total, console=console, disable=not console.is_terminal):
+        counts[entry.condition] += 1
+        if entry.condition != "good":
+            problems.append(_problem(entry))
     click.echo(f"{root}: " + (", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())) or "empty"))
-    return [_problem(entry) for entry in checked if entry.condition != "good"]
+    return problems
 
 
 def _verify_references(paths: RunPaths, root: Path) -> list[str]:
