@@ -1,5 +1,6 @@
 """Who runs what and where, scripts of jobs, and the supervision of processes."""
 
+import os
 import stat
 import sys
 import threading
@@ -8,11 +9,21 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from pointillist.config import RLConfig, RunPaths, SlurmConfig, SupervisionConfig, parse_cli
+from pointillist.config import (
+    RLConfig,
+    RunPaths,
+    SlurmConfig,
+    SupervisionConfig,
+    load_toml,
+    parse_cli,
+    resolve_image_dir,
+    write_toml,
+)
 from pointillist.errors import ConfigError, LaunchError
 from pointillist.launch.devices import gpu_shares
 from pointillist.launch.layout import Layout, Node, settle, specs, write_configs
 from pointillist.launch.rendezvous import Rendezvous
+from pointillist.launch.rl import environment, prepare
 from pointillist.launch.run_dir import resume_step, rewind
 from pointillist.launch.slurm import render
 from pointillist.launch.supervisor import Spec, Supervisor
@@ -245,3 +256,56 @@ def test_a_jobs_key_is_for_its_user_only(tmp_path: Path) -> None:
     assert len(key) == 32
     with pytest.raises(LaunchError, match="submit runs with"):
         _read_key(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        (None, "{out}/assets/images"),
+        ("$PICTURES/of/${WHO}", "/data/p/of/me"),
+        ("~/pictures", "/home/me/pictures"),
+        ("relative/pictures", "{cwd}/relative/pictures"),
+    ],
+)
+@pytest.mark.parametrize("run_id", [None, "run_7"])
+def test_a_job_resolves_the_image_folder_as_a_local_run_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str | None, expected: str, run_id: str | None
+) -> None:
+    """On submission and on the node alike, whatever the node's environment says."""
+    monkeypatch.chdir(tmp_path)
+    here = {"PICTURES": "/data/p", "WHO": "me", "HOME": "/home/me", "VF_RENDERER_IMAGE_OFFLOAD_DIR": "/stale"}
+    for name, value in here.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RUN_ID", raising=False)
+    if run_id is not None:
+        monkeypatch.setenv("RUN_ID", run_id)
+    expected = "/data/outputs/run_7/assets/images" if run_id and setting is None else expected
+    arguments = ["--output-dir", tmp_path / "out", *(["--multimodal.offload_dir", setting] if setting else [])]
+    expected = expected.format(out=tmp_path / "out", cwd=tmp_path)
+    resolved = []
+    for extra in ([], ["--slurm.job_name", "x"]):
+        config = _config(*arguments, *extra)
+        paths = prepare(config)
+        write_toml(config, paths.configs / "rl.toml")
+        # A node reads the file that was written; what its environment has must not matter any more.
+        with monkeypatch.context() as node:
+            for name in ("PICTURES", "WHO", "RUN_ID"):
+                node.setenv(name, "another")
+            node.setenv("HOME", "/root/of/the/node")
+            there = load_toml(RLConfig, paths.configs / "rl.toml")
+            resolved.append(environment(there, "key")["VF_RENDERER_IMAGE_OFFLOAD_DIR"])
+            resolved += [
+                str(resolve_image_dir(component.multimodal, there.output_dir, os.environ))
+                for component in (there.trainer, there.orchestrator, there.inference)
+            ]
+    assert set(resolved) == {expected}
+
+
+def test_what_a_node_was_told_by_others_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VF_RENDERER_IMAGE_OFFLOAD_DIR", "/stale")
+    config = _config("--output-dir", tmp_path / "out")
+    prepare(config)
+    assert "VF_RENDERER_IMAGE_OFFLOAD_DIR was /stale in the environment" in capsys.readouterr().out
+    assert environment(config, "key")["VF_RENDERER_IMAGE_OFFLOAD_DIR"] == f"{tmp_path}/out/assets/images"

@@ -28,6 +28,8 @@ class WeightWatcher:
     def __init__(self, paths: RunPaths, client: InferenceClient, first_version: int) -> None:
         self._paths = paths
         self._has = dict.fromkeys(client.servers, first_version - 1)
+        self._newest: int | None = None
+        self._looked = 0.0
         self._refused: InferenceError | None = None
         self._changed = asyncio.Condition()
 
@@ -61,10 +63,17 @@ class WeightWatcher:
                 said = (await server.health() or {}).get("weight_version")
                 self._has[server] = min(self._has[server], self._has[server] if said is None else int(said))
                 ask_at = time.monotonic() + _ASK_SECONDS
-            latest = latest_broadcast(self._paths)
+            latest = self._latest()
             if latest is not None and latest > self._has[server]:
                 await self._apply(server, latest)
             await asyncio.sleep(max(_POLL_SECONDS, server.rest))
+
+    def _latest(self) -> int | None:
+        """The newest version; one look at the folder serves all servers."""
+        now = time.monotonic()
+        if now - self._looked >= _POLL_SECONDS:
+            self._looked, self._newest = now, latest_broadcast(self._paths)
+        return self._newest
 
     async def _apply(self, server: Server, version: int) -> None:
         folder = self._paths.broadcast_step(version)
