@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -62,6 +63,20 @@ def test_a_killed_process_ends_the_run(digits_run: Digits, victim: str) -> None:
     assert f"{victim} was killed by SIGKILL" in output
     assert f"last lines of {digits_run.output_dir}/logs/{victim}.log" in output
     assert processes_of(digits_run.root) == {}
+
+
+def test_killed_torchrun_leaves_no_rank(digits_run: Digits) -> None:
+    """Its ranks are in sessions of their own: nobody reaches them by their parent's group."""
+    process = digits_run.start("--max-steps", 500, "--trainer.num_workers", 2)
+    wait_for(lambda: _steps(RunPaths(digits_run.output_dir), "trainer"), process)
+    config = f"{digits_run.output_dir}/configs/trainer.toml"
+    ranks = [each for each in psutil.process_iter(["cmdline"]) if config in (each.info["cmdline"] or [])]
+    assert len(ranks) == 3
+    next(each for each in ranks if "torch.distributed.run" in each.info["cmdline"]).kill()
+    output, _ = process.communicate(timeout=60)
+    assert "trainer was killed by SIGKILL" in output
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert alive == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

@@ -62,16 +62,19 @@ def choose_ports(config: RLConfig, layout: Layout, index: int, host: str) -> Nod
     transport_port = int(config.transport.address.rpartition(":")[2])
     one_machine = layout.num_nodes == 1
     is_head = index == layout.head
+    taken: set[int] = set()
     return Node(
         index=index,
         host=host,
         server_ports=[
-            _port("inference.server", server.host if one_machine else host, server.port)
+            _port("inference.server", server.host if one_machine else host, server.port, taken)
             for _ in range(config.num_servers if index in layout.serving else 0)
         ],
-        transport_port=_port("transport.address", host, transport_port) if is_head else 0,
-        assets_port=_port("multimodal.assets", assets.host if one_machine else host, assets.port) if is_head else 0,
-        rendezvous_port=free_port(host) if is_head else 0,
+        transport_port=_port("transport.address", host, transport_port, taken) if is_head else 0,
+        assets_port=_port("multimodal.assets", assets.host if one_machine else host, assets.port, taken)
+        if is_head
+        else 0,
+        rendezvous_port=_port("torchrun", host, 0, taken) if is_head else 0,
     )
 
 
@@ -144,35 +147,16 @@ def specs(
         assets = config.multimodal.assets
         found.append(_spec("assets", "assets", paths, environ, url=_url(assets.host, assets.port)))
     if index in layout.training:
-        found.append(trainer_spec(config, layout, nodes, index, paths, {**environ, **shares.trainer()}))
+        found.append(_trainer_spec(config, layout, nodes, index, paths, {**environ, **shares.trainer()}))
     if index == layout.head:
         found.append(_spec("orchestrator", "orchestrator", paths, environ))
     return found
 
 
-def trainer_spec(
-    config: RLConfig,
-    layout: Layout,
-    nodes: Sequence[Node],
-    index: int,
-    paths: RunPaths,
-    environ: Mapping[str, str],
-) -> Spec:
-    """One machine's trainer ranks, under torchrun if there are several."""
-    torchrun: list[str] = []
-    if config.trainer.num_workers > 1:
-        head = nodes[layout.head]
-        torchrun = [
-            "torch.distributed.run",
-            f"--nnodes={len(layout.training)}",
-            f"--nproc-per-node={_ranks(config, layout)}",
-            f"--node-rank={layout.training.index(index)}",
-            f"--master-addr={head.host}",
-            f"--master-port={head.rendezvous_port}",
-            "-m",
-        ]
-    name = "trainer" if len(layout.training) == 1 else f"trainer_{layout.training.index(index)}"
-    return _spec(name, "trainer", paths, environ, before=torchrun)
+def image_dir_everywhere(config: RLConfig, image_dir: Path) -> None:
+    """Writes the one resolution of the image folder into every component: nobody resolves anything else."""
+    for component in (config, config.inference, config.orchestrator, config.trainer):
+        component.multimodal.offload_dir = str(image_dir)
 
 
 def host_of(address: str) -> str:
@@ -196,6 +180,31 @@ def check_keys(config: RLConfig) -> None:
     for server in (config.inference.server, config.orchestrator.gateway, config.metrics):
         if server.api_key_var not in (None, RUN_KEY):
             api_key(str(server.api_key_var))
+
+
+def _trainer_spec(
+    config: RLConfig,
+    layout: Layout,
+    nodes: Sequence[Node],
+    index: int,
+    paths: RunPaths,
+    environ: Mapping[str, str],
+) -> Spec:
+    """One machine's trainer ranks, under torchrun if there are several."""
+    torchrun: list[str] = []
+    if config.trainer.num_workers > 1:
+        head = nodes[layout.head]
+        torchrun = [
+            "torch.distributed.run",
+            f"--nnodes={len(layout.training)}",
+            f"--nproc-per-node={_ranks(config, layout)}",
+            f"--node-rank={layout.training.index(index)}",
+            f"--master-addr={head.host}",
+            f"--master-port={head.rendezvous_port}",
+            "-m",
+        ]
+    name = "trainer" if len(layout.training) == 1 else f"trainer_{layout.training.index(index)}"
+    return _spec(name, "trainer", paths, environ, before=torchrun)
 
 
 def _spec(
@@ -230,9 +239,14 @@ def _ranks(config: RLConfig, layout: Layout) -> int:
     return config.trainer.num_workers // len(layout.training)
 
 
-def _port(name: str, host: str, port: int) -> int:
+def _port(name: str, host: str, port: int, taken: set[int]) -> int:
+    """The port if it is free, or for 0 one that is and was not given to another process of this machine before."""
     try:
-        return free_port(host, port)
+        found = free_port(host, port)
+        while found in taken and port == 0:
+            found = free_port(host)
+        taken.add(found)
+        return found
     except OSError as error:
         raise LaunchError(
             f"{name} can not listen on {host}:{port} ({error.strerror}); choose another port, or 0 for a free one"
@@ -242,9 +256,3 @@ def _port(name: str, host: str, port: int) -> int:
 def _url(host: str, port: int) -> str:
     host = host_of(host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def image_dir_everywhere(config: RLConfig, image_dir: Path) -> None:
-    """Writes the one resolution of the image folder into every component: nobody resolves anything else."""
-    for component in (config, config.inference, config.orchestrator, config.trainer):
-        component.multimodal.offload_dir = str(image_dir)
