@@ -8,7 +8,9 @@ orchestrator end by themselves when their work is done; what their death means i
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -166,27 +168,22 @@ class Supervisor:
             stop_all([each.child], grace=0.0)
 
     def _ask_for_health(self) -> None:
-        """In a thread: a server that hangs must not hold up the watching of the others."""
-        with httpx.Client(timeout=_HEALTH_ANSWER_SECONDS, trust_env=False) as http:
+        """In a thread, and all servers at once: one that hangs must not make the others look silent."""
+        servers = [each for each in self.watched.values() if each.spec.health_url is not None]
+        # The longest silence of a healthy server is an interval and one such wait for another that hangs.
+        patience = min(_HEALTH_ANSWER_SECONDS, self.config.health_timeout / 2)
+        with httpx.Client(timeout=patience, trust_env=False) as http, ThreadPoolExecutor(len(servers) or 1) as pool:
             while not self._closing.wait(self.config.health_interval):
-                for each in list(self.watched.values()):
-                    child = each.child
-                    if (
-                        each.spec.health_url is not None
-                        and child is not None
-                        and _is_healthy(http, each.spec.health_url)
-                    ):
-                        self._note_health(each, child)
-
-    def _note_health(self, each: Watched, child: Child) -> None:
-        if each.child is child:  # else it was the answer of one that has died meanwhile
-            each.answered = time.monotonic()
-            each.healthy_since = each.healthy_since or each.answered
-            each.ever_healthy = True
+                list(pool.map(partial(_note_health, http), servers))
 
 
-def _is_healthy(http: httpx.Client, url: str) -> bool:
+def _note_health(http: httpx.Client, each: Watched) -> None:
+    child = each.child
     try:
-        return http.get(url).status_code == httpx.codes.OK
+        healthy = child is not None and http.get(str(each.spec.health_url)).status_code == httpx.codes.OK
     except httpx.HTTPError:
-        return False
+        return
+    if healthy and each.child is child:  # else it was the answer of one that has died meanwhile
+        each.answered = time.monotonic()
+        each.healthy_since = each.healthy_since or each.answered
+        each.ever_healthy = True
