@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from rich.markup import escape
+
 from pointillist.config import MonitorsConfig, RLConfig, RunPaths
 from pointillist.errors import ConfigError, PointillistError
 from pointillist.launch.monitors.following import MetricsFollower, numbers, rows_of
@@ -119,7 +121,7 @@ class Watching:
         try:
             return rows_of(self._paths, step, self._config.rollouts)
         except PointillistError as error:  # a picture that is gone, say
-            self._say(f"[yellow]warning:[/] no table of the rollouts of step {step}: {error}")
+            self._say(f"[yellow]warning:[/] no table of the rollouts of step {step}: {escape(str(error))}")
             return []
 
     def _for_each(self, monitors: list[Monitor], call: Callable[[Monitor], None]) -> None:
@@ -132,4 +134,4 @@ class Watching:
 
 
 def _warning(name: str, error: Exception) -> str:
-    return f"[yellow]warning:[/] the monitor {name} failed and is off from here on ({error!r}); the run goes on"
+    return f"[yellow]warning:[/] the monitor {name} failed and is off ({escape(repr(error))}); the run goes on"
