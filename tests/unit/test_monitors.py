@@ -194,11 +194,12 @@ def test_no_monitor_is_the_default_and_imports_nothing() -> None:
     assert MonitorsConfig().tensorboard is False
 
 
-def _events(folder: Path) -> list[Any]:
+def tensorboard_values(folder: Path) -> list[tuple[int, Any]]:
+    """`(step, value)` of everything in the one event file of a folder."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
     (path,) = folder.iterdir()
-    return list(EventFileLoader(str(path)).Load())
+    return [(event.step, value) for event in EventFileLoader(str(path)).Load() for value in event.summary.value]
 
 
 def test_tensorboard_files_can_be_read_back(run: Run) -> None:
@@ -209,8 +210,7 @@ def test_tensorboard_files_can_be_read_back(run: Run) -> None:
         run.step(step)
     watching.stop()
     assert said == []
-    values = [(event.step, value) for event in _events(run.paths.output_dir / "monitors" / "tensorboard")
-              for value in event.summary.value]  # fmt: skip
+    values = tensorboard_values(run.paths.output_dir / "monitors" / "tensorboard")
     losses = [(step, value.tensor.float_val[0]) for step, value in values if value.tag == "trainer/loss"]
     assert losses == [(1, 0.5), (2, 0.5)]
     (table,) = [value.tensor.string_val[0].decode() for step, value in values if step == 2 and value.tag == "rollouts"]
@@ -265,6 +265,15 @@ def _wandb_records(path: Path) -> list[Any]:
     return records
 
 
+def wandb_history(path: Path) -> list[dict[str, str]]:
+    """What was logged, each value as JSON."""
+    return [
+        {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+        for record in _wandb_records(path)
+        if record.WhichOneof("record_type") == "history"
+    ]
+
+
 def test_wandb_offline_shows_each_picture_but_has_it_once(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
@@ -278,8 +287,7 @@ def test_wandb_offline_shows_each_picture_but_has_it_once(tmp_path: Path) -> Non
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     assert b"hush-hush" not in path.read_bytes()
     records = _wandb_records(path)
-    history = [{item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
-               for record in records if record.WhichOneof("record_type") == "history"]  # fmt: skip
+    history = wandb_history(path)
     losses = [(json.loads(line["trainer/step"]), json.loads(line["trainer/loss"]))
               for line in history if "trainer/loss" in line]  # fmt: skip
     assert losses == [(1, 0.5), (2, 0.25), (1, 0.125)]
