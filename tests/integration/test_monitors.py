@@ -27,4 +27,4 @@ def test_a_run_is_monitored_to_its_end(digits_run: Digits) -> None:
         component = name.removesuffix(".jsonl")
         steps = {record["step"] for record in map(json.loads, (digits_run.output_dir / "metrics" / name).open())}
         assert steps == {json.loads(line[f"{component}/step"]) for line in history if f"{component}/step" in line}
-    assert sum(any(key.startswith("orchestrator/rollouts") for key in line) for line in history) == 3
+    assert sum(any(key.startswith("rollouts/") for key in line) for line in history) == 3

@@ -55,6 +55,7 @@ class WandbMonitor:
             # Steps of their own: the library's must not go back, and a run may.
             self._run.define_metric(f"{component}/step", hidden=True)
             self._run.define_metric(f"{component}/*", step_metric=f"{component}/step")
+        self._run.define_metric("rollouts", step_metric="orchestrator/step")
         self._images: dict[str, Any] = {}
 
     def log(self, component: str, step: int, metrics: Mapping[str, float]) -> None:
@@ -71,7 +72,7 @@ class WandbMonitor:
             pictures = [self._image(picture) for picture in row.pictures]
             empty = [None] * (width - len(pictures))
             table.add_data(row.id, row.prompt, row.completion, row.reward, row.advantage, *pictures, *empty)
-        self._run.log({"orchestrator/step": step, "orchestrator/rollouts": table})
+        self._run.log({"orchestrator/step": step, "rollouts": table})
 
     def close(self) -> None:
         """As `Monitor.close`."""
