@@ -8,10 +8,11 @@ ARGS ?=
 DIGITS := outputs/digits
 VLLM := .venv-vllm
 VERIFIERS := .venv-verifiers
+DOCS := .venv-docs
 HUNT := outputs/hunt
 
-.PHONY: setup demo demo-hunt test test-vllm test-verifiers test-slurm test-unit lint format fuzz faults faults-run bench lock \
-	lock-vllm lock-verifiers clean
+.PHONY: setup demo demo-hunt docs test test-vllm test-verifiers test-slurm test-unit lint format fuzz faults faults-run \
+	bench lock lock-vllm lock-verifiers lock-docs clean
 
 setup: $(VENV)/.ready
 
@@ -77,6 +78,15 @@ test-slurm: setup
 test-unit: setup
 	$(BIN)/python -m pytest -m "not integration"
 
+# The documentation site, in build/site; a link that leads nowhere is an error (with --quiet mkdocs would not count it).
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
+
+$(DOCS)/.ready: requirements-docs.lock
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-docs.lock
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -131,5 +141,14 @@ lock-verifiers:
 		build/lock/bin/python -m pip freeze --exclude pointillist | sed 's/+cpu//'; } > requirements-verifiers.lock
 	rm -r build/lock
 
+# The same for the documentation; none of it comes near the package.
+lock-docs:
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet --disable-pip-version-check \
+		$$($(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
+	{ echo "# Exact versions that the documentation is built with; made by 'make lock-docs'."; \
+		build/lock/bin/python -m pip freeze; } > requirements-docs.lock
+	rm -r build/lock
+
 clean:
-	rm -rf $(VENV) $(VLLM) $(VERIFIERS) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM) $(VERIFIERS) $(DOCS) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,4 +1,4 @@
-"""The door: `pointillist rl`, the processes of a run, `store`, `transcript`.
+"""The door: `pointillist rl`, the processes of a run, `store`, `transcript`, `doctor`.
 
 Every command takes `@ file.toml` and dotted overrides, such as `--trainer.optim.lr 3e-4`; `--help` lists the keys.
 """
@@ -25,12 +25,13 @@ from pointillist.config import (
 from pointillist.config.base import ConfigT
 from pointillist.logs import set_up_logging
 
+_NAME = "pointillist"
 # Arguments go to the config parser as they are.
 _PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 
 @click.group()
-@click.version_option(__version__, prog_name="pointillist")
+@click.version_option(__version__, prog_name=_NAME)
 def cli() -> None:
     """Reinforcement learning of vision-language models in which images travel as references."""
 
@@ -60,6 +61,34 @@ def transcript(run: Path, rollout: str, page: Path) -> None:
         return 0
 
     sys.exit(_guarded(write, []))
+
+
+@cli.command("doctor", short_help="Say what works on this machine: libraries, devices, the file system.")
+@click.option(
+    "--run-folder",
+    type=click.Path(path_type=Path),
+    default=Path("outputs"),
+    show_default=True,
+    help="Where runs are to lie; need not exist yet.",
+)
+def doctor(run_folder: Path) -> None:
+    """Say what works on this machine; the exit code is 1 if a run would fail."""
+    from rich.console import Console
+
+    from pointillist.launch.doctor import examine
+
+    sys.exit(examine(run_folder, Console()))
+
+
+@cli.command("completion", short_help="Print the script that completes commands in a shell.")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script that completes commands in SHELL; for bash: `source <(pointillist completion bash)`."""
+    from click.shell_completion import get_completion_class
+
+    maker = get_completion_class(shell)
+    assert maker is not None  # noqa: S101 - click has these three
+    click.echo(maker(cli, {}, _NAME, f"_{_NAME.upper()}_COMPLETE").source())
 
 
 def _command(name: str, text: str) -> Callable[[Callable[[list[str]], int]], Callable[[list[str]], int]]:
@@ -180,4 +209,4 @@ def _first(error: Any) -> BaseException:
 
 def main() -> Any:
     """Entry point of the `pointillist` command."""
-    cli()
+    cli(prog_name=_NAME)

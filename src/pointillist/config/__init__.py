@@ -4,6 +4,7 @@ from pointillist.config.assets import CARRIER, AssetServerConfig, own_image_dir,
 from pointillist.config.base import Config, load_toml, parse_cli, write_toml
 from pointillist.config.inference import InferenceConfig
 from pointillist.config.launch import SlurmConfig, SupervisionConfig
+from pointillist.config.monitors import MonitorsConfig, WandbConfig
 from pointillist.config.orchestrator import (
     EnvConfig,
     EnvWorkerConfig,
@@ -40,6 +41,7 @@ __all__ = [
     "InferenceConfig",
     "LimitsConfig",
     "ModelConfig",
+    "MonitorsConfig",
     "MultimodalConfig",
     "OrchestratorConfig",
     "PolicyConfig",
@@ -51,6 +53,7 @@ __all__ = [
     "SupervisionConfig",
     "TrainerConfig",
     "TransportConfig",
+    "WandbConfig",
     "WorkersConfig",
     "load_toml",
     "own_image_dir",

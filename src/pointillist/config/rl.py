@@ -14,6 +14,7 @@ from pointillist.config.assets import CARRIER
 from pointillist.config.base import Config, share
 from pointillist.config.inference import InferenceConfig
 from pointillist.config.launch import SlurmConfig, SupervisionConfig
+from pointillist.config.monitors import MonitorsConfig
 from pointillist.config.orchestrator import EnvConfig, OrchestratorConfig
 from pointillist.config.shared import LogLevel, ModelConfig, MultimodalConfig, ServerConfig, TransportConfig
 from pointillist.config.trainer import TrainerConfig
@@ -64,6 +65,9 @@ class RLConfig(Config):
     supervision: SupervisionConfig = SupervisionConfig()
     metrics: ServerConfig = ServerConfig()
     """Where the launcher serves the metrics of all processes, for Prometheus."""
+
+    monitors: MonitorsConfig = MonitorsConfig()
+    """Weights & Biases and TensorBoard."""
 
     slurm: SlurmConfig | None = None
     """Set to run as a SLURM job."""

@@ -29,6 +29,7 @@ from pointillist.launch.layout import (
     write_configs,
 )
 from pointillist.launch.metrics import MetricsEndpoint
+from pointillist.launch.monitors import Watching, check_monitors
 from pointillist.launch.processes import Child
 from pointillist.launch.progress import Progress
 from pointillist.launch.run_dir import check_fresh, resume_step, rewind
@@ -95,11 +96,13 @@ def prepare(config: RLConfig) -> RunPaths:
     """Resolves the run's folder and image folder, once and for everybody.
 
     Raises:
-        ConfigError: The image folder names a variable that is not set, or a key is not set.
+        ConfigError: The image folder names a variable that is not set, a key is not set, or a monitor is not
+            installed.
     """
     paths = RunPaths(config.output_dir.expanduser().resolve())
     config.output_dir = paths.output_dir
     check_keys(config)
+    check_monitors(config.monitors)
     image_dir = resolve_image_dir(config.multimodal, paths.output_dir, {**os.environ, **config.env_vars})
     before = os.environ.get(CARRIER)
     if before is not None and before != str(image_dir):
@@ -155,9 +158,11 @@ def _supervise(
     progress = Progress(console, paths, config.max_steps)
     resumes = 0
     endpoint = MetricsEndpoint(config.metrics, paths, supervisor, server_headers(config, environ))
+    watching = Watching.of(config, paths, _say)
     try:
         supervisor.start()
         endpoint.start()
+        watching.start()
         _say(f"metrics of all processes: {endpoint.url}")
         with progress:
             while (dead := supervisor.run(lambda: True, progress.update)) is not None:
@@ -176,6 +181,7 @@ def _supervise(
     finally:
         supervisor.stop()
         endpoint.stop()
+        watching.stop()
     if dead is not None:
         show_death(dead)
         return 1

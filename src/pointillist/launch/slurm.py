@@ -22,6 +22,7 @@ from pointillist.config import RLConfig, RunPaths, SlurmConfig, write_toml
 from pointillist.config.run_paths import latest_checkpoint, write_atomically
 from pointillist.errors import LaunchError
 from pointillist.launch.layout import Layout, Node, address_towards, choose_ports, settle, specs, write_configs
+from pointillist.launch.monitors import Watching
 from pointillist.launch.rendezvous import Rendezvous
 from pointillist.launch.rl import (
     Interrupted,
@@ -131,8 +132,11 @@ def _watch(
 ) -> int:
     supervisor = Supervisor(specs(config, layout, nodes, index, paths, environ), config.supervision, console.print)
     serves_only = index not in layout.training
+    watching = Watching.of(config, paths, console.print)
     try:
         supervisor.start()
+        if index == layout.head:
+            watching.start()
         dead = supervisor.run(lambda: not serves_only or meeting.is_finished(), lambda: None)
     except Interrupted as interrupt:
         console.print(
@@ -141,6 +145,7 @@ def _watch(
         return 128 + interrupt.number
     finally:
         supervisor.stop()
+        watching.stop()
     if dead is not None:
         show_death(dead)
         _requeue(config, console)

