@@ -85,9 +85,8 @@ def run_hashes(paths: RunPaths) -> frozenset[str]:
     hashes = {held.ref.hash for held in run_references(paths)}
     for path in rollout_files(paths):
         for _, record in read_records(path):
-            hashes.update(
-                _hashes_in([record.get("messages"), [branch.get("messages") for branch in record["branches"]]])
-            )
+            conversations = [record.get("messages"), *(branch.get("messages") for branch in record["branches"])]
+            hashes.update(_hashes_in(conversations))
     for _, record in read_records(paths.quarantine):
         hashes.add(str(record.get("sha256")))
     return frozenset(hashes)

@@ -57,9 +57,8 @@ def _record(run: Path, rollout_id: str) -> dict[str, Any]:
         for _, record in read_records(path):
             if record.get("id") == rollout_id:
                 return record
-    raise PointillistError(
-        f"run {run} has no rollout {rollout_id!r}, expected <step>.<group>.<member> or eval_<version>.<index>"
-    )
+    expected = "<step>.<group>.<member> or eval_<version>.<index>"
+    raise PointillistError(f"run {run} has no rollout {rollout_id!r}, expected {expected}")
 
 
 def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
