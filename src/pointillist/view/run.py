@@ -58,6 +58,11 @@ class ViewedRun:
         """The trainer's faults with one sample."""
         return self._faults.by_sample().get(sample_id, [])
 
+    def faulty_samples(self, kind: str) -> list[str]:
+        """Ids of all samples with a fault of a kind, `missing` or `corrupt`."""
+        by_sample = self._faults.by_sample()
+        return [sample for sample, faults in by_sample.items() if any(fault.kind == kind for fault in faults)]
+
     def condition(self, name: str | None) -> str:
         """`good`, `missing` or `corrupt`: a picture as it lies in the store now."""
         if name is None or self.image_dir is None or not STORED_NAME.fullmatch(name):

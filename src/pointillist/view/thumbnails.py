@@ -20,6 +20,7 @@ from pointillist.images.store import read_stored
 SIZES: Final = (96, 640)
 """Longest sides that are offered: in a list, and in a conversation."""
 LIMITS: Final = ImageLimits(max_pixels=16_000_000)
+_SEEN: Final = 192
 _making = threading.Lock()
 
 
@@ -51,12 +52,15 @@ def thumbnail(root: Path, name: str, size: int, cache: Path) -> bytes:
 
 
 def shrunk(data: bytes, size: int) -> Image.Image:
-    """A decoded picture, no side longer than `size`.
+    """A decoded picture, no side longer than `size`; a tiny one is enlarged by a whole factor, to be seen at all.
 
     Raises:
         ImageError: It can not be decoded, or has too many pixels for this.
     """
     image = to_pillow(decode_rgb(data, LIMITS))
+    factor = min(size, _SEEN) // max(image.size)
+    if factor > 1:
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     image.thumbnail((size, size), Image.Resampling.LANCZOS, reducing_gap=2.0)
     return image
 
