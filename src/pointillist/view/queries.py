@@ -11,8 +11,8 @@ from pointillist.view.run import ViewedRun
 
 PAGE: Final = 50
 SORTS: Final = {
-    "newest": ("newest first", "step DESC, split, file, start"),
-    "oldest": ("oldest first", "step, split, file, start"),
+    "newest": ("newest first", "step DESC, split DESC, file, start"),
+    "oldest": ("oldest first", "step, split DESC, file, start"),
     "reward-high": ("highest reward", "reward DESC NULLS LAST, step DESC, start"),
     "reward-low": ("lowest reward", "reward NULLS LAST, step DESC, start"),
     "longest": ("longest", "tokens DESC, step DESC, start"),

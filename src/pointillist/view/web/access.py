@@ -56,7 +56,8 @@ class Access:
             return PlainTextResponse("expected a loopback name in the address, such as 127.0.0.1", 400)
         if (given := request.query_params.get("token")) is not None and _same(given, self.token):
             clean = URL(scope=request.scope).remove_query_params("token")
-            answer = RedirectResponse(f"{clean.path}?{clean.query}" if clean.query else clean.path, 303)
+            path = "/" + clean.path.lstrip("/")  # two slashes would name another host
+            answer = RedirectResponse(f"{path}?{clean.query}" if clean.query else path, 303)
             answer.set_cookie(self.cookie, self.session, httponly=True, samesite="lax", path="/")
             return answer
         bearer = request.headers.get("authorization", "")

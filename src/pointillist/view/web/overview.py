@@ -14,7 +14,7 @@ _METRICS: Final = (
     ("accuracy", "eval", "eval/accuracy", "Held-out accuracy", "mean reward on held-out tasks, greedy"),
     ("loss", "trainer", "loss", "Loss", "policy-gradient loss of a step"),
     ("entropy", "trainer", "entropy", "Entropy", "mean entropy of the policy at trained tokens, in nats"),
-    ("mismatch", "trainer", "mismatch/mean_abs", "Mismatch", "trainer's and sampler's logprobs: mean absolute difference"),
+    ("mismatch", "trainer", "mismatch/mean_abs", "Mismatch", "trainer's logprobs less the sampler's, mean absolute"),
     ("staleness", "trainer", "off_policy/mean", "Staleness", "mean age of a trained token, in weight versions"),
     ("flat", "orchestrator", "groups/dropped_zero_variance", "Groups without variance", "groups that taught nothing"),
     ("dropped", "orchestrator", "errors/dropped", "Dropped rollouts", "rollouts that failed after all retries"),
