@@ -126,8 +126,7 @@ def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 def _ticks(low: float, high: float) -> list[float]:
     """Round numbers from at most `low` to at least `high`."""
     if high - low <= 1e-12 * max(1e-12, abs(low), abs(high)):
-        margin = abs(low) / 10 or 1.0
-        low, high = low - margin, high + margin
+        low, high = (low - abs(low) / 10, high + abs(low) / 10) if low else (0.0, 1.0)
     rough = (high - low) / _TICKS
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
