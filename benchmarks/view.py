@@ -42,9 +42,10 @@ def main() -> None:
         paths = RunPaths(Path(folder) / "run")
         make_run(paths)
         size = sum(path.stat().st_size for path in paths.rollouts.rglob("*.jsonl"))
+        cores = len(os.sched_getaffinity(0))
         results = {
             "date": datetime.now(UTC).date().isoformat(),
-            "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}",
+            "machine": f"{platform.machine()}, {cores} cores, Python {platform.python_version()}",
             "rollouts": STEPS * A_STEP,
             "references": STEPS * A_STEP * A_ROLLOUT,
             "pictures": PICTURES,

@@ -48,7 +48,10 @@ CREATE TABLE rollouts (
 ) WITHOUT ROWID;
 CREATE INDEX by_id ON rollouts (id);
 CREATE INDEX by_group ON rollouts (rollout_group);
-CREATE INDEX by_step ON rollouts (split, step);
+CREATE INDEX by_step ON rollouts (step DESC, split DESC);
+CREATE INDEX by_env ON rollouts (env);
+CREATE INDEX by_error ON rollouts (error);
+CREATE INDEX by_outcome ON rollouts (outcome);
 CREATE INDEX by_reward ON rollouts (reward);
 CREATE INDEX by_tokens ON rollouts (tokens);
 CREATE TABLE uses (sha256 TEXT, file INTEGER, count INTEGER, PRIMARY KEY (sha256, file)) WITHOUT ROWID;

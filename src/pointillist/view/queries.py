@@ -173,21 +173,23 @@ def store_facts(run: ViewedRun) -> StoreFacts:
         images, num_bytes = db.execute(
             "SELECT count(*), coalesce(sum(bytes), 0) FROM pictures WHERE sha256 IS NOT NULL"
         ).fetchone()
-        references, distinct = db.execute("SELECT coalesce(sum(count), 0), count(DISTINCT sha256) FROM uses").fetchone()
-        (saved,) = db.execute(
-            "SELECT coalesce(sum((used - 1) * bytes), 0) FROM (SELECT sha256, sum(count) AS used FROM uses GROUP BY 1) "
-            "JOIN (SELECT sha256, max(bytes) AS bytes FROM pictures GROUP BY 1) USING (sha256)"
+        references, distinct, saved, missing_count = db.execute(
+            "SELECT coalesce(sum(used), 0), count(*), coalesce(sum((used - 1) * bytes), 0), "
+            "coalesce(sum(bytes IS NULL), 0) FROM (SELECT sha256, sum(count) AS used FROM uses GROUP BY 1) LEFT JOIN "
+            "(SELECT sha256, max(bytes) AS bytes FROM pictures WHERE sha256 IS NOT NULL GROUP BY 1) USING (sha256)"
         ).fetchone()
-        there = "SELECT sha256 FROM pictures WHERE sha256 IS NOT NULL"
-        lost = f"FROM uses JOIN files USING (file) WHERE sha256 NOT IN ({there})"
+        missing = db.execute(
+            "SELECT sha256, sum(count), min(name) FROM uses JOIN files USING (file) "
+            "WHERE sha256 NOT IN (SELECT sha256 FROM pictures WHERE sha256 IS NOT NULL) GROUP BY 1 LIMIT ?",
+            (min(_LOST, missing_count),),
+        ).fetchall()
         return StoreFacts(
             images, num_bytes, references, distinct, saved,
             db.execute("SELECT name, bytes FROM pictures WHERE condition = 'good' ORDER BY bytes DESC LIMIT ?",
                        (_LARGEST,)).fetchall(),
             db.execute("SELECT name, bytes FROM pictures WHERE condition = 'corrupt' LIMIT ?", (_LOST,)).fetchall(),
             _count(db, "SELECT count(*) FROM pictures WHERE condition = 'corrupt'"),
-            db.execute(f"SELECT sha256, sum(count), min(name) {lost} GROUP BY 1 LIMIT ?", (_LOST,)).fetchall(),
-            _count(db, f"SELECT count(DISTINCT sha256) {lost}"),
+            missing, missing_count,
             db.execute("SELECT name, condition FROM pictures WHERE sha256 IS NULL LIMIT ?", (_LOST,)).fetchall(),
         )  # fmt: skip
 

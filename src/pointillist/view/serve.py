@@ -5,6 +5,7 @@ import secrets
 import socket
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -43,7 +44,8 @@ def serve(folders: Sequence[Path], host: str, port: int, api_key_var: str | None
     click.echo(f"viewing {', '.join(run.name for run in runs)}: {_address(listener, token)}")
     try:
         config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=2)
-        uvicorn.Server(config).run([listener])
+        with suppress(KeyboardInterrupt):  # the way to end it
+            uvicorn.Server(config).run([listener])
     finally:
         for run in runs:
             run.index.stop()
