@@ -2,6 +2,7 @@
 
 import threading
 import tomllib
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -68,8 +69,9 @@ class ViewedRun:
         if name is None or self.image_dir is None or not STORED_NAME.fullmatch(name):
             return "missing"
         try:
-            return "good" if is_intact(self.image_dir, name) else "corrupt"
-        except MissingImageError:
+            status = (self.image_dir / name).lstat()
+            return _verdict(self.image_dir, name, status.st_size, status.st_mtime_ns)
+        except (OSError, MissingImageError):
             return "missing"
 
     def settings(self) -> dict[str, Any]:
@@ -112,6 +114,12 @@ class _FaultsFile:
                         continue  # the line that is being written
                     self._by_sample.setdefault(fault.sample_id, []).append(fault)
             return self._by_sample
+
+
+@lru_cache(maxsize=10_000)
+def _verdict(root: Path, name: str, _size: int, _mtime: int) -> str:
+    """Reads a stored file once for as long as its size and time stay: the rollouts of a group share pictures."""
+    return "good" if is_intact(root, name) else "corrupt"
 
 
 def _image_dir(paths: RunPaths) -> Path | None:
