@@ -41,7 +41,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = RunPaths(Path(folder) / "run")
         make_run(paths)
+        sha256, _ = stored(paths, Image.new("RGB", (4000, 4000), "teal"))
         size = sum(path.stat().st_size for path in paths.rollouts.rglob("*.jsonl"))
+        environ = {**os.environ, "XDG_CACHE_HOME": str(Path(folder) / "cache")}
         cores = len(os.sched_getaffinity(0))
         results = {
             "date": datetime.now(UTC).date().isoformat(),
@@ -50,7 +52,9 @@ def main() -> None:
             "references": STEPS * A_STEP * A_ROLLOUT,
             "pictures": PICTURES,
             "records_mb": round(size / 1e6),
-            **measure(paths, {**os.environ, "XDG_CACHE_HOME": str(Path(folder) / "cache")}),
+            **measure(
+                paths, f"{sha256[:2]}/{sha256}.png", {**os.environ, "XDG_CACHE_HOME": str(Path(folder) / "cache")}
+            ),
         }
     print(json.dumps(results, indent=2))
 
@@ -58,14 +62,8 @@ def main() -> None:
 def make_run(paths: RunPaths) -> None:
     """Writes the run: pictures of 64 x 64, 500 rollouts a step with three pictures and 60 sampled tokens each."""
     rng = np.random.default_rng(0)
-    names = []
-    for _ in range(PICTURES):
-        data = encode_png(Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)))
-        sha256 = hashlib.sha256(data).hexdigest()
-        path = paths.output_dir / "assets" / "images" / sha256[:2] / f"{sha256}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-        names.append((sha256, file_uri(path)))
+    pictures = (Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(PICTURES))
+    names = [stored(paths, picture) for picture in pictures]
     chance = random.Random(0)
     paths.metrics.mkdir(parents=True)
     for step in range(1, STEPS + 1):
@@ -75,6 +73,16 @@ def make_run(paths: RunPaths) -> None:
     for name, keys in (("trainer", ("loss", "entropy", "time/step")), ("orchestrator", ("reward/mean",))):
         lines = [{"step": step, **{key: chance.random() for key in keys}} for step in range(1, STEPS + 1)]
         (paths.metrics / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def stored(paths: RunPaths, image: Image.Image) -> tuple[str, str]:
+    """Hash and URL of a picture in the run's store; written without the store's care for a crash."""
+    data = encode_png(image)
+    sha256 = hashlib.sha256(data).hexdigest()
+    path = paths.output_dir / "assets" / "images" / sha256[:2] / f"{sha256}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return sha256, file_uri(path)
 
 
 def rollout(step: int, index: int, names: list[tuple[str, str]], chance: random.Random) -> dict[str, Any]:
@@ -115,8 +123,14 @@ def rollout(step: int, index: int, names: list[tuple[str, str]], chance: random.
     }
 
 
-def measure(paths: RunPaths, environ: dict[str, str]) -> dict[str, Any]:
-    """Starts the viewer, twice: on a run that it does not know, and on one that it knows."""
+def measure(paths: RunPaths, big: str, environ: dict[str, str]) -> dict[str, Any]:
+    """Starts the viewer, twice: on a run that it does not know, and on one that it knows.
+
+    Args:
+        paths: The run's folder.
+        big: Name in the store of a picture of 16 megapixels, for a thumbnail.
+        environ: Of the viewer.
+    """
     started = time.perf_counter()
     process, client = start(paths, environ)
     client.get("/").raise_for_status()
@@ -142,6 +156,9 @@ def measure(paths: RunPaths, environ: dict[str, str]) -> dict[str, Any]:
         "group_ms": timed(client, lambda: f"/runs/0/group?id={chance.randint(1, STEPS)}.{chance.randrange(50)}"),
         "store_ms": timed(client, lambda: "/runs/0/store"),
     }
+    begun = time.perf_counter()
+    client.get(f"/runs/0/thumbnail/640/{big}").raise_for_status()
+    results["thumbnail_16_megapixels_s"] = round(time.perf_counter() - begun, 3)
     results["peak_resident_mb"] = stop(process)
     started = time.perf_counter()
     process, client = start(paths, environ)

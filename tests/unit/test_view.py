@@ -120,6 +120,18 @@ def test_a_broken_index_is_made_anew(made: MadeRun, cache: Path) -> None:
     assert run.index.progress().rollouts == 52
 
 
+def test_two_viewers_share_an_index(made: MadeRun, cache: Path) -> None:
+    """As two processes would: each with its own connections and locks."""
+    runs = [ViewedRun(made.paths.output_dir, cache) for _ in range(2)]
+    for run in runs:
+        run.index.start()
+    made.add_step(4)
+    for run in runs:
+        run.index.update()
+        run.index.stop()
+        assert run.index.progress().rollouts == 68
+
+
 def test_filters_and_orders(run: ViewedRun, made: MadeRun) -> None:
     assert rollouts(run, Filters(outcome="failed"))[1] == 3
     assert rollouts(run, Filters(error="ValueError", step="2"))[1] == 1

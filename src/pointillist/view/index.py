@@ -10,6 +10,7 @@ the place where reading stopped. A last line that is not complete is left for la
 """
 
 import hashlib
+import logging
 import os
 import sqlite3
 import threading
@@ -23,12 +24,14 @@ from typing import Any, Final
 import msgspec
 
 from pointillist.config.run_paths import RunPaths
-from pointillist.errors import MissingImageError, RefError
+from pointillist.errors import ConfigError, MissingImageError, RefError
 from pointillist.images.decode import ImageLimits
 from pointillist.images.inventory import list_store
 from pointillist.images.store import read_stored
 from pointillist.view.references import file_of, rollout_files
 from pointillist.view.rollout import ErrorRecord, RolloutRecord
+
+logger = logging.getLogger(__name__)
 
 _VERSION: Final = 1
 """Of the tables; an index of another version is made anew."""
@@ -119,11 +122,17 @@ class RunIndex:
             paths: The run's folder.
             image_dir: Its image store, if it has one.
             cache: Folder of indexes. One belongs to the run's path and inode: a folder made anew gets a new one.
+
+        Raises:
+            ConfigError: The folder of indexes can not be made.
         """
         self._paths = paths
         self._image_dir = image_dir
         identity = f"{paths.output_dir}:{paths.output_dir.stat().st_ino}"
-        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cache folder {cache} can not be made ({error.strerror}); set XDG_CACHE_HOME") from None
         self._path = cache / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.sqlite"
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -211,8 +220,11 @@ class RunIndex:
 
     def _follow(self) -> None:
         while not self._stop.is_set():
-            self.update()
-            self.update_store()
+            try:
+                self.update()
+                self.update_store()
+            except (OSError, sqlite3.Error) as error:  # a file system that lags, a full disk: the next time may do
+                logger.warning("index of %s: %s", self._paths.output_dir, error)
             self._stop.wait(_POLL_SECONDS)
 
     def _name(self, path: Path) -> str:
@@ -227,6 +239,7 @@ class RunIndex:
         with self.reader() as db:
             db.execute("PRAGMA synchronous = OFF")  # a lost index is made again
             with db:
+                db.execute("BEGIN IMMEDIATE")  # another viewer of the same run may be at work on the same index
                 yield db
 
     def _create(self) -> None:
@@ -244,10 +257,13 @@ class RunIndex:
     def _update_file(self, path: Path) -> None:
         """Reads what is new in a file of rollouts."""
         name = self._name(path)
-        with self._lock, self._writer() as db, suppress(FileNotFoundError), path.open("rb") as file:
+        with suppress(FileNotFoundError), self.reader() as db:
+            if _is_known(_known(db, name), path.stat()):
+                return
+        with suppress(FileNotFoundError), path.open("rb") as file, self._lock, self._writer() as db:
             status = os.fstat(file.fileno())
-            known = db.execute("SELECT inode, size, mtime, done, tail FROM files WHERE name = ?", (name,)).fetchone()
-            if known is not None and known[:3] == (status.st_ino, status.st_size, status.st_mtime_ns):
+            known = _known(db, name)
+            if _is_known(known, status):
                 return
             done = 0
             if known is not None and known[0] == status.st_ino and status.st_size > known[3]:
@@ -308,6 +324,16 @@ def is_intact(root: Path, name: str) -> bool:
         return hashlib.sha256(read_stored(root, name, ImageLimits())).hexdigest() == name[3:67]
     except RefError:
         return False
+
+
+def _known(db: sqlite3.Connection, name: str) -> tuple[int, int, int, int, bytes] | None:
+    """What a file was when it was read: inode, size, time, how far it was read, and the bytes before there."""
+    row = db.execute("SELECT inode, size, mtime, done, tail FROM files WHERE name = ?", (name,)).fetchone()
+    return tuple(row) if row is not None else None
+
+
+def _is_known(known: tuple[int, int, int, int, bytes] | None, status: os.stat_result) -> bool:
+    return known is not None and known[:3] == (status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def _forget(db: sqlite3.Connection, name: str) -> None:

@@ -108,7 +108,8 @@ def number(value: float | None) -> str:
 
 
 def _finite(line: Line) -> list[tuple[float, float]]:
-    return [(x, y) for x, y in zip(line.steps, line.values, strict=True) if math.isfinite(x) and math.isfinite(y)]
+    # Not strict: a step whose value is being added this moment is left for the next page.
+    return [(x, y) for x, y in zip(line.steps, line.values, strict=False) if math.isfinite(x) and math.isfinite(y)]
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
