@@ -11,8 +11,8 @@ VERIFIERS := .venv-verifiers
 DOCS := .venv-docs
 HUNT := outputs/hunt
 
-.PHONY: setup demo demo-hunt docs test test-vllm test-verifiers test-slurm test-unit lint format fuzz faults faults-run \
-	bench lock lock-vllm lock-verifiers lock-docs clean
+.PHONY: setup demo demo-hunt docs test test-vllm test-verifiers test-slurm test-view test-unit lint format fuzz faults \
+	faults-run bench lock lock-vllm lock-verifiers lock-docs clean
 
 setup: $(VENV)/.ready
 
@@ -73,6 +73,16 @@ test-slurm: setup
 	command -v slurmctld munged > /dev/null || \
 		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge; }
 	PATH="$$PATH:/usr/sbin" $(BIN)/python -m pytest tests/slurm --timeout 600
+
+# The viewer in a real browser; as root where Chromium must be installed first. Its packages are seen by its tests alone.
+test-view: setup $(VENV)/view-test
+	command -v chromium > /dev/null || \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; }
+	PYTHONPATH=$(VENV)/view-test $(BIN)/python -m pytest tests/view
+
+$(VENV)/view-test: tests/view/requirements.txt | setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $@ --requirement $<
+	touch $@
 
 # Seconds instead of minutes: no processes are started.
 test-unit: setup

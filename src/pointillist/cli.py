@@ -1,4 +1,4 @@
-"""The door: `pointillist rl`, the processes of a run, `store`, `transcript`, `doctor`.
+"""The door: `pointillist rl`, the processes of a run; `view`, `store`, `transcript` to look at it; `doctor`.
 
 Every command takes `@ file.toml` and dotted overrides, such as `--trainer.optim.lr 3e-4`; `--help` lists the keys.
 """
@@ -61,6 +61,46 @@ def transcript(run: Path, rollout: str, page: Path) -> None:
         return 0
 
     sys.exit(_guarded(write, []))
+
+
+@cli.command("view", short_help="Look at runs in the browser, or at one rollout in the terminal.")
+@click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind.")
+@click.option("--port", default=0, show_default=True, help="Port to bind; 0 is a free one.")
+@click.option("--api-key-var", help="Environment variable with the token; off loopback one is made up without it.")
+@click.option("--text", is_flag=True, help="Show one rollout in the terminal instead.")
+@click.option("--rollout", help="Its id; by default the best of the last step.")
+@click.option(
+    "--images",
+    type=click.Choice(["auto", "kitty", "sixel", "blocks", "none"]),
+    default="auto",
+    show_default=True,
+    help="How pictures are drawn in the terminal.",
+)
+def view(
+    runs: tuple[Path, ...],
+    host: str,
+    port: int,
+    api_key_var: str | None,
+    *,
+    text: bool,
+    rollout: str | None,
+    images: str,
+) -> None:
+    """Look at RUNS in the browser: metrics side by side, rollouts with their pictures, the image store."""
+
+    def look(_: list[str]) -> int:
+        if text:
+            from pointillist.view.terminal import show_rollout
+
+            show_rollout(runs[0], rollout, images)
+        else:
+            from pointillist.view.serve import serve
+
+            serve(runs, host, port, api_key_var)
+        return 0
+
+    sys.exit(_guarded(look, []))
 
 
 @cli.command("doctor", short_help="Say what works on this machine: libraries, devices, the file system.")

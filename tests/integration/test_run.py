@@ -33,6 +33,10 @@ def test_a_run_from_start_to_summary(digits_run: Digits) -> None:
     assert (digits_run.output_dir / "curve.png").stat().st_size > 1000
     rollouts = read_jsonl(digits_run.output_dir / "rollouts" / "step_1" / "rollouts.jsonl")
     assert len(rollouts) % 32 == 0  # more than one round if the first had no group to learn from
+    pieces = rollouts[0]["branches"][0]["sampled_pieces"]
+    assert sum(len(piece["texts"]) for piece in pieces) == rollouts[0]["branches"][0]["sampled"]
+    evaluated = read_jsonl(digits_run.output_dir / "rollouts" / "eval_3.jsonl")
+    assert {record["outcome"] for record in evaluated} == {"evaluated"}
     uri = rollouts[0]["branches"][0]["messages"][0]["content"][0]["image_url"]["url"]
     assert uri.startswith(f"file://{digits_run.output_dir}/assets/images/")
     assert Path(uri.removeprefix("file://")).is_file()
@@ -365,6 +369,8 @@ def test_lost_images_cost_their_samples_or_stop_the_run(
         quarantine = read_jsonl(digits_run.output_dir / "quarantine.jsonl")
         assert bool(quarantine) == corrupt
         assert all("is corrupt" in record["message"] for record in quarantine)
+        faults = read_jsonl(digits_run.output_dir / "faults.jsonl")
+        assert {fault["kind"] for fault in faults} == {"corrupt" if corrupt else "missing"}
         assert sum(record["tokens/trained"] for record in records) > 0
     else:
         kind = "corrupt" if corrupt else "missing"

@@ -1,4 +1,5 @@
 import statistics
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,12 +11,13 @@ from pointillist.images import Sources, normalize_images
 from pointillist.orchestrator.advantages import group_advantages
 from pointillist.orchestrator.orchestrator import _Batch
 from pointillist.orchestrator.packing import OverlongMultimodalSample
+from pointillist.orchestrator.records import RolloutRecorder
 from pointillist.orchestrator.runner import RolloutRunner
 from pointillist.orchestrator.samples import make_sample
 from pointillist.orchestrator.tasks import TaskOrder
-from pointillist.render import RawRenderer
+from pointillist.render import FolderTokenizer, RawRenderer
 from pointillist.rollouts import Branch, Completion, load_environment
-from pointillist.rollouts.executor import RolloutRequest, RolloutResult
+from pointillist.rollouts.executor import RolloutFailure, RolloutRequest, RolloutResult
 from pointillist.rollouts.trace import Trace
 from tests.conftest import picture
 from tests.unit.test_transport import sample
@@ -72,7 +74,9 @@ async def test_no_token_is_older_than_the_bound(bound: int, versions: list[int],
 async def test_a_rollout_that_stays_stale_is_dropped() -> None:
     config = OrchestratorConfig(model=ModelConfig(name="m"), env=EnvConfig(id="e"), max_retries=1)
     runner = RolloutRunner(config, _Host([3, 3]))  # type: ignore[arg-type]
-    assert await runner.run_group(0, step=10, index=0, size=1) == []
+    (result,) = await runner.run_group(0, step=10, index=0, size=1)
+    assert result.failure is not None
+    assert result.failure.kind == "StaleRollout"
     assert runner.errors.counts == {"StaleRollout": 1}
 
 
@@ -142,22 +146,61 @@ def _rollouts(rewards: list[float]) -> list[RolloutResult]:
     ]
 
 
+@pytest.fixture
+def recorder(model_dir: Path) -> RolloutRecorder:
+    return RolloutRecorder("oranges", FolderTokenizer(model_dir))
+
+
 @pytest.mark.parametrize("seq_len", [8, 9])
-def test_overlong_samples_are_dropped_and_counted_or_stop_the_run(seq_len: int) -> None:
-    batch = _Batch(7, seq_len, "drop")  # a sample of nine tokens
+def test_overlong_samples_are_dropped_and_counted_or_stop_the_run(recorder: RolloutRecorder, seq_len: int) -> None:
+    batch = _Batch(recorder, 7, seq_len, "drop")  # a sample of nine tokens
     batch.add_group(_rollouts([0.0, 1.0]), normalize_std=True)
     assert batch.metrics()["mm/samples_overlong"] == (2 if seq_len == 8 else 0)
     assert len(batch.samples) == (0 if seq_len == 8 else 2)
+    assert [record["branches"][0]["overlong"] for record in batch.records] == [seq_len == 8] * 2
     if seq_len == 8:
         with pytest.raises(OverlongMultimodalSample, match="9 tokens and 1 images, seq_len is 8"):
-            _Batch(7, seq_len, "error").add_group(_rollouts([0.0, 1.0]), normalize_std=True)
+            _Batch(recorder, 7, seq_len, "error").add_group(_rollouts([0.0, 1.0]), normalize_std=True)
 
 
-def test_groups_that_agree_train_nothing_but_count_in_the_denominator() -> None:
-    batch = _Batch(7, 64, "drop")
+def test_groups_that_agree_train_nothing_but_count_in_the_denominator(recorder: RolloutRecorder) -> None:
+    batch = _Batch(recorder, 7, 64, "drop")
     batch.add_group(_rollouts([1.0, 1.0]), normalize_std=True)
     batch.add_group(_rollouts([1.0]), normalize_std=True)
     batch.add_group(_rollouts([0.0, 1.0]), normalize_std=True)
     assert batch.metrics()["groups/dropped_zero_variance"] == 2
     assert len(batch.samples) == 2
     assert batch.num_tokens == 5 * 3
+    outcomes = [record["outcome"] for record in batch.records]
+    assert outcomes == ["zero_variance", "zero_variance", "alone", "sent", "sent"]
+
+
+def test_a_record_tells_what_was_sampled_and_what_failed(recorder: RolloutRecorder, model_dir: Path) -> None:
+    """Texts and logprobs stand at their place in the token stream; what failed for good is there with its error."""
+    said = FolderTokenizer(model_dir).encode("up 7")
+    rollout = _rollouts([0.0])[0]
+    rollout.branches[0].token_ids = [7, 7, *said, 1]
+    rollout.branches[0].sampled = [False, False] + [True] * len(said) + [False]
+    rollout.branches[0].logprobs = [0.0, 0.0] + [-0.123456] * len(said) + [0.0]
+    failure = RolloutFailure(kind="ValueError", message="<b>", permanent=True)
+    failed = RolloutResult(id="1.0.1", task_id="t", failure=failure)
+    batch = _Batch(recorder, 7, 64, "drop")
+    batch.add_group([failed], normalize_std=True)
+    (record,) = batch.records
+    assert (record["outcome"], record["error"], record["reward"]) == (
+        "failed", {"kind": "ValueError", "message": "<b>"}, None,
+    )  # fmt: skip
+    record = recorder.record(rollout, group="eval.t")
+    assert (record["split"], record["env"], record["outcome"]) == ("eval", "oranges", "evaluated")
+    (piece,) = record["branches"][0]["sampled_pieces"]
+    assert piece["offset"] == 2
+    assert "".join(piece["texts"]) == "up 7"
+    assert piece["logprobs"] == [-0.1235] * len(said)
+
+
+def test_token_texts_add_up_even_inside_a_character(model_dir: Path) -> None:
+    tokenizer = FolderTokenizer(model_dir)
+    token_ids = tokenizer.encode("é😀 a")
+    assert "".join(tokenizer.pieces(token_ids)) == "é😀 a"
+    assert len(tokenizer.pieces(token_ids)) == len(token_ids)
+    assert tokenizer.pieces(token_ids[:1]) in (["é"], ["\N{REPLACEMENT CHARACTER}"])

@@ -124,6 +124,22 @@ def test_gc_keeps_what_a_run_refers_to(run: Run) -> None:
     assert all(run.path(index).exists() for index in range(3))
 
 
+def test_evaluations_keep_their_images_and_travel(run: Run, tmp_path: Path) -> None:
+    archive, elsewhere = tmp_path / "run.tar", tmp_path / "elsewhere"
+    part = {"type": "image_url", "image_url": {"url": run.orphan.uri}}
+    odd = {"role": "assistant", "content": "file://host/x?y"}  # what a model says is no reference
+    branch = {"images": [], "messages": [{"role": "user", "content": [part]}, odd]}
+    run.paths.eval_file(3).write_text(json.dumps({"id": "eval_3.0", "branches": [branch]}) + "\n")
+    run.paths.faults.write_text('{"kind": "missing", "step": 1}\n')
+    assert run.orphan.sha256 in run_hashes(run.paths)
+    assert _store("export", run.paths.output_dir, archive).exit_code == 0
+    assert _store("import", archive, elsewhere).exit_code == 0
+    moved = RunPaths(elsewhere)
+    assert run_hashes(moved) == run_hashes(run.paths)
+    assert str(elsewhere) in moved.eval_file(3).read_text()
+    assert moved.faults.read_text() == run.paths.faults.read_text()
+
+
 def test_export_and_import_move_a_run(run: Run, tmp_path: Path) -> None:
     archive, elsewhere = tmp_path / "run.tar", tmp_path / "else" / "where"
     result = _store("export", run.paths.output_dir, archive)

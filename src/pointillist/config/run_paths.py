@@ -41,6 +41,24 @@ class RunPaths:
         """Per step: packed batches and the rollouts they were made from."""
         return self.output_dir / "rollouts"
 
+    def rollouts_file(self, step: int) -> Path:
+        """Records of the rollouts that one step's batches were made from, JSONL."""
+        return self.rollout_step(step) / "rollouts.jsonl"
+
+    def eval_file(self, version: int) -> Path:
+        """Records of the rollouts of one evaluation on held-out tasks, JSONL."""
+        return self.rollouts / f"eval_{version}.jsonl"
+
+    @property
+    def quarantine(self) -> Path:
+        """Corrupt images that the trainer met, JSONL."""
+        return self.output_dir / "quarantine.jsonl"
+
+    @property
+    def faults(self) -> Path:
+        """Every image that the trainer could not have, corrupt or missing, JSONL."""
+        return self.output_dir / "faults.jsonl"
+
     @property
     def broadcasts(self) -> Path:
         """Weights by version, for the inference server."""
@@ -80,6 +98,12 @@ def steps_in(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
     return sorted(step for path in folder.iterdir() if (step := step_of(path)) is not None)
+
+
+def evals_in(folder: Path) -> list[int]:
+    """Weight versions of all `eval_<n>.jsonl` files in a folder, ascending."""
+    numbers = (path.name[len("eval_") : -len(".jsonl")] for path in folder.glob("eval_*.jsonl"))
+    return sorted(int(number) for number in numbers if number.isdecimal())
 
 
 def write_atomically(path: Path, data: bytes) -> None:

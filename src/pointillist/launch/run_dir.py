@@ -5,7 +5,14 @@ import shutil
 from pathlib import Path
 
 from pointillist.config import own_image_dir
-from pointillist.config.run_paths import RunPaths, latest_checkpoint, read_jsonl, remove_steps_after, write_atomically
+from pointillist.config.run_paths import (
+    RunPaths,
+    evals_in,
+    latest_checkpoint,
+    read_jsonl,
+    remove_steps_after,
+    write_atomically,
+)
 from pointillist.errors import LaunchError
 from pointillist.images.inventory import collect_garbage
 
@@ -48,12 +55,16 @@ def rewind(paths: RunPaths, step: int) -> None:
     own_store = own_image_dir(paths.output_dir)
     collect_garbage(own_store, keep=None, older_than=0.0, dry_run=False)
     remove_steps_after(paths.rollouts, step)
+    for version in evals_in(paths.rollouts):
+        if version > step:
+            paths.eval_file(version).unlink()
     remove_steps_after(paths.broadcasts, step - 1)  # the trainer broadcasts the resumed weights itself
     for half in paths.checkpoints.glob(".step_*.tmp"):
         shutil.rmtree(half)
     for name in METRIC_FILES:
         _keep_until(paths.metrics / name, step)
-    _keep_until(paths.output_dir / "quarantine.jsonl", step)
+    _keep_until(paths.quarantine, step)
+    _keep_until(paths.faults, step)
 
 
 def _keep_until(path: Path, step: int) -> None:

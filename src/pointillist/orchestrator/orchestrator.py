@@ -13,20 +13,21 @@ import json
 import logging
 import sys
 import time
-from pathlib import Path
 from typing import Any, Literal
 
 from pointillist.config import OrchestratorConfig, RunPaths
-from pointillist.config.run_paths import ORCHESTRATOR_STATE, append_jsonl, read_jsonl, write_atomically
+from pointillist.config.run_paths import ORCHESTRATOR_STATE, append_jsonl, read_jsonl
 from pointillist.errors import InferenceError, PointillistError
-from pointillist.families import load_family
+from pointillist.families import load_family, resolve_model_dir
 from pointillist.orchestrator.advantages import group_advantages
 from pointillist.orchestrator.packing import OverlongMultimodalSample, pack
+from pointillist.orchestrator.records import Outcome, RolloutRecorder, write_records
 from pointillist.orchestrator.runner import RolloutErrors, RolloutRunner
 from pointillist.orchestrator.samples import make_sample
 from pointillist.orchestrator.tasks import TaskOrder
 from pointillist.orchestrator.weights import WeightWatcher
-from pointillist.rollouts import Branch, InferenceClient
+from pointillist.render import FolderTokenizer
+from pointillist.rollouts import InferenceClient
 from pointillist.rollouts.executor import Executor, RolloutHost, RolloutResult
 from pointillist.rollouts.workers import WorkerPool
 from pointillist.system import resident_mb
@@ -66,6 +67,7 @@ class Orchestrator:
         self.client = InferenceClient.from_config(config.client)
         self.host: RolloutHost = WorkerPool(config) if config.workers.count else Executor(config)
         self.runner = RolloutRunner(config, self.host)
+        self.recorder = RolloutRecorder(config.env.id, FolderTokenizer(resolve_model_dir(config.model.name)))
         self.start = config.resume_step or 0
         self.weights = WeightWatcher(self.paths, self.client, self.start)
         # A batch is kept until the one after it is trained; further ones are for rollouts that are ahead.
@@ -103,7 +105,7 @@ class Orchestrator:
         packing = time.perf_counter()
         ranks = pack(batch.samples, seq_len=self.config.seq_len, num_workers=self.config.num_train_workers)
         # Before the batch: whoever looks after images must find every reference that can be trained on.
-        batch.record(self.paths.rollout_step(step) / "rollouts.jsonl")
+        write_records(self.paths.rollouts_file(step), batch.records)
         state = json.dumps({"step": step, "task_position": self.tasks.position}).encode()
         packed = [
             RankBatch(step=step, micro_batches=rows, num_tokens=batch.num_tokens, orchestrator_state=state)
@@ -131,7 +133,7 @@ class Orchestrator:
     async def _collect(self, step: int) -> "_Batch":
         """Groups until there is something to learn from."""
         config = self.config
-        batch = _Batch(self.family.image_token_id, config.seq_len, config.multimodal.overlong_policy)
+        batch = _Batch(self.recorder, self.family.image_token_id, config.seq_len, config.multimodal.overlong_policy)
         for attempt in range(_EMPTY_ROUNDS):
             tasks = self.tasks.take(config.batch_size // config.group_size)
             groups = await asyncio.gather(
@@ -155,8 +157,12 @@ class Orchestrator:
         if not self.eval_tasks:
             return
         started = time.perf_counter()
-        rollouts = await self.runner.run_greedy(self.eval_tasks)
-        rewards = [rollout.reward for rollout in rollouts if rollout is not None]
+        rollouts = await self.runner.run_greedy(self.eval_tasks, version)
+        write_records(
+            self.paths.eval_file(version),
+            [self.recorder.record(rollout, group=f"eval.{rollout.task_id}") for rollout in rollouts],
+        )
+        rewards = [rollout.reward for rollout in rollouts if rollout.failure is None]
         mean = sum(rewards) / len(rewards) if rewards else 0.0
         metrics = {
             "step": version,
@@ -188,25 +194,30 @@ class _Batch:
 
     def __init__(
         self,
+        recorder: RolloutRecorder,
         image_token_id: int,
         seq_len: int,
         overlong_policy: Literal["drop", "error"],
     ) -> None:
+        self._recorder = recorder
         self._image_token_id = image_token_id
         self._seq_len = seq_len
         self._overlong_policy = overlong_policy
         self._overlong = 0
         self.rollouts: list[RolloutResult] = []
+        """Those that succeeded."""
+        self.records: list[dict[str, Any]] = []
+        """Of all rollouts."""
         self.samples: list[TrainingSample] = []
         self.num_tokens = 0
-        self._records: list[dict[str, Any]] = []
         self._groups = 0
         self._flat = 0
         self._image_bytes = 0
         self._images = 0
 
-    def add_group(self, rollouts: list[RolloutResult], *, normalize_std: bool) -> None:
+    def add_group(self, results: list[RolloutResult], *, normalize_std: bool) -> None:
         """Adds the rollouts of one task; a group that is too small or all the same gives no samples."""
+        rollouts = [result for result in results if result.failure is None]
         self._groups += 1
         self.rollouts += rollouts
         self.num_tokens += sum(sum(branch.sampled) for rollout in rollouts for branch in rollout.branches)
@@ -218,11 +229,16 @@ class _Batch:
         )
         if advantages is None:
             self._flat += 1
+        self.records += [self._recorder.record(result) for result in results if result.failure is not None]
         for index, rollout in enumerate(rollouts):
-            advantage = advantages[index] if advantages is not None else None
-            self._records.append(_record(rollout, advantage))
-            if advantage is not None:
-                self._add_samples(rollout, advantage)
+            if advantages is None:
+                unused: Outcome = "zero_variance" if comparable else "alone"
+                self.records.append(self._recorder.record(rollout, outcome=unused))
+                continue
+            overlong = self._add_samples(rollout, advantages[index])
+            self.records.append(
+                self._recorder.record(rollout, outcome="sent", advantage=advantages[index], overlong=overlong)
+            )
 
     def metrics(self) -> dict[str, float]:
         """Numbers of the batch."""
@@ -241,10 +257,6 @@ class _Batch:
             "mm/bytes_per_image": self._image_bytes / self._images if self._images else 0.0,
         }
 
-    def record(self, path: Path) -> None:
-        """Writes the rollouts, one JSON a line; pictures are URLs of the store."""
-        write_atomically(path, "".join(json.dumps(record) + "\n" for record in self._records).encode())
-
     def _drop_overlong(self, sample: TrainingSample) -> None:
         """A sample is never cut: its reward was earned by all of it."""
         error = OverlongMultimodalSample(sample, self._seq_len)
@@ -253,38 +265,19 @@ class _Batch:
         self._overlong += 1
         logger.warning("dropped: %s", error)
 
-    def _add_samples(self, rollout: RolloutResult, advantage: float) -> None:
+    def _add_samples(self, rollout: RolloutResult, advantage: float) -> frozenset[int]:
+        """Adds a sample a branch; returns which branches were too long."""
+        overlong = set()
         for index, branch in enumerate(rollout.branches):
             sample = make_sample(
                 branch, advantage, image_token_id=self._image_token_id, sample_id=f"{rollout.id}.{index}"
             )
             if len(sample.token_ids) > self._seq_len:
                 self._drop_overlong(sample)
+                overlong.add(index)
                 continue
             self.samples.append(sample)
             if sample.mm_refs is not None:
                 self._images += len(sample.mm_refs.images)
                 self._image_bytes += encoded_image_bytes(sample.mm_refs)
-
-
-def _branch_record(branch: Branch) -> dict[str, Any]:
-    """What is kept of a branch after its batch is gone: enough to check every image and every span again."""
-    return {
-        "tokens": len(branch.token_ids),
-        "sampled": sum(branch.sampled),
-        "messages": branch.messages,
-        "images": [
-            {"item": image.item, "hash": image.hash, "offset": image.offset, "length": image.length}
-            for image in branch.images
-        ],
-    }
-
-
-def _record(rollout: RolloutResult, advantage: float | None) -> dict[str, Any]:
-    return {
-        "id": rollout.id,
-        "task": rollout.task_id,
-        "reward": rollout.reward,
-        "advantage": advantage,
-        "branches": [_branch_record(branch) for branch in rollout.branches],
-    }
+        return frozenset(overlong)

@@ -38,7 +38,7 @@ class RolloutRunner:
         self.errors = RolloutErrors()
 
     async def run_group(self, task: int, step: int, index: int, size: int) -> list[RolloutResult]:
-        """Rollouts of one task; those that failed for good are left out and counted.
+        """Rollouts of one task, in order; those that failed for good have a `failure` and are counted.
 
         Args:
             task: Index of a training task.
@@ -59,22 +59,29 @@ class RolloutRunner:
             for member in range(size)
         ]
         oldest = step - 1 - self._config.max_off_policy_steps
-        results = await asyncio.gather(*(self._run(request, oldest) for request in requests))
-        return [result for result in results if result is not None]
+        return list(await asyncio.gather(*(self._run(request, oldest) for request in requests)))
 
-    async def run_greedy(self, task_ids: Sequence[str]) -> list[RolloutResult | None]:
-        """One greedy rollout of each held-out task, in order; None for those that failed for good."""
+    async def run_greedy(self, task_ids: Sequence[str], version: int) -> list[RolloutResult]:
+        """One greedy rollout of each held-out task, in order; those that failed for good have a `failure`.
+
+        Args:
+            task_ids: Of the held-out tasks, from the first on.
+            version: Of the weights, for the rollouts' ids.
+        """
         sampling: Sampling = replace(sampling_of(self._config.sampling), temperature=0.0, top_p=1.0, top_k=-1)
         requests = [
-            RolloutRequest(id=f"eval.{name}", group=name, split="eval", index=index, sampling=sampling, seed=0)
+            RolloutRequest(
+                id=f"eval_{version}.{index}", group=name, split="eval", index=index, sampling=sampling, seed=0
+            )
             for index, name in enumerate(task_ids)
         ]
         return list(await asyncio.gather(*(self._run(request, oldest=0) for request in requests)))
 
-    async def _run(self, request: RolloutRequest, oldest: int) -> RolloutResult | None:
-        """A rollout none of whose tokens was sampled with weights older than version `oldest`."""
+    async def _run(self, request: RolloutRequest, oldest: int) -> RolloutResult:
+        """A rollout none of whose tokens was sampled with weights older than version `oldest`, or its last failure."""
+        attempt = 0
         async with self._slots:
-            for attempt in range(self._config.max_retries + 1):
+            while True:
                 result = await self._host.run(msgspec.structs.replace(request, seed=request.seed + attempt * 2**32))
                 if result.failure is None:
                     result = _fresh(result, oldest)
@@ -82,9 +89,9 @@ class RolloutRunner:
                     return result
                 if result.failure.permanent or attempt == self._config.max_retries:
                     self._drop(result.task_id, result.failure)
-                    return None
+                    return result
                 self.errors.retried += 1
-        return None
+                attempt += 1
 
     def _drop(self, task_id: str, failure: RolloutFailure) -> None:
         what = f"task {task_id}: {failure.kind}: {failure.message}"

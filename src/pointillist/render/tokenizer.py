@@ -5,10 +5,12 @@ what the Hugging Face fast tokenizers are made of.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
 from pointillist.errors import ConfigError
 
@@ -55,6 +57,18 @@ class FolderTokenizer:
         """Text of one token id or several."""
         ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
         return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """Text that each token adds to those before it; together they are the decoded text.
+
+        A character of several tokens stands at the last of them; one that never ends is a replacement character.
+        """
+        stream = DecodeStream(skip_special_tokens=False)
+        added = [stream.step(self._tokenizer, token_id) for token_id in token_ids]
+        texts = [text or "" for text in added]
+        if added and added[-1] is None:
+            texts[-1] = "\N{REPLACEMENT CHARACTER}"
+        return texts
 
     def convert_tokens_to_ids(self, tokens: str | list[str]) -> Any:
         """Id of a token, or ids of a list of tokens; None for an unknown one."""

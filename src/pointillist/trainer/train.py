@@ -194,11 +194,13 @@ class Trainer:
         return stats, terms, batch.step - 1 - row.weight_versions
 
     def _note_faults(self, step: int, faults: list[ImageFault]) -> None:
-        """Logs every fault; what is corrupt is quarantined, so that somebody can look at it."""
+        """Logs and records every fault; what is corrupt is quarantined too, so that somebody can look at it."""
         for fault in faults:
             logger.warning("step %d, sample %s: %s: %s", step, fault.sample_id, fault.uri, fault.message)
+            kind = "corrupt" if fault.corrupt else "missing"
+            append_jsonl(self.paths.faults, {"kind": kind, "step": step, **asdict(fault)})
             if fault.corrupt:
-                append_jsonl(self.paths.output_dir / "quarantine.jsonl", {"step": step, **asdict(fault)})
+                append_jsonl(self.paths.quarantine, {"step": step, **asdict(fault)})
 
     def _stop_if_too_many_faults(self, step: int, sums: dict[str, float]) -> None:
         """A few lost images are weather; many are a store that is not mounted."""

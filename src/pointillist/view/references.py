@@ -8,14 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from pointillist.config import OrchestratorConfig, load_toml, own_image_dir, resolve_image_dir
-from pointillist.config.run_paths import RunPaths, steps_in
+from pointillist.config.run_paths import RunPaths, evals_in, steps_in
 from pointillist.errors import ConfigError, PointillistError, RefError
 from pointillist.images.store import STORED_NAME, local_path
 from pointillist.refs.descriptor import parse_descriptor
 from pointillist.refs.wire import ImageRef
 from pointillist.transport.types import decode_rank_batch
 
-ROLLOUTS_FILE = "rollouts.jsonl"
+
+def rollout_files(paths: RunPaths) -> list[Path]:
+    """Files with rollout records: of the steps, then of the evaluations, ascending."""
+    steps = [paths.rollouts_file(step) for step in steps_in(paths.rollouts)]
+    evals = [paths.eval_file(version) for version in evals_in(paths.rollouts)]
+    return [path for path in (*steps, *evals) if path.is_file()]
+
+
+def file_of(paths: RunPaths, rollout_id: str) -> Path | None:
+    """File in which a rollout's record would be; None for a word that is no rollout's id."""
+    prefix, _, _ = rollout_id.partition(".")
+    if prefix.isdecimal():
+        return paths.rollouts_file(int(prefix))
+    if prefix.startswith("eval_") and prefix[5:].isdecimal():
+        return paths.eval_file(int(prefix[5:]))
+    return None
 
 
 def image_dir_of(paths: RunPaths) -> Path:
@@ -52,11 +67,10 @@ def run_references(paths: RunPaths) -> Iterator[HeldReference]:
     Raises:
         PointillistError: A record that can not be read; nothing may be deleted or proved on the strength of it.
     """
+    for path in rollout_files(paths):
+        yield from _of_rollouts(path)
     for step in steps_in(paths.rollouts):
-        folder = paths.rollout_step(step)
-        if (folder / ROLLOUTS_FILE).is_file():
-            yield from _of_rollouts(folder / ROLLOUTS_FILE)
-        for batch in sorted(folder.glob("rank_*.bin")):
+        for batch in sorted(paths.rollout_step(step).glob("rank_*.bin")):
             for micro_batch in decode_rank_batch(batch.read_bytes()).micro_batches:
                 for image in micro_batch.mm_refs.images if micro_batch.mm_refs else ():
                     yield HeldReference(str(batch), image.image_ref(), image.length)
@@ -69,11 +83,11 @@ def run_hashes(paths: RunPaths) -> frozenset[str]:
         PointillistError: As `run_references`.
     """
     hashes = {held.ref.hash for held in run_references(paths)}
-    for step in steps_in(paths.rollouts):
-        path = paths.rollout_step(step) / ROLLOUTS_FILE
+    for path in rollout_files(paths):
         for _, record in read_records(path):
-            hashes.update(_hashes_in(record.get("messages")))
-    for _, record in read_records(paths.output_dir / "quarantine.jsonl"):
+            conversations = [record.get("messages"), *(branch.get("messages") for branch in record["branches"])]
+            hashes.update(_hashes_in(conversations))
+    for _, record in read_records(paths.quarantine):
         hashes.add(str(record.get("sha256")))
     return frozenset(hashes)
 
@@ -110,15 +124,23 @@ def _of_rollouts(path: Path) -> Iterator[HeldReference]:
 
 
 def _hashes_in(value: Any) -> Iterator[str]:
-    """Hashes in the names of stored files, wherever their URLs stand."""
-    if isinstance(value, str):
-        if value.startswith("file://"):
-            path = local_path(value)
-            if match := STORED_NAME.fullmatch(f"{path.parent.name}/{path.name}"):
-                yield match["sha256"]
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _hashes_in(item)
-    elif isinstance(value, list):
+    """Hashes of the stored files that image parts name, wherever in a message they stand."""
+    if isinstance(value, dict):
+        if value.get("type") == "image_url" and isinstance(value.get("image_url"), dict):
+            if (name := name_in_store(value["image_url"].get("url"))) is not None:
+                yield name[3:67]
+            return
+        value = list(value.values())
+    if isinstance(value, list):
         for item in value:
             yield from _hashes_in(item)
+
+
+def name_in_store(uri: Any) -> str | None:
+    """`<hh>/<sha256>.<ext>` that a reference ends with, wherever its store was; None for anything else."""
+    try:
+        path = local_path(str(uri))
+    except RefError:
+        return None
+    name = f"{path.parent.name}/{path.name}"
+    return name if STORED_NAME.fullmatch(name) else None

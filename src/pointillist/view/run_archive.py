@@ -26,7 +26,9 @@ _RECORDS: Final = (
     "configs/*.toml",
     "metrics/*.jsonl",
     "rollouts/*/*.jsonl",
+    "rollouts/*.jsonl",
     "quarantine.jsonl",
+    "faults.jsonl",
     "summary.json",
     "curve.png",
 )

@@ -8,7 +8,7 @@ from pointillist.config import RunPaths
 from pointillist.errors import PointillistError
 from pointillist.images import ImageLimits
 from pointillist.images.store import read_verified, stored_name
-from pointillist.view.references import ROLLOUTS_FILE, image_dir_of, read_records
+from pointillist.view.references import file_of, image_dir_of, read_records
 
 _FENCE = "```"
 
@@ -31,7 +31,8 @@ def write_transcript(run: Path, rollout_id: str, page: Path) -> int:
     root = image_dir_of(RunPaths(run.resolve()))
     pictures = page.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
-    lines = [f"# Rollout `{record['id']}`", "", f"Task `{record['task']}`, reward {record['reward']:g}.", ""]
+    result = f"failed: {record['error']['kind']}" if record["reward"] is None else f"reward {record['reward']:g}"
+    lines = [f"# Rollout `{record['id']}`", "", f"Task `{record['task']}`, {result}.", ""]
     count = 0
     for number, branch in enumerate(record["branches"]):
         if len(record["branches"]) > 1:
@@ -51,13 +52,13 @@ def write_transcript(run: Path, rollout_id: str, page: Path) -> int:
 
 
 def _record(run: Path, rollout_id: str) -> dict[str, Any]:
-    step = rollout_id.partition(".")[0]
-    path = RunPaths(run).rollouts / f"step_{step}" / ROLLOUTS_FILE
-    if step.isdecimal() and path.is_file():
+    path = file_of(RunPaths(run), rollout_id)
+    if path is not None and path.is_file():
         for _, record in read_records(path):
             if record.get("id") == rollout_id:
                 return record
-    raise PointillistError(f"run {run} has no rollout {rollout_id!r}, expected <step>.<group>.<member>")
+    expected = "<step>.<group>.<member> or eval_<version>.<index>"
+    raise PointillistError(f"run {run} has no rollout {rollout_id!r}, expected {expected}")
 
 
 def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:

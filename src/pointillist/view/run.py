@@ -1,0 +1,129 @@
+"""A run as the viewer sees it: its index, its metrics, its faults, and what its config says it is."""
+
+import threading
+import tomllib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from pointillist.config.run_paths import RunPaths
+from pointillist.errors import ConfigError, MissingImageError, PointillistError
+from pointillist.images.store import STORED_NAME
+from pointillist.view.index import RunIndex, is_intact
+from pointillist.view.metrics import Column, MetricsFile
+from pointillist.view.references import image_dir_of
+from pointillist.view.rollout import Fault
+
+COMPONENTS: Final = ("orchestrator", "trainer", "eval")
+_decode_fault = msgspec.json.Decoder(Fault).decode
+
+
+class ViewedRun:
+    """One run that is looked at; nothing in its folder is ever written."""
+
+    def __init__(self, folder: Path, cache: Path) -> None:
+        """Opens it.
+
+        Args:
+            folder: The run's output folder.
+            cache: Where the index is kept.
+
+        Raises:
+            PointillistError: The folder holds no run.
+        """
+        self.paths = RunPaths(folder.resolve())
+        if not any(path.is_dir() for path in (self.paths.configs, self.paths.metrics, self.paths.rollouts)):
+            raise PointillistError(f"{folder} holds no run: expected configs, metrics or rollouts in it")
+        self.name = self.paths.output_dir.name
+        self.image_dir = _image_dir(self.paths)
+        self.index = RunIndex(self.paths, self.image_dir, cache)
+        self._metrics = {name: MetricsFile(self.paths.metrics / f"{name}.jsonl") for name in COMPONENTS}
+        self._faults = _FaultsFile(self.paths.faults)
+
+    def column(self, component: str, name: str) -> Column:
+        """One metric over the steps; empty if it was not recorded."""
+        return self._metrics[component].columns().get(name, Column())
+
+    def columns(self, component: str) -> dict[str, Column]:
+        """All metrics of a component."""
+        return self._metrics[component].columns()
+
+    @property
+    def trained_steps(self) -> int:
+        """Steps that the trainer has finished."""
+        return int(self.column("trainer", "step").last or 0)
+
+    def faults(self, sample_id: str) -> list[Fault]:
+        """The trainer's faults with one sample."""
+        return self._faults.by_sample().get(sample_id, [])
+
+    def faulty_samples(self, kind: str) -> list[str]:
+        """Ids of all samples with a fault of a kind, `missing` or `corrupt`."""
+        by_sample = self._faults.by_sample()
+        return [sample for sample, faults in by_sample.items() if any(fault.kind == kind for fault in faults)]
+
+    def condition(self, name: str | None) -> str:
+        """`good`, `missing` or `corrupt`: a picture as it lies in the store now."""
+        if name is None or self.image_dir is None or not STORED_NAME.fullmatch(name):
+            return "missing"
+        try:
+            status = (self.image_dir / name).lstat()
+            return _verdict(self.image_dir, name, status.st_size, status.st_mtime_ns)
+        except (OSError, MissingImageError):
+            return "missing"
+
+    def settings(self) -> dict[str, Any]:
+        """What the run's config says about environment and model; empty without a config."""
+        try:
+            config = tomllib.loads((self.paths.configs / "orchestrator.toml").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        model, env = config.get("model", {}), config.get("env", {})
+        return {
+            "environment": env.get("id"),
+            "model": model.get("name"),
+            "steps": config.get("max_steps"),
+            "rollouts a step": config.get("batch_size"),
+            "group size": config.get("group_size"),
+        }
+
+
+class _FaultsFile:
+    """The trainer's faults by sample, read anew when the file has changed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._state = (0, 0)
+        self._by_sample: dict[str, list[Fault]] = {}
+
+    def by_sample(self) -> dict[str, list[Fault]]:
+        with self._lock:
+            try:
+                status = self._path.stat()
+            except OSError:
+                return {}
+            if (status.st_size, status.st_mtime_ns) != self._state:
+                self._state, self._by_sample = (status.st_size, status.st_mtime_ns), {}
+                for line in self._path.read_bytes().splitlines():
+                    try:
+                        fault = _decode_fault(line)
+                    except (msgspec.DecodeError, UnicodeDecodeError):
+                        continue  # the line that is being written
+                    self._by_sample.setdefault(fault.sample_id, []).append(fault)
+            return self._by_sample
+
+
+@lru_cache(maxsize=10_000)
+def _verdict(root: Path, name: str, _size: int, _mtime: int) -> str:
+    """Reads a stored file once for as long as its size and time stay: the rollouts of a group share pictures."""
+    return "good" if is_intact(root, name) else "corrupt"
+
+
+def _image_dir(paths: RunPaths) -> Path | None:
+    try:
+        return image_dir_of(paths)
+    except (ConfigError, OSError):
+        return None

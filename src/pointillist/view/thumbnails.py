@@ -1,0 +1,72 @@
+"""Small versions of stored pictures, made when they are first looked at and kept in the cache folder.
+
+Named by the picture's hash, so all runs share them. One at a time is made, and none of a picture of more pixels than
+the viewer's memory is for.
+"""
+
+import hashlib
+import io
+import threading
+from pathlib import Path
+from typing import Final
+
+from PIL import Image
+
+from pointillist.config.run_paths import write_atomically
+from pointillist.errors import RefError
+from pointillist.images.decode import ImageLimits, decode_rgb, to_pillow
+from pointillist.images.store import read_stored
+
+SIZES: Final = (96, 640)
+"""Longest sides that are offered: in a list, and in a conversation."""
+LIMITS: Final = ImageLimits(max_pixels=16_000_000)
+_SEEN: Final = 192
+_making = threading.Lock()
+
+
+def thumbnail(root: Path, name: str, size: int, cache: Path) -> bytes:
+    """A stored picture as PNG, no side longer than `size`.
+
+    Args:
+        root: Of the store.
+        name: As `STORED_NAME` has it.
+        size: One of `SIZES`.
+        cache: Folder of thumbnails.
+
+    Raises:
+        MissingImageError: It is not in the store.
+        RefError: It is corrupt, a link, or no regular file.
+        ImageError: It can not be decoded, or has too many pixels for this.
+    """
+    data = read_stored(root, name, LIMITS)
+    sha256 = name[3:67]
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise RefError("corrupt: its bytes are not what its name says")
+    kept = cache / sha256[:2] / f"{sha256}-{size}.png"
+    if kept.is_file():
+        return kept.read_bytes()
+    with _making:
+        small = encode_png(shrunk(data, size))
+    write_atomically(kept, small)
+    return small
+
+
+def shrunk(data: bytes, size: int) -> Image.Image:
+    """A decoded picture, no side longer than `size`; a tiny one is enlarged by a whole factor, to be seen at all.
+
+    Raises:
+        ImageError: It can not be decoded, or has too many pixels for this.
+    """
+    image = to_pillow(decode_rgb(data, LIMITS))
+    factor = min(size, _SEEN) // max(image.size)
+    if factor > 1:
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    image.thumbnail((size, size), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    return image
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """The picture as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()

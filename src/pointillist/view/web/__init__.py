@@ -1,0 +1,1 @@
+"""The viewer in the browser: server-side pages, one style sheet, one script, no build."""

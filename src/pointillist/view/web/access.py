@@ -1,0 +1,78 @@
+"""Who may look: everybody on this machine through a loopback address; from elsewhere, whoever has the token.
+
+On loopback the danger is a page of the web whose name is made to point at 127.0.0.1 (DNS rebinding): a request must
+name the loopback host itself. Elsewhere each request brings the token, as a bearer token or in the cookie that the
+printed address (`?token=...`) sets once.
+"""
+
+import secrets
+from dataclasses import dataclass, field
+from typing import Final
+
+from starlette.datastructures import URL
+from starlette.middleware.base import RequestResponseEndpoint
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
+
+LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
+HEADERS: Final = {
+    # No inline script, no inline style, nothing from elsewhere: text that gets out of its element can do nothing.
+    "Content-Security-Policy": (
+        "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; connect-src 'self'; "
+        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """The rule of one server."""
+
+    token: str | None
+    """That requests must bring; None: they must name a loopback host."""
+    cookie: str = field(default_factory=lambda: f"pointillist_view_{secrets.token_hex(4)}")
+    """Cookies do not tell ports apart, so every server has its own name."""
+    session: str = field(default_factory=lambda: secrets.token_urlsafe(32))
+    """What the cookie holds; the token itself stays out of the browser's store."""
+
+    async def __call__(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
+        """Lets a request through, or answers it."""
+        response = self._refusal(request) or await call_next(request)
+        for name, value in HEADERS.items():
+            response.headers.setdefault(name, value)
+        return response
+
+    def _refusal(self, request: Request) -> Response | None:
+        if request.method not in ("GET", "HEAD"):
+            return PlainTextResponse("the viewer only reads: expected GET", 405)
+        if self.token is None:
+            if _host(request) in LOOPBACK:
+                return None
+            return PlainTextResponse("expected a loopback name in the address, such as 127.0.0.1", 400)
+        if (given := request.query_params.get("token")) is not None and _same(given, self.token):
+            clean = URL(scope=request.scope).remove_query_params("token")
+            path = "/" + clean.path.lstrip("/")  # two slashes would name another host
+            answer = RedirectResponse(f"{path}?{clean.query}" if clean.query else path, 303)
+            answer.set_cookie(self.cookie, self.session, httponly=True, samesite="lax", path="/")
+            return answer
+        bearer = request.headers.get("authorization", "")
+        if _same(bearer, f"Bearer {self.token}") or _same(request.cookies.get(self.cookie, ""), self.session):
+            return None
+        return PlainTextResponse("expected the token: open the address that `pointillist view` printed", 401)
+
+
+def _same(given: str, expected: str) -> bool:
+    return secrets.compare_digest(given.encode(), expected.encode())
+
+
+def _host(request: Request) -> str:
+    """The name in the Host header, without a port."""
+    host = request.headers.get("host", "").lower()
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0]
