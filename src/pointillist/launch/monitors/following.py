@@ -12,7 +12,7 @@ from pointillist.images import ImageLimits, read_verified
 from pointillist.images.store import stored_name
 from pointillist.launch.monitors.interface import Picture, Row
 from pointillist.launch.run_dir import METRIC_FILES
-from pointillist.view.references import ROLLOUTS_FILE, image_dir_of, read_records
+from pointillist.view.references import image_dir_of, read_records
 
 _IMAGE = "[image]"
 
@@ -74,7 +74,7 @@ def rows_of(paths: RunPaths, step: int, count: int) -> list[Row]:
     Raises:
         PointillistError: The records can not be read, or a picture is not there or not what its name says.
     """
-    records = [record for _, record in read_records(paths.rollout_step(step) / ROLLOUTS_FILE)]
+    records = [record for _, record in read_records(paths.rollouts_file(step))]
     records = [record for record in records if record["branches"]]  # a rollout that failed has none
     root = image_dir_of(paths)
     chosen = min(count, len(records))
