@@ -7,11 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
-from tests.integration.conftest import digits_run  # noqa: F401 - a fixture
+from tests.integration.conftest import digits_run, wait_for  # noqa: F401 - one is a fixture
 from tests.made_run import MadeRun
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
@@ -51,20 +53,31 @@ def made(tmp_path: Path) -> MadeRun:
 
 @pytest.fixture
 def viewer(tmp_path: Path) -> Iterator[Viewer]:
-    """Starts `pointillist view` on runs; gives the address that it prints, without a slash at the end."""
+    """Starts `pointillist view` on runs; gives the address that it prints, without a slash at the end.
+
+    `indexed` waits for the index; a run that is going, or one behind a token, is not waited for.
+    """
     started: list[subprocess.Popen[str]] = []
 
-    def start(*arguments: object) -> str:
+    def start(*arguments: object, indexed: bool = True) -> str:
         command = [sys.executable, "-m", "pointillist", "view", *map(str, arguments)]
         environ = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONUNBUFFERED": "1"}
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ)
         started.append(process)
         line = process.stdout.readline()
         assert ": http://" in line, line + process.stdout.read()
-        return line.split()[-1].rstrip("/")
+        address = line.split()[-1].rstrip("/")
+        if indexed:
+            runs = [index for index, argument in enumerate(arguments) if isinstance(argument, Path)]
+            wait_for(lambda: all(_status(address, index)["percent"] == 100 for index in runs), seconds=20)
+        return address
 
     yield start
     for process in started:
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=20)
         assert "Traceback" not in output, output
+
+
+def _status(address: str, run: int) -> dict[str, Any]:
+    return dict(httpx.get(f"{address}/runs/{run}/status", trust_env=False).json())

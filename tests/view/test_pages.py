@@ -216,7 +216,7 @@ def test_hostile_text_runs_nothing(viewer: Viewer, made: MadeRun, context: Brows
 
 
 def test_a_token_is_asked_for_off_loopback(viewer: Viewer, made: MadeRun, page: Page, context: BrowserContext) -> None:
-    address = viewer(made.paths.output_dir, "--host", "0.0.0.0")
+    address = viewer(made.paths.output_dir, "--host", "0.0.0.0", indexed=False)
     port, token = address.rpartition(":")[2].split("/?token=")
     here = f"http://127.0.0.1:{port}"
     assert page.goto(here).status == 401
@@ -239,7 +239,7 @@ def test_a_real_run_is_watched_while_it_goes(viewer: Viewer, digits_run: Digits,
     process = digits_run.start("--max-steps", 500)
     paths = RunPaths(digits_run.output_dir)
     wait_for(lambda: read_jsonl(paths.metrics / "trainer.jsonl"), process)
-    address = viewer(digits_run.output_dir)
+    address = viewer(digits_run.output_dir, indexed=False)
     page.goto(address)
     expect(page.get_by_role("img", name="Training reward")).to_be_visible()
     page.goto(f"{address}/runs/0/rollouts?split=eval")

@@ -64,9 +64,13 @@ function tell(token) {
   tip.style.top = `${box.bottom + tip.offsetHeight + 8 > innerHeight ? box.top - tip.offsetHeight - 4 : box.bottom + 4}px`;
 }
 
-document.addEventListener("pointerover", (event) => tell(event.target.closest?.(".t") ?? null));
+document.addEventListener("pointerover", (event) => {
+  const token = event.target.closest?.(".t") ?? null;
+  // Scrolling moves text under a resting pointer: who walks by arrow keys must not lose the place.
+  if (token || !document.activeElement.closest(".tokens")) tell(token);
+});
 document.addEventListener("focusout", () => tell(null));
-document.addEventListener("scroll", () => tell(null), { passive: true });
+document.addEventListener("scroll", () => { tip.hidden = true; }, { passive: true });
 document.addEventListener("keydown", (event) => {
   const text = event.target.closest?.(".tokens");
   const direction = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
