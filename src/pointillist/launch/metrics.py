@@ -125,6 +125,7 @@ class MetricsEndpoint:
         )
         host, port = self._socket.getsockname()[:2]
         self.url = f"http://[{host}]:{port}/metrics" if ":" in host else f"http://{host}:{port}/metrics"
+        self._thread: threading.Thread | None = None
         self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
 
     def start(self) -> None:
@@ -138,4 +139,6 @@ class MetricsEndpoint:
     def stop(self) -> None:
         """Ends it."""
         self._server.should_exit = True
+        if self._thread is not None:
+            self._thread.join(_ANSWER_SECONDS)  # it lets go of the socket itself
         self._socket.close()
