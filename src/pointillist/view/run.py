@@ -83,7 +83,7 @@ class ViewedRun:
         model, env = config.get("model", {}), config.get("env", {})
         return {
             "environment": env.get("id"),
-            "model": model.get("name"),
+            "model": _short(model.get("name")),
             "steps": config.get("max_steps"),
             "rollouts a step": config.get("batch_size"),
             "group size": config.get("group_size"),
@@ -127,3 +127,8 @@ def _image_dir(paths: RunPaths) -> Path | None:
         return image_dir_of(paths)
     except (ConfigError, OSError):
         return None
+
+
+def _short(model: Any) -> Any:
+    """A hub name as it is; of a folder its own name: where it lay is of no interest where a run is looked at."""
+    return Path(model).name if isinstance(model, str) and Path(model).is_absolute() else model
