@@ -315,6 +315,26 @@ def test_an_environment_that_fails_to_import(digits_run: Digits) -> None:
     )
 
 
+CONTENT = """
+from pointillist.environments.digits import DigitsEnvironment
+
+
+class Content(DigitsEnvironment):
+    async def rollout(self, task, session):
+        await super().rollout(task, session)
+        return 0.25
+"""
+
+
+def test_rewards_that_never_differ_end_the_run_with_what_was_said(digits_run: Digits) -> None:
+    (digits_run.root / "content.py").write_text(CONTENT)
+    code, output = digits_run.run("--env.id", "content:Content", environ={"PYTHONPATH": str(digits_run.root)})
+    _assert_clear(code, output, "without any difference in reward (rewards were 0.25)", "pointillist view")
+    records = read_jsonl(RunPaths(digits_run.output_dir).rollouts_file(1))
+    assert len(records) == 320
+    assert {record["outcome"] for record in records} == {"zero_variance"}
+
+
 def test_a_corrupt_picture_in_the_task_set(digits_run: Digits) -> None:
     picture = digits_run.root / "data" / "0007.png"
     picture.write_bytes(picture.read_bytes()[:100])

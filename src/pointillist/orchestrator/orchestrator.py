@@ -147,11 +147,20 @@ class Orchestrator:
             if batch.samples:
                 return batch
             if not batch.rollouts:
+                self._keep_for_the_eye(step, batch)
                 raise InferenceError(f"step {step}: no rollout succeeded; the last failed on {self.runner.errors.last}")
             logger.warning("step %d: all groups have the same reward throughout, rolling out others", step)
+        self._keep_for_the_eye(step, batch)
+        rewards = sorted({f"{rollout.reward:g}" for rollout in batch.rollouts})
         raise PointillistError(
-            f"step {step}: {_EMPTY_ROUNDS} rounds of groups without any difference in reward: nothing to learn from"
+            f"step {step}: {_EMPTY_ROUNDS} rounds of groups without any difference in reward (rewards were "
+            f"{', '.join(rewards[:4])}): nothing to learn from; see what was said: pointillist view "
+            f"{self.paths.output_dir}"
         )
+
+    def _keep_for_the_eye(self, step: int, batch: "_Batch") -> None:
+        """Writes the rollouts of a step that can not be trained: they say why."""
+        write_records(self.paths.rollouts_file(step), batch.records)
 
     async def _evaluate(self, version: int) -> None:
         if not self.eval_tasks:
