@@ -13,7 +13,6 @@ import base64
 import io
 import json
 import re
-import socket
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from pointillist.config import PolicyConfig
 from pointillist.config.shared import ModelConfig
 from pointillist.images import normalize_images
 from pointillist.rollouts.policy import Policy
+from pointillist.system import free_port
 
 ROOT = Path(__file__).parent.parent
 OVERHEAD_SESSIONS, OVERHEAD_TURNS, ANSWER_SECONDS = 32, 40, 0.2
@@ -49,7 +49,7 @@ class Processes:
     """Server and gateway."""
 
     def __init__(self, folder: Path, seconds: float) -> None:
-        self.server_port, self.gateway_port = _free_port(), _free_port()
+        self.server_port, self.gateway_port = free_port("127.0.0.1"), free_port("127.0.0.1")
         self.policy = Policy.from_config(
             PolicyConfig(model=ModelConfig(name=str(folder / "model")), output_dir=folder / "run", seq_len=32_768)
         )
@@ -210,12 +210,6 @@ def _history(jpeg: bytes, index: int, turns: int) -> tuple[int, AsyncIterator[by
             yield after
 
     return size, stream()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

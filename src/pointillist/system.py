@@ -1,4 +1,4 @@
-"""What a process asks of its operating system: its memory, to end with its parent, and a free port."""
+"""What a process asks of its operating system: its memory, to end with its parent, a free port and its address."""
 
 import ctypes
 import signal
@@ -36,3 +36,8 @@ def free_port(host: str, port: int = 0) -> int:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((host, port))
         return int(probe.getsockname()[1])
+
+
+def http_url(host: str, port: int) -> str:
+    """`http://host:port`, an IPv6 address in brackets."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -8,6 +8,9 @@ from pydantic import Field, field_validator
 from pointillist.config.base import Config
 from pointillist.images.decode import ImageFormat, ImageLimits
 
+LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
+"""Addresses that only this machine can reach."""
+
 RUN_KEY: Final = "POINTILLIST_RUN_KEY"
 """Environment variable with the word that the processes of one run know each other by; the launcher makes it up."""
 
@@ -57,7 +60,7 @@ class ServerConfig(Config):
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can connect."""
-        return self.host in ("127.0.0.1", "::1", "localhost")
+        return self.host in LOOPBACK
 
     def require_key(self, name: str) -> None:
         """Checks that a server which other machines can reach asks for a key.

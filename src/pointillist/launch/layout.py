@@ -17,7 +17,7 @@ from pointillist.errors import LaunchError
 from pointillist.launch.devices import gpu_shares
 from pointillist.launch.supervisor import Spec
 from pointillist.rollouts.client import api_key
-from pointillist.system import free_port
+from pointillist.system import free_port, http_url
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True):
@@ -254,5 +254,4 @@ def _port(name: str, host: str, port: int, taken: set[int]) -> int:
 
 
 def _url(host: str, port: int) -> str:
-    host = host_of(host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return http_url(host_of(host), port)

@@ -32,6 +32,7 @@ from pointillist.config.run_paths import read_jsonl
 from pointillist.config.shared import ServerConfig
 from pointillist.launch.supervisor import Supervisor
 from pointillist.rollouts.client import api_key
+from pointillist.system import http_url
 
 _ANSWER_SECONDS: Final = 2.0
 _STARTUP_SECONDS: Final = 10.0
@@ -124,7 +125,7 @@ class MetricsEndpoint:
             (config.host, config.port), family=socket.AF_INET6 if ":" in config.host else socket.AF_INET
         )
         host, port = self._socket.getsockname()[:2]
-        self.url = f"http://[{host}]:{port}/metrics" if ":" in host else f"http://{host}:{port}/metrics"
+        self.url = f"{http_url(host, port)}/metrics"
         self._thread: threading.Thread | None = None
         self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import click
 import uvicorn
 
+from pointillist.config.shared import LOOPBACK
 from pointillist.errors import ConfigError
+from pointillist.system import http_url
 from pointillist.view.index import cache_dir
 from pointillist.view.run import ViewedRun
-from pointillist.view.web.access import LOOPBACK
 from pointillist.view.web.app import create_app
 
 
@@ -77,5 +78,5 @@ def _address(listener: socket.socket, token: str | None) -> str:
     host, port = listener.getsockname()[:2]
     if host in ("0.0.0.0", "::"):  # noqa: S104 - where it was told to listen; people reach it by name
         host = socket.gethostname()
-    url = f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+    url = f"{http_url(host, port)}/"
     return f"{url}?token={token}" if token is not None else url

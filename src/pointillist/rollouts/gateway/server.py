@@ -40,6 +40,7 @@ from pointillist.rollouts.gateway import anthropic, chat, responses
 from pointillist.rollouts.gateway.call import Call
 from pointillist.rollouts.gateway.errors import ApiError, api_error
 from pointillist.rollouts.session import Conversation, Session, Turn
+from pointillist.system import http_url
 
 _APIS: Final = {"chat/completions": chat, "responses": responses, "messages": anthropic}
 _CLOSED_REMEMBERED: Final = 10_000
@@ -92,7 +93,7 @@ class Gateway:
         listener = _listen(self._config.host, self._config.port)
         port = listener.getsockname()[1]
         host = "127.0.0.1" if self._config.host in ("0.0.0.0", "::") else self._config.host  # noqa: S104 - asks, does not bind
-        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        self.url = http_url(host, port)
         # A connection may stay idle while its agent thinks; closing it under a request that is being sent loses it.
         self._server = _Server(
             uvicorn.Config(self.app(), log_level="warning", lifespan="off", timeout_keep_alive=600, backlog=4096)

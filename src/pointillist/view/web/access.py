@@ -14,7 +14,8 @@ from starlette.middleware.base import RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
-LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
+from pointillist.config.shared import LOOPBACK
+
 HEADERS: Final = {
     # No inline script, no inline style, nothing from elsewhere: text that gets out of its element can do nothing.
     "Content-Security-Policy": (
