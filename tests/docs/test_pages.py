@@ -177,7 +177,7 @@ def _run_make(words: list[str]) -> None:
 
 def _run_pip(words: list[str]) -> None:
     assert words[0] == "install"
-    extra = re.fullmatch(r"pointillist\[(\w+)\]", words[1])
+    extra = re.fullmatch(r"\.\[(\w+)\]", words[1])
     assert extra is not None
     assert extra[1] in _project()["project"]["optional-dependencies"]
 
@@ -275,7 +275,7 @@ def test_the_control_finds_what_is_wrong(inside: Path) -> None:
     with pytest.raises(AssertionError):
         _run(["make", "no-such-target"])
     with pytest.raises(AssertionError):
-        _run(["pip", "install", "pointillist[no_such_extra]"])
+        _run(["pip", "install", ".[no_such_extra]"])
 
 
 def test_the_config_of_the_readme_is_a_runs(prepared: Path) -> None:

@@ -31,7 +31,7 @@ def test_this_machine_has_no_problem(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     for what in ("Python", "torch", "transformers", "vllm", "images", "free space", "fsync", "coherence", "rename"):
         assert what in result.output
-    assert "pip install 'pointillist[" in result.output  # verifiers or vllm is not here; brackets are no markup
+    assert "pip install '.[" in result.output  # verifiers or vllm is not here; brackets are no markup
     assert list(tmp_path.iterdir()) == []
 
 
@@ -134,7 +134,7 @@ def test_without_torch_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(libraries, "version", missing)
     found = libraries._torch()
-    assert (found.state, "pointillist[train]" in found.text) == ("warning", True)
+    assert (found.state, ".[train]" in found.text) == ("warning", True)
 
 
 @pytest.mark.parametrize(

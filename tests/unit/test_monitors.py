@@ -170,7 +170,7 @@ def test_a_lost_picture_costs_the_table_only(run: Run) -> None:
 def test_a_missing_library_is_told_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     check_monitors(MonitorsConfig())
-    with pytest.raises(ConfigError, match=r"pip install 'pointillist\[monitors\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[monitors\]'"):
         check_monitors(MonitorsConfig(tensorboard=True))
     with pytest.raises(ConfigError, match="wandb needs wandb"):
         check_monitors(MonitorsConfig.model_validate({"wandb": {}}))

@@ -8,7 +8,7 @@ from pointillist.config.base import Config
 
 
 class WandbConfig(Config):
-    """Weights & Biases; needs `pip install 'pointillist[monitors]'`."""
+    """Weights & Biases; needs `pip install '.[monitors]'`."""
 
     project: str = "pointillist"
     name: str | None = None
@@ -28,7 +28,7 @@ class MonitorsConfig(Config):
     """Set to use Weights & Biases."""
 
     tensorboard: bool = False
-    """Whether to write TensorBoard's event files; needs `pip install 'pointillist[monitors]'`."""
+    """Whether to write TensorBoard's event files; needs `pip install '.[monitors]'`."""
 
     images_every: int = Field(10, gt=0)
     """Steps between tables of rollouts with their pictures."""

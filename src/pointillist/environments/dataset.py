@@ -205,4 +205,4 @@ def _require(module: str, extra: str) -> None:
     try:
         __import__(module)
     except ImportError:
-        raise EnvironmentLoadError(f"dataset: {module} is not installed, pip install 'pointillist[{extra}]'") from None
+        raise EnvironmentLoadError(f"dataset: {module} is not installed, pip install '.[{extra}]'") from None

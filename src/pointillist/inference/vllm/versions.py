@@ -30,7 +30,7 @@ def check_vllm() -> str:
     """
     found = installed_vllm()
     if found is None:
-        raise ConfigError(f"vLLM is not installed; expected {SUPPORTED} (pip install 'pointillist[vllm]')")
+        raise ConfigError(f"vLLM is not installed; expected {SUPPORTED} (pip install '.[vllm]')")
     if found not in SUPPORTED:
         raise ConfigError(f"vLLM {found} is installed, this plugin is made for {SUPPORTED}: install such a version")
     return found

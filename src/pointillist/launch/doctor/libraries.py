@@ -18,7 +18,7 @@ from pointillist.images import ImageLimits, decode_rgb
 from pointillist.inference.vllm.versions import check_vllm, installed_vllm
 from pointillist.launch.doctor.finding import Finding, State
 
-_TRAIN: Final = "pip install 'pointillist[train]'"
+_TRAIN: Final = "pip install '.[train]'"
 # Library -> what it is for, and the extra that brings it.
 _OPTIONAL: Final = {
     "wandb": ("the monitor Weights & Biases", "monitors"),
@@ -47,7 +47,7 @@ def check_libraries() -> Iterator[Finding]:
     yield _vllm()
     yield _images()
     for name, (purpose, extra) in _OPTIONAL.items():
-        yield _ranged(name, purpose, "absent", f"pip install 'pointillist[{extra}]'")
+        yield _ranged(name, purpose, "absent", f"pip install '.[{extra}]'")
 
 
 def declared_range(name: str) -> SpecifierSet:
@@ -105,9 +105,7 @@ def _judge_torch(told: dict[str, object]) -> Finding:
 def _vllm() -> Finding:
     found = installed_vllm()
     if found is None:
-        return Finding(
-            "vllm", "absent", "not installed; for inference.backend = 'vllm': pip install 'pointillist[vllm]'"
-        )
+        return Finding("vllm", "absent", "not installed; for inference.backend = 'vllm': pip install '.[vllm]'")
     try:
         return Finding("vllm", "ok", check_vllm())
     except ConfigError as error:

@@ -28,9 +28,7 @@ def check_monitors(config: MonitorsConfig) -> None:
     """
     for name, wanted in (("wandb", config.wandb is not None), ("tensorboard", config.tensorboard)):
         if wanted and importlib.util.find_spec(name) is None:
-            raise ConfigError(
-                f"monitors.{name} needs {name}, which is not installed: pip install 'pointillist[monitors]'"
-            )
+            raise ConfigError(f"monitors.{name} needs {name}, which is not installed: pip install '.[monitors]'")
 
 
 def make_monitors(config: RLConfig, paths: RunPaths, say: Callable[[str], None]) -> list[Monitor]:
