@@ -1,4 +1,4 @@
-"""Back pressure: the bytes of decoded images that may wait in a server are bounded, whatever its clients send."""
+"""Back pressure: the bytes of bodies and of decoded images that may wait in a server are bounded."""
 
 import asyncio
 
@@ -14,16 +14,29 @@ class ByteBudget:
         """
         self.max_bytes = max_bytes
         self.held = 0
+        self.waiting = 0
+        """Requests that wait for room."""
         self._turn = asyncio.Lock()
         self._released = asyncio.Event()
 
     async def take(self, num_bytes: int) -> "Share":
         """Waits for room."""
-        async with self._turn:  # FIFO: a large request is not overtaken for ever by small ones
-            while self.held and self.held + num_bytes > self.max_bytes:
-                self._released.clear()
-                await self._released.wait()
-            self.held += num_bytes
+        self.waiting += 1
+        try:
+            async with self._turn:  # FIFO: a large request is not overtaken for ever by small ones
+                while self.held and self.held + num_bytes > self.max_bytes:
+                    self._released.clear()
+                    await self._released.wait()
+                self.held += num_bytes
+        finally:
+            self.waiting -= 1
+        return Share(self, num_bytes)
+
+    def take_now(self, num_bytes: int) -> "Share | None":
+        """A share without waiting; None if there is no room or others wait for it."""
+        if self.waiting or self.held + num_bytes > self.max_bytes:
+            return None
+        self.held += num_bytes
         return Share(self, num_bytes)
 
     def _give_back(self, num_bytes: int) -> None:

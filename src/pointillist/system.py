@@ -1,12 +1,16 @@
 """What a process asks of its operating system: its memory, to end with its parent, a free port and its address."""
 
 import ctypes
+import ipaddress
 import signal
 import socket
 import sys
 from typing import Final
 
 import psutil
+
+LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
+"""Addresses that only this machine can reach."""
 
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -41,3 +45,13 @@ def free_port(host: str, port: int = 0) -> int:
 def http_url(host: str, port: int) -> str:
     """`http://host:port`, an IPv6 address in brackets."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, by name or address without brackets, is this machine for itself only."""
+    if host in LOOPBACK:
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

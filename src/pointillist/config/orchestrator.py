@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pointillist.config.base import Config
+from pointillist.config.sampling import check_sampling_number
 from pointillist.config.shared import LogLevel, ModelConfig, MultimodalConfig, ServerConfig, TransportConfig
 
 
@@ -26,16 +27,22 @@ class SamplingConfig(Config):
     """How training rollouts are sampled."""
 
     temperature: float = Field(1.0, gt=0)
-    """Divides the logits, in the sampler and in the trainer alike."""
+    """Divides the logits, in the sampler and in the trainer alike; from 0.01 to 100."""
 
-    top_p: float = Field(1.0, gt=0, le=1)
-    """Nucleus; below 1 the trainer's distribution is wider than the sampler's."""
+    top_p: float = 1.0
+    """Nucleus, above 0 and at most 1; below 1 the trainer's distribution is wider than the sampler's."""
 
-    top_k: int = Field(-1, ge=-1)
+    top_k: int = -1
     """The k likeliest tokens; -1 is all."""
 
-    max_tokens: int = Field(128, gt=0)
+    max_tokens: int = 128
     """Longest completion of one turn, in tokens."""
+
+    @field_validator("temperature", "top_p", "top_k", "max_tokens")
+    @classmethod
+    def _in_bounds(cls, value: float, info: ValidationInfo) -> float:
+        check_sampling_number(str(info.field_name), value)
+        return value
 
 
 class AdvantageConfig(Config):

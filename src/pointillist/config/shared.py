@@ -7,9 +7,7 @@ from pydantic import Field, field_validator
 
 from pointillist.config.base import Config
 from pointillist.images.decode import ImageFormat, ImageLimits
-
-LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
-"""Addresses that only this machine can reach."""
+from pointillist.system import LOOPBACK
 
 RUN_KEY: Final = "POINTILLIST_RUN_KEY"
 """Environment variable with the word that the processes of one run know each other by; the launcher makes it up."""

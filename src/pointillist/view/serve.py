@@ -11,9 +11,8 @@ from pathlib import Path
 import click
 import uvicorn
 
-from pointillist.config.shared import LOOPBACK
 from pointillist.errors import ConfigError
-from pointillist.system import http_url
+from pointillist.system import LOOPBACK, http_url
 from pointillist.view.index import cache_dir
 from pointillist.view.run import ViewedRun
 from pointillist.view.web.app import create_app

@@ -14,7 +14,7 @@ from starlette.middleware.base import RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
-from pointillist.config.shared import LOOPBACK
+from pointillist.system import LOOPBACK
 
 HEADERS: Final = {
     # No inline script, no inline style, nothing from elsewhere: text that gets out of its element can do nothing.
