@@ -12,7 +12,7 @@ DOCS := .venv-docs
 HUNT := outputs/hunt
 
 .PHONY: setup demo demo-hunt docs test test-vllm test-verifiers test-slurm test-view test-unit lint format fuzz faults \
-	faults-run bench lock lock-vllm lock-verifiers lock-docs clean
+	faults-run mutants bench lock lock-vllm lock-verifiers lock-docs clean
 
 setup: $(VENV)/.ready
 
@@ -120,6 +120,10 @@ faults-run: setup
 	$(BIN)/python examples/digits/prepare.py --data $(DIGITS)/data --model $(DIGITS)/model-$(SEED) --seed $(SEED)
 	$(BIN)/python -m tests.faults.run_faults --model $(DIGITS)/model-$(SEED) \
 		--output-dir $(DIGITS)/faults-$$(date +%Y%m%d-%H%M%S)
+
+# Faults put into a copy of the source, one at a time: a test must notice each. Minutes.
+mutants: setup
+	$(BIN)/python -m tests.mutants
 
 # All claims about speed and memory, each a ratio measured side by side: a quarter of an hour.
 bench: setup $(VENV)/torchvision-reference

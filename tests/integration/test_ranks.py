@@ -16,7 +16,7 @@ from pointillist.families import Family
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.orchestrator.packing import pack
 from pointillist.transport import FilesystemSender, RankBatch, TrainingSample
-from tests.unit.test_trainer import _sample
+from tests.made_samples import trained_sample
 
 pytestmark = pytest.mark.integration
 
@@ -103,8 +103,8 @@ def _one_and_two(
     store = ImageStore(images, ImageLimits())
     batches = []
     for step in range(STEPS):
-        first = [_sample(family, store, [] if text_only else [(64, 64)], seed=100 * step + n) for n in range(2)]
-        second = [_sample(family, store, [(64, 96)], seed=100 * step + 10 + n) for n in range(2)]
+        first = [trained_sample(family, store, [] if text_only else [(64, 64)], seed=100 * step + n) for n in range(2)]
+        second = [trained_sample(family, store, [(64, 96)], seed=100 * step + 10 + n) for n in range(2)]
         batches.append([first, second])
     together = [[[*first, *second]] for first, second in batches]
     one = _train(model_dir, tmp_path / "one", images, together, 1, *alone)

@@ -29,7 +29,7 @@ from pointillist.trainer.packing_check import check_packing
 from pointillist.trainer.policy import Policy
 from pointillist.trainer.train import Trainer
 from pointillist.transport import FilesystemSender, RankBatch
-from tests.unit.test_trainer import _sample
+from tests.made_samples import trained_sample
 
 LORA = LoRAConfig(rank=4, alpha=12.0)
 SIZES = [[(64, 64)], [], [(100, 70), (64, 96)]]
@@ -51,7 +51,7 @@ def _trainer(model_dir: Path, run: Path, store: ImageStore, steps: int = 3, **ex
     config.loss.ratio_low, config.loss.ratio_high = 0.0, 1e6  # the samples' logprobs are made up
     trainer = Trainer(config)
     for step in range(1, steps + 1):
-        samples = [_sample(trainer.loaded.family, store, sizes, 100 * step + n) for n, sizes in enumerate(SIZES)]
+        samples = [trained_sample(trainer.loaded.family, store, sizes, 100 * step + n) for n, sizes in enumerate(SIZES)]
         (rows,) = pack(samples, seq_len=512, num_workers=1)
         batch = RankBatch(step=step, micro_batches=rows, num_tokens=15, orchestrator_state=b"{}")
         FilesystemSender(RunPaths(run)).send([batch])
@@ -68,7 +68,7 @@ def _first_step(trainer: Trainer) -> tuple[float, dict[str, torch.Tensor]]:
 
 
 def _row(trainer: Trainer, store: ImageStore, sizes: list[list[tuple[int, int]]] = SIZES) -> RowTensors:
-    samples = [_sample(trainer.loaded.family, store, each, seed) for seed, each in enumerate(sizes)]
+    samples = [trained_sample(trainer.loaded.family, store, each, seed) for seed, each in enumerate(sizes)]
     ((row,),) = pack(samples, seq_len=512, num_workers=1)
     return RowLoader(trainer.loaded, RawImageMaterializer(trainer.loaded.family, [store.root], ImageLimits())).load(row)
 
@@ -278,7 +278,7 @@ def test_no_kind_of_row_is_left_uncompiled(
         for packed in (True, False):
             trainer.loader.packed = packed
             for count in (1, 2, 3):
-                samples = [_sample(trainer.loaded.family, store, sizes, 0) for sizes in SIZES[:count]]
+                samples = [trained_sample(trainer.loaded.family, store, sizes, 0) for sizes in SIZES[:count]]
                 ((row,),) = pack(samples, seq_len=512, num_workers=1)
                 trainer.policy(trainer.loader.load(row)).logprobs.sum().backward()
     assert counters["stats"]["unique_graphs"] > 8  # torch's own limit
