@@ -140,7 +140,7 @@ def _faults(server: RunningServer) -> dict[str, tuple[dict[str, Any], str]]:
         "none": (_with_entry(body, None), "every image needs its mmraw"),
         "processed tensor": (_with_entry(body, "gASVdGVuc29y"), "expected an mmraw: string"),
         "inline image": (_with_entry(body, "data:image/png;base64,aaaa"), "inline"),
-        "not a string": (_with_entry(body, {"pixel_values": [1]}), "dict"),
+        "not a string": (_with_entry(body, {"pixel_values": [1]}), "Expected `str"),
         "malformed": (_with_entry(body, "mmraw:@@"), "base64url"),
         "unknown family": (_with_ref(body, family="kimi_k25"), "served by"),
         "wrong modality": (_with_ref(body, modality="video"), "modality"),
