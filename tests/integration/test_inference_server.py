@@ -223,6 +223,18 @@ def test_missing_and_corrupt_files(server: RunningServer) -> None:
         ({"sampling_params": {"temprature": 1}}, "temprature"),
         ({"sampling_params": {"n": 10_000}}, "n is 10000"),
         ({"sampling_params": {"max_tokens": 10_000}}, "at most 512"),
+        ({"token_ids": [10**40]}, "token_ids"),
+        ({"sampling_params": {"temperature": 1e39}}, "temperature"),
+        ({"sampling_params": {"temperature": 1e-38}}, "temperature"),
+        ({"sampling_params": {"top_k": 2**63}}, "top_k"),
+        ({"sampling_params": {"seed": 10**40}}, "seed"),
+        ({"sampling_params": {"seed": -1}}, "seed"),
+        ({"sampling_params": {"n": 10**9}}, "n"),
+        ({"sampling_params": {"max_tokens": 10**40}}, "max_tokens"),
+        ({"sampling_params": {"logprobs": 10**30}}, "logprobs"),
+        ({"sampling_params": {"stop_token_ids": [10**40]}}, "stop_token_ids"),
+        ({"sampling_params": {"stop_token_ids": list(range(100_000))}}, "stop_token_ids"),
+        ({"request_id": "a\nb"}, "request_id"),
         ({"stream": True}, "stream"),
         ({"content": 1}, "content"),
     ],
@@ -242,6 +254,22 @@ def test_parameters_that_are_not_served_are_refused(server: RunningServer) -> No
 
 def test_neutral_parameters_of_other_clients_are_accepted(server: RunningServer) -> None:
     assert _choices(server, _body(server, top_k=-1, min_p=0.0, repetition_penalty=1.0, skip_special_tokens=False))
+
+
+def test_images_that_touch_are_served(server: RunningServer) -> None:
+    """Whether or not the model's own code knows where one ends: in the other order they give other numbers."""
+
+    def asked(*seeds: int) -> torch.Tensor:
+        body = _body(server, *seeds)
+        ids = body["token_ids"]
+        pads = [i for i, token in enumerate(ids) if token == server.family.image_token_id]
+        body["token_ids"] = [*ids[: pads[0]], *(ids[i] for i in pads), *ids[pads[-1] + 1 :]]
+        first, second = body["features"]["mm_placeholders"]["image"]
+        second["offset"] = first["offset"] + first["length"]
+        return _logprobs(_choices(server, body)[0])
+
+    assert (asked(1, 2) - asked(2, 1)).abs().max() > 1e-3
+    assert len(_choices(server, _body(server, 1))) == 1
 
 
 def test_health_models_metrics_pause(server: RunningServer) -> None:
