@@ -23,7 +23,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from http import HTTPStatus
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import uvicorn
 from starlette.requests import Request
@@ -472,8 +472,16 @@ def uvicorn_config(app: ASGIApp, limits: HttpLimits, *, host: str, port: int, **
         "backlog": 4096,
         **options,
     }
-    protocol = functools.partial(GuardedProtocol, limits=_within_descriptors(limits))
-    return uvicorn.Config(app, host=host, port=port, http=cast(Any, protocol), **settings)
+    return uvicorn.Config(app, host=host, port=port, http=guarded_protocol(limits), **settings)
+
+
+def guarded_protocol(limits: HttpLimits) -> Any:
+    """What uvicorn makes its connections of, `uvicorn.Config.http_protocol_class`.
+
+    Args:
+        limits: Of connections; `connections` is cut to what this process may open.
+    """
+    return functools.partial(GuardedProtocol, limits=_within_descriptors(limits))
 
 
 def _within_descriptors(limits: HttpLimits) -> HttpLimits:

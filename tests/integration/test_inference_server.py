@@ -3,7 +3,9 @@
 import asyncio
 import base64
 import json
+import os
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import httpx
 import pytest
 import torch
 
+from pointillist.config.run_paths import WEIGHTS_FILE
 from pointillist.errors import InferenceError
 from pointillist.images import normalize_images
 from pointillist.images.store import local_path
@@ -256,6 +259,39 @@ def test_neutral_parameters_of_other_clients_are_accepted(server: RunningServer)
     assert _choices(server, _body(server, top_k=-1, min_p=0.0, repetition_penalty=1.0, skip_special_tokens=False))
 
 
+@pytest.mark.parametrize("path", [GENERATE, "/update_weights", "/pause"])
+def test_pages_of_other_sites_can_do_nothing(server: RunningServer, path: str) -> None:
+    for headers, status in (
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": "evil.example"}, 400),
+        ({"Content-Type": "text/plain"}, 415),
+        ({"Content-Type": "application/x-www-form-urlencoded"}, 415),
+    ):
+        response = httpx.post(
+            server.url + path, content=b"{}", headers={"Content-Type": "application/json", **headers}, timeout=60
+        )
+        assert response.status_code == status
+        assert response.json()["error"]["code"] == status
+    assert httpx.get(server.url + "/is_paused").json() == {"is_paused": False}
+
+
+def test_bodies_and_headers_are_bounded_and_others_go_on(server: RunningServer) -> None:
+    headers = {"Content-Type": "application/json"}
+
+    def chunks() -> Iterator[bytes]:
+        yield b'{"token_ids":['
+        for _ in range(400):
+            yield b"[]," * 20_000
+
+    for content in (b'{"token_ids":[' + b"[]," * 7_000_000, chunks()):
+        response = httpx.post(server.url + GENERATE, content=content, headers=headers, timeout=60)
+        assert response.status_code == 413
+        assert response.json()["error"]["type"] == "RequestTooLarge"
+    assert httpx.get(server.url + "/health", headers={"X": "y" * 200_000}).status_code == 431
+    assert len(_choices(server, _body(server, 1))) == 1
+
+
 def test_images_that_touch_are_served(server: RunningServer) -> None:
     """Whether or not the model's own code knows where one ends: in the other order they give other numbers."""
 
@@ -451,3 +487,35 @@ async def test_a_groups_first_requests_travel_as_one(server: RunningServer) -> N
         alone = await client.generate(prompt, params, seed)
         assert alone.token_ids == answer.token_ids
     await client.aclose()
+
+
+def test_weights_come_in_order_and_cannot_be_what_cannot_serve(server: RunningServer, model_dir: Path) -> None:
+    weights = load_model(str(model_dir), device="cpu", dtype="float32").model.state_dict()
+    broadcasts = server.output_dir / "broadcasts"
+    first = httpx.get(server.url + "/health").json()["weight_version"]
+    before = _logprobs(_choices(server, _body(server, 1))[0]).tolist()
+
+    def update(name: str, version: int, **more: Any) -> httpx.Response:
+        body = {"weight_dir": str(broadcasts / name), "weight_version": version, **more}
+        return httpx.post(server.url + "/update_weights", json=body, timeout=120)
+
+    name = max(weights)
+    for fault, tensor in {"nan": weights[name] * float("nan"), "int8": weights[name].to(torch.int8)}.items():
+        write_weights({**weights, name: tensor}, broadcasts / fault)
+    (broadcasts / "fifo").mkdir()
+    os.mkfifo(broadcasts / "fifo" / WEIGHTS_FILE)
+    write_weights(weights, broadcasts / "good")
+    (broadcasts / "link").mkdir()
+    (broadcasts / "link" / WEIGHTS_FILE).symlink_to(broadcasts / "good" / WEIGHTS_FILE)
+    for fault in ("nan", "int8", "fifo", "link", "nothing"):
+        response = update(fault, 5000)
+        assert response.status_code == 400, fault
+        assert f"version {first} serves on" in response.json()["error"]["message"]
+    assert update("good", 10**400).status_code == 400  # type: ignore[arg-type]
+    assert httpx.get(server.url + "/health").json()["weight_version"] == first
+    assert _logprobs(_choices(server, _body(server, 1))[0]).tolist() == before
+    assert update("good", 5000).status_code == 200
+    late = update("good", 4999)
+    assert (late.status_code, late.json()["error"]["type"]) == (409, "ConflictError")
+    # Those of a run that goes on after a checkpoint; further tests find the server as it was.
+    assert update("good", first, rewind=True).json()["weight_version"] == first

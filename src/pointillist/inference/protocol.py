@@ -5,6 +5,7 @@ so that a body with something else in it is refused where it begins, and every n
 """
 
 import re
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
 import msgspec
@@ -109,27 +110,32 @@ class SamplingParams(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
         Raises:
             ValueError: One is out of bounds, or asks for what is not served.
         """
-        _check_numbers(self)
+        _check_numbers(lambda name: getattr(self, name))
         for name, neutral in self.NEUTRAL.items():
             if getattr(self, name) not in neutral:
                 raise ValueError(f"{name} is not served, expected {neutral[0]} or nothing")
 
 
-def check_params(params: Any) -> None:
-    """Checks the numbers of vLLM's sampling parameters, which bring bounds of vLLM's own or none.
+def check_params(params: Mapping[str, Any]) -> None:
+    """Checks the numbers among vLLM's sampling parameters, for which vLLM has bounds of its own, or none.
+
+    Args:
+        params: As they came: vLLM silently changes some of them (a temperature of 0.001, a seed of -1).
 
     Raises:
         RequestError: 400: one is out of bounds.
     """
     try:
-        _check_numbers(params)
+        _check_numbers(params.get)
     except ValueError as error:
         raise RequestError(str(error), param=f"sampling_params.{str(error).partition(' ')[0]}") from None
 
 
-def _check_numbers(params: Any) -> None:
+def _check_numbers(value_of: Callable[[str], Any]) -> None:
     for name in BOUNDS:
-        value = getattr(params, name)
+        value = value_of(name)
+        if isinstance(value, list) and len(value) > MAX_STOP_TOKEN_IDS:
+            raise ValueError(f"{name} is a list of {len(value)}, expected at most {MAX_STOP_TOKEN_IDS}")
         for number in value if isinstance(value, list) else [] if value is None else [value]:
             check_sampling_number(name, number)
 

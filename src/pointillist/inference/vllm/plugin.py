@@ -29,7 +29,7 @@ from pointillist.config import RUN_KEY, InferenceConfig, MultimodalConfig, load_
 from pointillist.config.assets import CARRIER
 from pointillist.config.shared import ModelConfig
 from pointillist.families import RawImageMaterializer, load_family, resolve_model_dir
-from pointillist.http_guard import Guard, HttpRefusal, answer_json, release_body
+from pointillist.http_guard import Guard, HttpRefusal, answer_json, guarded_protocol, release_body
 from pointillist.inference.door import OWN_PATHS, Door, http_limits
 from pointillist.inference.metrics import ImageMetrics
 from pointillist.inference.prompt import CheckedPrompt, ServerBounds, check_prompt, check_sizes, pixel_bytes
@@ -119,11 +119,15 @@ class _LateGuard:
         self._guard: Guard | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        state = scope["app"].state
+        if scope["type"] == "lifespan" and (server := getattr(state, "server", None)) is not None:
+            # vLLM's uvicorn, which is about to listen; its connections are bounded as those of our own servers.
+            server.config.http_protocol_class = guarded_protocol(state.pointillist.limits)
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         if self._guard is None:
-            shared: _Shared = scope["app"].state.pointillist
+            shared: _Shared = state.pointillist
             own = shared.limits.body_bytes
 
             def longest(request: Request) -> int:
@@ -175,9 +179,11 @@ def _read(body: bytes, shared: _Shared) -> tuple[GenerateRequest, CheckedPrompt]
     """A body as vLLM's request and its checked prompt; runs in a worker thread."""
     fields = decode_body(body, PromptFields)
     prompt = check_prompt(fields, shared.materializer, shared.config.multimodal.limits.max_images_per_request)
-    request = _stock_request(msgspec.json.decode(body), prompt)
+    given_body = msgspec.json.decode(body)
+    if isinstance(given_params := given_body.get("sampling_params"), dict):
+        check_params(given_params)
+    request = _stock_request(given_body, prompt)
     params = request.sampling_params
-    check_params(params)
     given = params.max_tokens if request.is_sampling_param_provided("max_tokens") else None
     check_sizes(prompt.token_ids, given, params.n, shared.bounds)
     return request, prompt
