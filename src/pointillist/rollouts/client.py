@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from pointillist.config.orchestrator import ClientConfig
+from pointillist.config.shared import RUN_KEY
 from pointillist.errors import ConfigError, InferenceError
 from pointillist.render.raw import RenderedPrompt
 from pointillist.rollouts.servers import Server, Servers
@@ -214,16 +215,30 @@ class InferenceClient:
         return _answer_of(path, *await self._servers.post(path, msgspec.json.encode(body), affinity))
 
 
-async def update_weights(server: Server, weight_dir: str, version: int) -> None:
-    """Tells one server to load a weight version from a folder.
+async def update_weights(server: Server, weight_dir: str, version: int, *, rewind: bool = False) -> None:
+    """Tells one server to load a weight version from a folder; one that has a newer version keeps it.
+
+    The request brings the run's own key, where there is one. A server that somebody has started outside of the run may
+    not know that key; it is then asked with the key that its other requests bring.
+
+    Args:
+        server: Which one.
+        weight_dir: Folder in the run's `broadcasts`, as the server sees it.
+        version: Number of the weights.
+        rewind: Whether an older version than the one that serves is meant, because the run has gone back.
 
     Raises:
-        UnreachableError: It can not be reached.
+        UnreachableError: It cannot be reached.
         InferenceError: The server kept its old weights; the message says why.
     """
     path = "/update_weights"
-    body = msgspec.json.encode({"weight_dir": weight_dir, "weight_version": version})
-    _answer_of(path, *await server.post(path, body))
+    body = msgspec.json.encode({"weight_dir": weight_dir, "weight_version": version, "rewind": rewind})
+    key = os.environ.get(RUN_KEY)
+    status, data = await server.post(path, body, {"Authorization": f"Bearer {key}"} if key else None)
+    if key and status == HTTPStatus.UNAUTHORIZED:
+        status, data = await server.post(path, body)
+    if status != HTTPStatus.CONFLICT:
+        _answer_of(path, status, data)
 
 
 def _answer_of(path: str, status: int, data: bytes) -> dict[str, Any]:

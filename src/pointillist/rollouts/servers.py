@@ -51,15 +51,20 @@ class Server:
         """Seconds for which this server is still to be left alone; 0 if it can be asked."""
         return max(0.0, self._rests_until - time.monotonic())
 
-    async def post(self, path: str, body: bytes) -> tuple[int, bytes]:
+    async def post(self, path: str, body: bytes, headers: Mapping[str, str] | None = None) -> tuple[int, bytes]:
         """Status and body of an answer.
+
+        Args:
+            path: Of the route.
+            body: JSON.
+            headers: HTTP headers in place of those of the same name that every request has.
 
         Raises:
             UnreachableError: No connection, no whole answer, or a server that is not available.
             InferenceError: No answer in time.
         """
         try:
-            async with self._http.post(path, data=body) as response:
+            async with self._http.post(path, data=body, headers=headers) as response:
                 status, data = response.status, await response.read()
             if status in _UNAVAILABLE:
                 raise UnreachableError(f"inference server at {self.url} answered {path} with {status}")
