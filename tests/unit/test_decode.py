@@ -101,11 +101,11 @@ def test_damaged_bytes_never_raise_anything_else(noise: bytes, file_format: str,
 
 
 def test_blank_image_keeps_the_size() -> None:
-    pixels = decode_rgb(blank_image(encoded(picture(30, 20))), LIMITS)
+    pixels = decode_rgb(blank_image(encoded(picture(30, 20)), LIMITS), LIMITS)
     assert pixels.shape == (20, 30, 3)
     assert len(np.unique(pixels)) == 1
     with pytest.raises(ImageError):
-        blank_image(b"no image")
+        blank_image(b"no image", LIMITS)
 
 
 @given(

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pointillist.errors import ImageError, MissingImageError, RefError
+from pointillist.errors import ImageError, MissingImageError, RefError, StorageError
 from pointillist.images import ImageLimits, ImageStore, inventory, read_verified
 from pointillist.images.inventory import StoreEntry, list_store, verify_store
 from pointillist.images.store import file_uri, local_path, write_image
@@ -89,16 +89,16 @@ def test_a_folder_that_can_not_be_flushed(store: ImageStore, monkeypatch: pytest
     code = errno.EINVAL  # the file system does not do that
     write_image(store.root / "ab" / "ab.png", b"data")
     code = errno.EIO
-    with pytest.raises(ImageError, match="could not be stored"):
+    with pytest.raises(StorageError, match="could not be stored"):
         write_image(store.root / "ab" / "ab.png", b"data")
     assert [path.name for path in (store.root / "ab").iterdir()] == ["ab.png"]
 
 
-def test_what_stands_in_the_way_of_a_folder_is_an_image_error(store: ImageStore) -> None:
+def test_what_stands_in_the_way_of_a_folder_is_a_storage_error(store: ImageStore) -> None:
     (store.root / "ab").write_text("a file")
-    with pytest.raises(ImageError, match="could not be stored"):
+    with pytest.raises(StorageError, match="could not be stored"):
         write_image(store.root / "ab" / "ab.png", b"data")
-    with pytest.raises(ImageError, match="could not be stored"):
+    with pytest.raises(StorageError, match="could not be stored"):
         write_image(store.root / "gone" / "ab" / "ab.png", b"data")
 
 

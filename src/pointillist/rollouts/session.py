@@ -174,7 +174,17 @@ class Session:
         self, messages: Sequence[Mapping[str, Any]], *, first: int = 0, from_client: bool = False
     ) -> Conversation:
         """`read_now` in a thread: what it does would hold up every other rollout of the event loop."""
+        messages = await self.fetch_remote(messages)
         return await asyncio.to_thread(self.read_now, messages, first=first, from_client=from_client)
+
+    async def fetch_remote(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """Messages whose remote images are in the store; for callers of `read_now`, which would hold a thread for them.
+
+        Raises:
+            SourceError, ImageError: As `read_now`.
+        """
+        stored: Sequence[Mapping[str, Any]] = await self._sources.fetch_remote(messages)
+        return stored
 
     def read_now(
         self, messages: Sequence[Mapping[str, Any]], *, first: int = 0, from_client: bool = False
@@ -194,7 +204,10 @@ class Session:
         """
         images: list[StoredImage] = []
         sources = self._client_sources if from_client else self._sources
-        stored = [normalize_images(message, sources, images) for message in messages]
+        stored = [
+            normalize_images(message, sources, images, f"messages[{number}]")
+            for number, message in enumerate(messages, start=first)
+        ]
         numbered = enumerate(stored, start=first)
         return Conversation([canonical(message, f"messages[{number}]") for number, message in numbered], images)
 

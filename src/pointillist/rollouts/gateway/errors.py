@@ -12,6 +12,7 @@ from pointillist.errors import (
     PointillistError,
     RenderError,
     SourceError,
+    StorageError,
     UnsupportedContentError,
 )
 
@@ -58,6 +59,8 @@ def api_error(error: PointillistError) -> ApiError:
     """What a client is told of an error."""
     if isinstance(error, InferenceError):
         return ApiError(str(error), status=502, code="inference_failed")
+    if isinstance(error, StorageError):
+        return ApiError(str(error), status=503, code="storage_unavailable")
     for kind, code in _CODES:
         if isinstance(error, kind):
             return ApiError(str(error), param="messages", code=code)

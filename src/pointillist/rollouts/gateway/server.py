@@ -196,7 +196,15 @@ class Gateway:
         share = await self._budget.take(length)
         try:
             body = await _body(request, limit)
-            call, entry, conversation = await asyncio.to_thread(self._taken_in, api, body, named)
+            call, entry = await asyncio.to_thread(self._taken_in, api, body, named)
+            del body
+            messages, call.messages = call.messages, []
+            try:
+                stored = await entry.session.fetch_remote(messages)
+                del messages
+                conversation = await asyncio.to_thread(entry.session.read_now, stored, from_client=True)
+            except RecursionError:
+                raise ApiError("messages are nested too deeply", param="messages") from None
         finally:
             share.release()
         before = entry.responses.get(call.previous or "")
@@ -207,15 +215,10 @@ class Gateway:
             )  # fmt: skip
         return entry, call, _joined(before, conversation)
 
-    def _taken_in(self, api: Any, body: bytes, named: str | None) -> tuple[Call, _Entry, Conversation]:
+    def _taken_in(self, api: Any, body: bytes, named: str | None) -> tuple[Call, _Entry]:
         """What a body says; runs in a thread."""
         call = _parsed(api, body)
-        entry = self._entry(call.session if named is None else named)
-        messages, call.messages = call.messages, []
-        try:
-            return call, entry, entry.session.read_now(messages, from_client=True)
-        except RecursionError:
-            raise ApiError("messages are nested too deeply", param="messages") from None
+        return call, self._entry(call.session if named is None else named)
 
     def _check_key(self, request: Request) -> None:
         if self._key is None:
