@@ -32,15 +32,15 @@ _OTHERS: Final[tuple[tuple[bytes, str], ...]] = (
     (rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL picture"),
     (rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51", "a JPEG 2000 picture"),
     (rb"8BPS", "a Photoshop file"),
-    (rb"\0\0[\1\2]\0", "a Windows icon or cursor"),
+    (rb"\0\0[\x01\x02]\0", "a Windows icon or cursor"),
     (rb"\x76\x2f\x31\x01", "an OpenEXR picture"),
     (rb"\x93NUMPY", "a numpy file"),
     (rb"PAR1", "a Parquet file"),
     (rb"\x1a\x45\xdf\xa3", "a video (Matroska or WebM)"),
     (rb"RIFF....AVI ", "a video (AVI)"),
     (rb"RIFF....WAVE|ID3|OggS|fLaC", "a sound"),
-    (rb"\0\0\1[\xb3\xba]|FLV", "a video"),
-    (rb"PK[\3\5]\4", "a ZIP archive"),
+    (rb"\0\0\x01[\xb3\xba]|FLV", "a video"),
+    (rb"PK\x03\x04|PK\x05\x06", "a ZIP archive"),
     (rb"\x1f\x8b", "gzip-compressed data"),
     (rb"P[1-7]\s", "a PNM picture"),
     (rb"data:", "the text of a data: URL"),
@@ -84,7 +84,17 @@ def describe(data: bytes) -> str:
         return "nothing but zeros"
     if text[:1] in (b"{", b"["):
         return "JSON"
-    return "text" if all(byte >= 0x20 or byte in b"\t\n\r\f" for byte in head) else "data of an unknown kind"
+    return "text" if _is_text(head) else "data of an unknown kind"
+
+
+def _is_text(head: bytes) -> bool:
+    if any(byte < 0x20 and byte not in b"\t\n\r\f" for byte in head):
+        return False
+    try:
+        head.decode()
+    except UnicodeDecodeError as error:
+        return error.start > _HEAD - 4  # a character that the end of the head cuts
+    return True
 
 
 def _brands(data: bytes) -> frozenset[bytes]:
