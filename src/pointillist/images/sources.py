@@ -46,6 +46,9 @@ _WHITE_SPACE: Final = b" \t\n\r\f\v"
 _URLSAFE: Final = bytes.maketrans(b"-_", b"+/")
 _LONGEST_FORM: Final = 4
 """Characters for one byte of an image, at most: percent-encoded base64."""
+_LONGEST_PATH: Final = 400
+_BEGINS_BASE64: Final = re.compile(r"iVBORw0KGgo|/9j/|R0lGOD|UklGR")
+"""Base64 of PNG, JPEG, GIF and WebP."""
 _SHOWN: Final = 60
 """Characters of a source that an error repeats."""
 
@@ -115,7 +118,7 @@ class Sources:
             return self._keep(data)
         except ImageError as error:
             if isinstance(source, str | Path) and not _is_data_url(source):
-                raise ImageError(f"{_shown(str(source))}: {error}") from error
+                raise ImageError(f"{_shown_path(source)}: {error}") from error
             raise
 
     async def fetch_remote(self, value: Any) -> Any:
@@ -353,26 +356,32 @@ def _check_length(text: str | bytes, max_bytes: int, characters_a_byte: float) -
 
 
 def _read_file(path: Path, max_bytes: int) -> bytes:
-    shown = _shown(str(path))
+    shown = _shown_path(path)
     try:
         if path.is_dir():
             raise SourceError(f"{shown} is a folder, expected an image file")
         if not path.is_file():
-            hint = "; base64 belongs into a data: URL" if len(str(path)) > 300 else ""
-            raise SourceError(f"no image file at {shown}{hint}")
+            raise SourceError(f"no image file at {shown}")
         if (size := path.stat().st_size) > max_bytes:
             raise SourceError(f"image file {shown} has {size} bytes, at most {max_bytes} are accepted")
         with path.open("rb") as file:
             return file.read(max_bytes + 1)  # one that grows meanwhile is then too large
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        hint = "; base64 belongs into a data: URL" if len(str(path)) > 300 else ""
-        raise SourceError(f"image file {shown} cannot be read ({reason}){hint}") from None
+        raise SourceError(f"image file {shown} cannot be read ({reason})") from None
 
 
 def _shown(text: str) -> str:
     """A source as an error may repeat it: its beginning."""
     return repr(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!r}... ({len(text):,} characters)"
+
+
+def _shown_path(path: str | Path) -> str:
+    """A path as an error may repeat it: whole, if it is one and not the base64 of a picture."""
+    text = str(path)
+    if len(text) > _LONGEST_PATH or _BEGINS_BASE64.match(text):
+        return f"{_shown(text)}, which looks like base64: that belongs into a data: URL"
+    return repr(text)
 
 
 def _type_of(source: object) -> str:
