@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from pointillist.config import CARRIER, RolloutsConfig
+from pointillist.config import CARRIER, LIMITS_CARRIER, RolloutsConfig
 from pointillist.errors import ImageError, LayoutError, PointillistError, RenderError, SourceError
 from pointillist.rollouts.environment import Closing, Task, load_environment
 from pointillist.rollouts.gateway import Gateway
@@ -96,8 +96,9 @@ class Executor:
             "eval": _checked(self._environment.eval_tasks(), "eval"),
         }
         self._policy = Policy.from_config(config, blank_images=config.env.blank_images)
-        # For whatever writes images on its own here or is started from here: one folder, told in one way.
+        # For whatever writes images on its own here or is started from here: one folder, told in one way, and limits.
         os.environ[CARRIER] = str(self._policy.sources.store_root)
+        os.environ[LIMITS_CARRIER] = config.multimodal.limits.model_dump_json()
         self._gateway = Gateway(config.gateway, self._policy.model_name)
 
     async def start(self) -> None:
