@@ -16,7 +16,8 @@ from pointillist.errors import ImageError
 from pointillist.images import ImageLimits, decode_rgb, read_header
 from pointillist.images.blank import blank_image
 from pointillist.images.decode import color_planes, is_nearly_constant, to_pillow
-from pointillist.images.sniff import describe
+from pointillist.images.sniff import describe, format_of
+from pointillist.images.structure import check_structure
 from tests.conftest import encoded, picture
 
 LIMITS = ImageLimits()
@@ -404,3 +405,42 @@ def test_the_runs_own_limit_replaces_pillows_guard(monkeypatch: pytest.MonkeyPat
         assert decode_rgb(data, ImageLimits(max_pixels=200)).shape == (10, 20, 3)
     with pytest.raises(ImageError, match="at most 199 pixels"):
         decode_rgb(data, ImageLimits(max_pixels=199))
+
+
+def _of_many_pieces(kind: str) -> bytes:
+    png, gif, jpeg = (encoded(picture(8, 8), name) for name in ("PNG", "GIF", "JPEG"))
+    pixels, end = png.index(b"IDAT") - 4, png.rindex(b"IEND") - 4
+    descriptor = gif.index(b",\0\0\0\0\x08\0\x08\0")
+    many = 40_000
+    return {
+        "chunks before": png[:pixels] + _chunk(b"prVt", b"") * many + png[pixels:],
+        "chunks behind": png[:end] + _chunk(b"tEXt", b"a\0b") * many + png[end:],
+        "empty pixels": png[:pixels] + _chunk(b"IDAT", b"") * many + png[pixels:],
+        "markers": jpeg[:2] + b"\xff\xe5\0\2" * many + jpeg[2:],
+        "fill bytes": jpeg[:2] + b"\xff" * many + jpeg[2:],
+        "comments": gif[:descriptor] + b"\x21\xfe\x01a\0" * many + gif[descriptor:],
+        "sub-blocks": gif[:descriptor] + b"\x21\xfe" + b"\x01a" * many + b"\0" + gif[descriptor:],
+        "bytes between blocks": gif[:-1] + b"\x01" * many + gif[-1:],
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "chunks before", "chunks behind", "empty pixels", "markers", "fill bytes", "comments", "sub-blocks",
+        "bytes between blocks",
+    ],
+)  # fmt: skip
+def test_files_of_very_many_pieces_are_refused(kind: str) -> None:
+    with pytest.raises(ImageError, match="pieces"):
+        read_header(_of_many_pieces(kind), LIMITS)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=200), st.sampled_from(["PNG", "JPEG", "GIF"]), st.integers(0, 500))
+def test_structure_is_walked_to_the_end_of_any_bytes(noise: bytes, file_format: str, at: int) -> None:
+    data = encoded(picture(16, 16), file_format)
+    name = format_of(data)
+    assert name is not None
+    check_structure(name, data)
+    check_structure(name, data[: at % len(data)] + noise)

@@ -39,6 +39,7 @@ from PIL import (
 from pointillist.errors import ImageError
 from pointillist.images.orientation import TURNED, UPRIGHT, orientation_of_file, orientation_of_pillow, upright
 from pointillist.images.sniff import ALL_FORMATS, ImageFormat, describe, format_of
+from pointillist.images.structure import check_structure
 
 PIXEL_RULES: Final = "exif-anywhere;alpha-on-white;deep-grey-upper-byte-of-its-bits;rgb"
 
@@ -227,6 +228,7 @@ def _opened(data: bytes, limits: ImageLimits) -> tuple[Image.Image, ImageHeader,
         raise ImageError(f"expected an image ({', '.join(limits.formats)}), got {describe(data)}")
     if name not in limits.formats:
         raise ImageError(f"image format {name!r} is not accepted, expected one of {list(limits.formats)}")
+    check_structure(name, data)
     image = _reader(name)(io.BytesIO(data), "")
     width, height = image.size
     _check_size(width, height, limits)
