@@ -444,3 +444,25 @@ def test_structure_is_walked_to_the_end_of_any_bytes(noise: bytes, file_format: 
     assert name is not None
     check_structure(name, data)
     check_structure(name, data[: at % len(data)] + noise)
+
+
+def _png(width: int, bits: int, colour: int, row: bytes, transparent: bytes) -> bytes:
+    head = struct.pack(">IIBBBBB", width, 1, bits, colour, 0, 0, 0)
+    chunks = [(b"IHDR", head), (b"tRNS", transparent), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*chunk) for chunk in chunks)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (_png(2, 1, 0, b"\x40", b"\0\0"), [255, 255]),
+        (_png(2, 2, 0, b"\x60", b"\0\1"), [255, 170]),
+        (_png(2, 4, 0, b"\x5a", b"\0\5"), [255, 170]),
+        (_png(2, 8, 0, b"\5\n", b"\0\5"), [255, 10]),
+        (_png(2, 16, 0, b"\5\0\n\0", b"\5\0"), [255, 10]),
+        (_png(2, 8, 2, bytes([5, 6, 7, 10, 10, 10]), b"\0\5\0\6\0\7"), [255, 10]),
+        (_png(2, 16, 2, bytes([5, 1, 6, 1, 7, 1, 10, 0, 10, 0, 10, 0]), b"\5\1\6\1\7\1"), [255, 10]),
+    ],
+)
+def test_a_transparent_level_is_white_at_every_depth(data: bytes, expected: list[int]) -> None:
+    np.testing.assert_array_equal(decode_rgb(data, LIMITS)[0], [[level] * 3 for level in expected])

@@ -237,6 +237,8 @@ def _opened(data: bytes, limits: ImageLimits) -> tuple[Image.Image, ImageHeader,
             raise ImageError("image has several pages, expected one")
         raise ImageError("image is animated, expected a still image")
     _check_samples(image)
+    if name == "png":
+        _scale_transparent_level(image, bits=data[24])
     orientation = orientation_of_file(image, data)
     if orientation in TURNED:
         width, height = height, width
@@ -273,6 +275,15 @@ def _check_samples(image: Image.Image) -> None:
         raise ImageError("image has signed or 32-bit samples, expected unsigned ones of at most 16 bits a channel")
 
 
+def _scale_transparent_level(image: Image.Image, bits: int) -> None:
+    """Brings the one transparent level of a PNG, which counts in the file's bits, to the 8 that Pillow decodes to."""
+    level = image.info.get("transparency")
+    if isinstance(level, int) and image.mode == "L" and bits < 8:
+        image.info["transparency"] = level * 255 // (2**bits - 1)
+    elif isinstance(level, tuple) and bits == 16:
+        image.info["transparency"] = tuple(each >> 8 for each in level)
+
+
 def _tiff_values(image: Image.Image, tag: int, default: int) -> tuple[Any, ...]:
     """Values of a TIFF's tag; the default's for a file without it, and for other formats."""
     tags = getattr(image, "tag_v2", None)
@@ -285,7 +296,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith("I;16"):
         return Image.fromarray(_upper_byte(image)).convert("RGB")
-    if "transparency" in image.info or image.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
+    if image.has_transparency_data:
         if image.mode in ("La", "RGBa"):  # premultiplied alpha
             image = image.convert("LA" if image.mode == "La" else "RGBA")
         rgba = image.convert("RGBA")

@@ -110,7 +110,10 @@ class Sources:
             StorageError: The store can not be written now.
         """
         if isinstance(source, str) and _SCHEME.match(source):
-            return self._keep(self._fetched(source))
+            try:
+                return self._keep(self._fetched(source))
+            except (SourceError, ImageError) as error:
+                raise type(error)(f"{_shown(source)}: {error}") from error
         if not self._local_files and isinstance(source, str | Path) and not _is_data_url(source):
             return self._already_stored(str(source))
         data = _bytes_of(source, self._store.limits)
@@ -160,7 +163,7 @@ class Sources:
 
     def _fetched(self, url: str) -> bytes:
         if not _HTTP.match(url):
-            raise SourceError(f"expected a data:, file:// or http(s) URL or a path, got {_shown(url)}")
+            raise SourceError("expected a data:, file:// or http(s) URL or a path")
         if self._fetch is None:
             raise SourceError(
                 "remote images are not fetched (multimodal.allow_remote is false); expected a data: URL, a file:// URL "

@@ -324,6 +324,10 @@ def is_intact(root: Path, name: str) -> bool:
         return hashlib.sha256(read_stored(root, name, STORED_LIMITS)).hexdigest() == name[3:67]
     except RefError:
         return False
+    except MissingImageError:
+        if os.path.lexists(root / name):
+            return False  # there, but unreadable
+        raise
 
 
 def _known(db: sqlite3.Connection, name: str) -> tuple[int, int, int, int, bytes] | None:
