@@ -191,7 +191,7 @@ def normalize_images(value: Any, sources: Sources, images: list[StoredImage], wh
         if _is_image_part(value):
             try:
                 stored = sources.put(_source_of(value))
-            except (SourceError, ImageError, RefError, StorageError) as error:
+            except (SourceError, ImageError, StorageError) as error:
                 raise type(error)(f"{where}: {error}" if where else str(error)) from error
             images.append(stored)
             return {"type": "image_url", "image_url": {"url": stored.uri}}
@@ -291,7 +291,11 @@ def _bytes_of(source: object, limits: ImageLimits) -> bytes:
     if _is_data_url(source):
         return _decode_data_url(source, limits.max_bytes)
     if source[:7].lower() == "file://":
-        return _read_file(local_path(source), limits.max_bytes)
+        try:
+            path = local_path(source)
+        except RefError as error:
+            raise SourceError(f"{_shown(source)}: {error}") from None
+        return _read_file(path, limits.max_bytes)
     return _read_file(Path(source), limits.max_bytes)
 
 
