@@ -186,7 +186,7 @@ def test_an_unreadable_file_costs_its_image_only(
         assert batch.images[1].patches is not None
     assert len(list(Path("/proc/self/fd").iterdir())) == before
     answer = request_error(batch.errors[2], [folder, good, failing])
-    assert (answer.info.type, answer.info.param) == ("missing_mm_image", "features.kwargs_data.image[2]")
+    assert (answer.type, answer.param) == ("missing_mm_image", "features.kwargs_data.image[2]")
 
 
 def test_no_memory_for_an_image_costs_that_image_only(
