@@ -57,6 +57,10 @@ class InferenceError(PointillistError):
     """The inference server refused or failed a request."""
 
 
+class RequestRefusedError(InferenceError):
+    """The inference server refused what a request asks for; asking again gives the same."""
+
+
 class EnvironmentLoadError(PointillistError):
     """An environment that can not be found, imported or built."""
 

@@ -10,6 +10,7 @@ import msgspec
 
 from pointillist.config import CARRIER, LIMITS_CARRIER, RolloutsConfig
 from pointillist.errors import ImageError, LayoutError, PointillistError, RenderError, SourceError
+from pointillist.pools import give_threads_to_environments
 from pointillist.rollouts.environment import Closing, Task, load_environment
 from pointillist.rollouts.gateway import Gateway
 from pointillist.rollouts.policy import Policy
@@ -90,6 +91,7 @@ class Executor:
             PointillistError: It has no training tasks, or two tasks of one id.
         """
         self._timeout = config.rollout_timeout
+        self._max_concurrent = config.max_concurrent
         self._environment = load_environment(config.env.id, config.env.args)
         self._tasks: dict[Split, Sequence[Task]] = {
             "train": _checked(self._environment.train_tasks(), "train"),
@@ -103,6 +105,7 @@ class Executor:
 
     async def start(self) -> None:
         """Starts the gateway."""
+        give_threads_to_environments(self._max_concurrent)
         await self._gateway.start()
 
     async def task_ids(self, split: Split) -> list[str]:
