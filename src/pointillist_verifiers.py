@@ -32,9 +32,9 @@ import mcp
 import verifiers.v1 as vf
 from verifiers.v1.serve import EnvClient, env_config_data
 
-from pointillist.config.assets import CARRIER
+from pointillist.config.assets import CARRIER, writer_limits
 from pointillist.errors import EnvironmentLoadError, PointillistError
-from pointillist.images import ImageLimits, ImageStore, Sources, normalize_images
+from pointillist.images import ImageStore, Sources, normalize_images
 from pointillist.rollouts import Session, Task
 
 __all__ = ["OffloadingEnv", "PointillistHarness", "VerifiersEnvironment"]
@@ -324,7 +324,7 @@ def _offload(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @cache
 def _sources(root: str) -> Sources:
-    return Sources(ImageStore(Path(root), ImageLimits()))
+    return Sources(ImageStore(Path(root), writer_limits(os.environ)))
 
 
 def _config(taskset: str, args: dict[str, Any], env: dict[str, Any], harness: dict[str, Any]) -> vf.EnvConfig:

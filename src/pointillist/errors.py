@@ -17,6 +17,10 @@ class ImageError(PointillistError):
     """Bytes that can not be accepted as an image: undecodable, animated, or over a limit."""
 
 
+class StorageError(PointillistError):
+    """An image folder that cannot be written now (full, read-only, failing). The image is good; try again."""
+
+
 class SourceError(PointillistError):
     """An image part of a message that names its image in a way that is not accepted."""
 
@@ -26,7 +30,7 @@ class RefError(PointillistError):
 
 
 class MissingImageError(PointillistError):
-    """A well-formed reference whose file is not there."""
+    """A well-formed reference whose file is not there, or cannot be read now."""
 
 
 class LayoutError(PointillistError):
@@ -51,6 +55,10 @@ class UnsupportedContentError(RenderError):
 
 class InferenceError(PointillistError):
     """The inference server refused or failed a request."""
+
+
+class RequestRefusedError(InferenceError):
+    """The inference server refused what a request asks for; asking again gives the same."""
 
 
 class EnvironmentLoadError(PointillistError):

@@ -17,13 +17,13 @@ Example:
 
 import asyncio
 import functools
+import re
 import resource
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from http import HTTPStatus
-from typing import Any, Final, cast
-from urllib.parse import urlsplit
+from typing import Any, Final
 
 import uvicorn
 from starlette.requests import Request
@@ -48,22 +48,27 @@ _LINGER_SECONDS: Final = 5.0
 _OTHER_DESCRIPTORS: Final = 512
 """File descriptors that are left to the rest of the process."""
 _SHARE: Final = "pointillist.body"
+_HOST: Final = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::[0-9]{1,5})?")
+"""A `Host` header in lower case. With anything else in it (`a/health?`) an address that is made from it has another
+path than the request."""
 
 
 class HttpRefusal(PointillistError):
     """A request that its server does not serve."""
 
-    def __init__(self, status: int, message: str, type: str = "BadRequestError") -> None:
+    def __init__(self, status: int, message: str, type: str = "BadRequestError", param: str | None = None) -> None:
         """Describes the answer.
 
         Args:
             status: HTTP status code.
             message: What was expected and what came.
             type: Name of the fault, in OpenAI's and vLLM's manner.
+            param: The part of the request that is at fault.
         """
         super().__init__(message)
         self.status = status
         self.type = type
+        self.param = param
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,19 +110,19 @@ def check_address(request: Request, *, loopback: bool) -> None:
         HttpRefusal: 400 for a foreign or malformed `Host`, 403 for an `Origin` that is not this server's own.
     """
     address = request.headers.get("host", "").lower()
-    if loopback and not is_loopback(_name_of(address)):
-        raise HttpRefusal(400, "expected a loopback name in the address (the Host header), such as 127.0.0.1")
+    name = _name_of(address)
+    if not name or (loopback and not is_loopback(name)):
+        kind = "a loopback name" if loopback else "a name"
+        raise HttpRefusal(400, f"expected {kind} in the address (the Host header), such as 127.0.0.1")
     origin = request.headers.get("origin")
-    if origin is not None and (not address or origin.lower().partition("://")[2] != address):
+    if origin is not None and origin.lower().partition("://")[2] != address:
         raise HttpRefusal(403, "expected no Origin header, or this server's own: pages of other sites are refused")
 
 
 def _name_of(address: str) -> str:
-    """The host of a `Host` header without its port; empty if it is malformed."""
-    try:
-        return urlsplit(f"//{address}").hostname or ""
-    except ValueError:
-        return ""
+    """The host of a `Host` header without its port and brackets; empty if it is malformed."""
+    match = _HOST.fullmatch(address)
+    return (match[1] or match[2]) if match is not None else ""
 
 
 def check_bearer(request: Request, key: str) -> None:
@@ -149,9 +154,9 @@ def check_json(request: Request) -> None:
 
 def answer_json(_: Request, error: PointillistError) -> Response:
     """The answer to a refused request, `{"error": {message, type, param, code}}` as OpenAI and vLLM have it."""
-    status = error.status if isinstance(error, HttpRefusal) else HTTPStatus.BAD_REQUEST
-    kind = error.type if isinstance(error, HttpRefusal) else "BadRequestError"
-    return JSONResponse({"error": {"message": str(error), "type": kind, "param": None, "code": status}}, status)
+    refusal = error if isinstance(error, HttpRefusal) else HttpRefusal(HTTPStatus.BAD_REQUEST, str(error))
+    content = {"message": str(error), "type": refusal.type, "param": refusal.param, "code": int(refusal.status)}
+    return JSONResponse({"error": content}, refusal.status)
 
 
 class Guard:
@@ -467,8 +472,16 @@ def uvicorn_config(app: ASGIApp, limits: HttpLimits, *, host: str, port: int, **
         "backlog": 4096,
         **options,
     }
-    protocol = functools.partial(GuardedProtocol, limits=_within_descriptors(limits))
-    return uvicorn.Config(app, host=host, port=port, http=cast(Any, protocol), **settings)
+    return uvicorn.Config(app, host=host, port=port, http=guarded_protocol(limits), **settings)
+
+
+def guarded_protocol(limits: HttpLimits) -> Any:
+    """What uvicorn makes its connections of, `uvicorn.Config.http_protocol_class`.
+
+    Args:
+        limits: Of connections; `connections` is cut to what this process may open.
+    """
+    return functools.partial(GuardedProtocol, limits=_within_descriptors(limits))
 
 
 def _within_descriptors(limits: HttpLimits) -> HttpLimits:

@@ -36,7 +36,7 @@ from pointillist.config import (
     parse_cli,
 )
 from pointillist.images import ImageLimits, ImageStore
-from pointillist.inference.protocol import GenerateRequest
+from pointillist.inference.protocol import GenerateRequest, decode_body
 from tests.conftest import ROOT, encoded, picture
 from tests.docs.blocks import Block, blocks, commands, pages
 
@@ -138,7 +138,7 @@ def test_toml(block: Block, tmp_path: Path) -> None:
 
 @_block_tests("json")
 def test_json(block: Block) -> None:
-    GenerateRequest.model_validate(json.loads(block.text))
+    decode_body(block.text.encode(), GenerateRequest)
 
 
 def test_a_package_declares_its_family() -> None:

@@ -8,19 +8,23 @@ import builtins
 import json
 import os
 import resource
+import socket
 import struct
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from pointillist.errors import PointillistError
+from pointillist.errors import PointillistError, SourceError
 from pointillist.families import Family, RawImageMaterializer
 from pointillist.images import ImageLimits, ImageStore, Sources, decode_rgb, normalize_images, read_header
+from pointillist.images.remote import RemoteImages, public_address
 from pointillist.refs import ImageRef, build_mm_refs, decode_ref, encode_ref, parse_descriptor
 from tests.conftest import encoded, picture
 
@@ -191,11 +195,12 @@ def _png_header(width: int, height: int, depth: int, colour: int, interlace: int
 
 
 def test_image_bytes() -> None:
-    formats = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]
+    formats = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]
     originals = [encoded(picture(20, 14).convert(mode), name) for name in formats for mode in ("RGB", "L")]
     exif = picture(8, 8).getexif()
     exif[0x0112] = 6
-    originals += [encoded(picture(20, 14), name, exif=exif) for name in ("PNG", "JPEG", "WEBP", "TIFF")]
+    originals += [encoded(picture(20, 14), name, exif=exif) for name in ("PNG", "JPEG", "WEBP", "TIFF", "AVIF")]
+    originals.append(encoded(Image.new("I;16", (20, 14), 40_000), "TIFF"))
 
     def damage(data: bytes, at: int, length: int, piece: bytes) -> bytes:
         at %= len(data) + 1
@@ -216,7 +221,43 @@ def test_image_bytes() -> None:
             header = read_header(data, LIMITS)
             assert header.width * header.height <= LIMITS.max_pixels
             assert decode_rgb(data, LIMITS).shape == (header.height, header.width, 3)
-        except PointillistError:
-            pass
+        except PointillistError as error:
+            assert len(str(error)) < 300
+
+    check()
+
+
+def test_data_urls_and_addresses(store: ImageStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    numeric = partial(socket.getaddrinfo, flags=socket.AI_NUMERICHOST)  # no name service is asked
+    monkeypatch.setattr(socket, "getaddrinfo", numeric)
+    sources = Sources(store).for_clients()
+    good = "data:image/png;base64," + base64.b64encode(encoded(picture(4, 4))).decode()
+    heads = st.sampled_from(["data:", "DATA:image/png", "data:image/png;base64", "data:;base64", "data:image/*;x=y"])
+    bodies = st.text(max_size=80) | st.binary(max_size=80).map(lambda data: base64.b64encode(data).decode())
+    addresses = st.ip_addresses().map(str) | st.text(max_size=30) | st.integers(0, 2**33).map(str)
+
+    def nowhere(host: str, port: int) -> str:
+        address = public_address(host, port)
+        raise SourceError(f"would have gone to {address}")
+
+    remote = RemoteImages(1000, seconds=20, address_of=nowhere)
+
+    @fuzzed
+    @given(
+        st.one_of(mangled(good), st.builds(lambda head, body: f"{head},{body}", heads, bodies)),
+        st.builds(
+            lambda scheme, host, port: f"{scheme}://{host}{port}/a.png",
+            st.sampled_from(["http", "https", "HTTP"]), addresses,
+            st.sampled_from(["", ":80", ":0", ":-1", ":65536", ":x", "@1.2.3.4"]),
+        ),
+    )  # fmt: skip
+    def check(data_url: str, url: str) -> None:
+        try:
+            sources.put(data_url)
+        except PointillistError as error:
+            assert len(str(error)) < 300
+        with pytest.raises(PointillistError) as raised:
+            remote.fetch(url)
+        assert len(str(raised.value)) < 300
 
     check()

@@ -3,7 +3,9 @@
 import asyncio
 import base64
 import json
+import os
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import httpx
 import pytest
 import torch
 
+from pointillist.config.run_paths import WEIGHTS_FILE
 from pointillist.errors import InferenceError
 from pointillist.images import normalize_images
 from pointillist.images.store import local_path
@@ -140,7 +143,7 @@ def _faults(server: RunningServer) -> dict[str, tuple[dict[str, Any], str]]:
         "none": (_with_entry(body, None), "every image needs its mmraw"),
         "processed tensor": (_with_entry(body, "gASVdGVuc29y"), "expected an mmraw: string"),
         "inline image": (_with_entry(body, "data:image/png;base64,aaaa"), "inline"),
-        "not a string": (_with_entry(body, {"pixel_values": [1]}), "dict"),
+        "not a string": (_with_entry(body, {"pixel_values": [1]}), "Expected `str"),
         "malformed": (_with_entry(body, "mmraw:@@"), "base64url"),
         "unknown family": (_with_ref(body, family="kimi_k25"), "served by"),
         "wrong modality": (_with_ref(body, modality="video"), "modality"),
@@ -223,6 +226,18 @@ def test_missing_and_corrupt_files(server: RunningServer) -> None:
         ({"sampling_params": {"temprature": 1}}, "temprature"),
         ({"sampling_params": {"n": 10_000}}, "n is 10000"),
         ({"sampling_params": {"max_tokens": 10_000}}, "at most 512"),
+        ({"token_ids": [10**40]}, "token_ids"),
+        ({"sampling_params": {"temperature": 1e39}}, "temperature"),
+        ({"sampling_params": {"temperature": 1e-38}}, "temperature"),
+        ({"sampling_params": {"top_k": 2**63}}, "top_k"),
+        ({"sampling_params": {"seed": 10**40}}, "seed"),
+        ({"sampling_params": {"seed": -1}}, "seed"),
+        ({"sampling_params": {"n": 10**9}}, "n"),
+        ({"sampling_params": {"max_tokens": 10**40}}, "max_tokens"),
+        ({"sampling_params": {"logprobs": 10**30}}, "logprobs"),
+        ({"sampling_params": {"stop_token_ids": [10**40]}}, "stop_token_ids"),
+        ({"sampling_params": {"stop_token_ids": list(range(100_000))}}, "stop_token_ids"),
+        ({"request_id": "a\nb"}, "request_id"),
         ({"stream": True}, "stream"),
         ({"content": 1}, "content"),
     ],
@@ -242,6 +257,55 @@ def test_parameters_that_are_not_served_are_refused(server: RunningServer) -> No
 
 def test_neutral_parameters_of_other_clients_are_accepted(server: RunningServer) -> None:
     assert _choices(server, _body(server, top_k=-1, min_p=0.0, repetition_penalty=1.0, skip_special_tokens=False))
+
+
+@pytest.mark.parametrize("path", [GENERATE, "/update_weights", "/pause"])
+def test_pages_of_other_sites_can_do_nothing(server: RunningServer, path: str) -> None:
+    for headers, status in (
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": "evil.example"}, 400),
+        ({"Content-Type": "text/plain"}, 415),
+        ({"Content-Type": "application/x-www-form-urlencoded"}, 415),
+    ):
+        response = httpx.post(
+            server.url + path, content=b"{}", headers={"Content-Type": "application/json", **headers}, timeout=60
+        )
+        assert response.status_code == status
+        assert response.json()["error"]["code"] == status
+    assert httpx.get(server.url + "/is_paused").json() == {"is_paused": False}
+
+
+def test_bodies_and_headers_are_bounded_and_others_go_on(server: RunningServer) -> None:
+    headers = {"Content-Type": "application/json"}
+
+    def chunks() -> Iterator[bytes]:
+        yield b'{"token_ids":['
+        for _ in range(400):
+            yield b"[]," * 20_000
+
+    for content in (b'{"token_ids":[' + b"[]," * 7_000_000, chunks()):
+        response = httpx.post(server.url + GENERATE, content=content, headers=headers, timeout=60)
+        assert response.status_code == 413
+        assert response.json()["error"]["type"] == "RequestTooLarge"
+    assert httpx.get(server.url + "/health", headers={"X": "y" * 200_000}).status_code == 431
+    assert len(_choices(server, _body(server, 1))) == 1
+
+
+def test_images_that_touch_are_served(server: RunningServer) -> None:
+    """Whether or not the model's own code knows where one ends: in the other order they give other numbers."""
+
+    def asked(*seeds: int) -> torch.Tensor:
+        body = _body(server, *seeds)
+        ids = body["token_ids"]
+        pads = [i for i, token in enumerate(ids) if token == server.family.image_token_id]
+        body["token_ids"] = [*ids[: pads[0]], *(ids[i] for i in pads), *ids[pads[-1] + 1 :]]
+        first, second = body["features"]["mm_placeholders"]["image"]
+        second["offset"] = first["offset"] + first["length"]
+        return _logprobs(_choices(server, body)[0])
+
+    assert (asked(1, 2) - asked(2, 1)).abs().max() > 1e-3
+    assert len(_choices(server, _body(server, 1))) == 1
 
 
 def test_health_models_metrics_pause(server: RunningServer) -> None:
@@ -264,33 +328,33 @@ def test_new_weights_while_requests_run(server: RunningServer, model_dir: Path) 
     broadcasts = server.output_dir / "broadcasts"
     body = _body(server, 1)
     before = _choices(server, body)[0]
+    base = int(httpx.get(server.url + "/health").json()["weight_version"])  # other tests may have been here
 
     async def load() -> list[str]:
         client = InferenceClient([server.url])
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
             long = {**body, "sampling_params": {**body["sampling_params"], "max_tokens": 300}}
             running = [asyncio.create_task(http.post(GENERATE, json=long)) for _ in range(4)]
-            for version in (1, 2, 3):
+            for version in (base + 1, base + 2, base + 3):
                 await asyncio.sleep(0.05)
-                scaled = {name: tensor * (1 + version / 100) for name, tensor in weights.items()}
+                scaled = {name: tensor * (1 + (version - base) / 100) for name, tensor in weights.items()}
                 write_weights(scaled, broadcasts / f"step_{version}")
                 await update_weights(client.servers[0], str(broadcasts / f"step_{version}"), version)
             with pytest.raises(InferenceError, match="not below"):
-                await update_weights(client.servers[0], str(model_dir), 9)
-            with pytest.raises(InferenceError, match="version 3 serves on"):
-                await update_weights(client.servers[0], str(broadcasts / "step_77"), 77)
+                await update_weights(client.servers[0], str(model_dir), base + 9)
+            with pytest.raises(InferenceError, match=f"version {base + 3} serves on"):
+                await update_weights(client.servers[0], str(broadcasts / "none"), base + 77)
             answers = [(await task).json() for task in running]
         await client.aclose()
         return [span["version"] for answer in answers for span in answer["choices"][0]["weight_versions"]]
 
-    assert "3" in asyncio.run(load())
+    assert f"{base + 3}" in asyncio.run(load())
     after = _choices(server, body)[0]
-    assert after["weight_versions"][0]["version"] == "3"
+    assert after["weight_versions"][0]["version"] == f"{base + 3}"
     assert (_logprobs(after) - _logprobs(before)).abs().max() > 1e-4
-    write_weights(weights, broadcasts / "step_4")
-    response = httpx.post(
-        server.url + "/update_weights", json={"weight_dir": str(broadcasts / "step_4"), "weight_version": 4}
-    )
+    write_weights(weights, broadcasts / f"step_{base + 4}")
+    request = {"weight_dir": str(broadcasts / f"step_{base + 4}"), "weight_version": base + 4}
+    response = httpx.post(server.url + "/update_weights", json=request)
     assert response.status_code == 200
     assert _logprobs(_choices(server, body)[0]).tolist() == _logprobs(before).tolist()
 
@@ -423,3 +487,35 @@ async def test_a_groups_first_requests_travel_as_one(server: RunningServer) -> N
         alone = await client.generate(prompt, params, seed)
         assert alone.token_ids == answer.token_ids
     await client.aclose()
+
+
+def test_weights_come_in_order_and_cannot_be_what_cannot_serve(server: RunningServer, model_dir: Path) -> None:
+    weights = load_model(str(model_dir), device="cpu", dtype="float32").model.state_dict()
+    broadcasts = server.output_dir / "broadcasts"
+    first = int(httpx.get(server.url + "/health").json()["weight_version"])
+    before = _logprobs(_choices(server, _body(server, 1))[0]).tolist()
+
+    def update(name: str, version: int, **more: Any) -> httpx.Response:
+        body = {"weight_dir": str(broadcasts / name), "weight_version": version, **more}
+        return httpx.post(server.url + "/update_weights", json=body, timeout=120)
+
+    name = max(weights)
+    for fault, tensor in {"nan": weights[name] * float("nan"), "int8": weights[name].to(torch.int8)}.items():
+        write_weights({**weights, name: tensor}, broadcasts / fault)
+    (broadcasts / "fifo").mkdir()
+    os.mkfifo(broadcasts / "fifo" / WEIGHTS_FILE)
+    write_weights(weights, broadcasts / "good")
+    (broadcasts / "link").mkdir()
+    (broadcasts / "link" / WEIGHTS_FILE).symlink_to(broadcasts / "good" / WEIGHTS_FILE)
+    for fault in ("nan", "int8", "fifo", "link", "nothing"):
+        response = update(fault, first + 50)
+        assert response.status_code == 400, fault
+        assert f"version {first} serves on" in response.json()["error"]["message"]
+    assert update("good", 10**400).status_code == 400  # type: ignore[arg-type]
+    assert httpx.get(server.url + "/health").json()["weight_version"] == first
+    assert _logprobs(_choices(server, _body(server, 1))[0]).tolist() == before
+    assert update("good", first + 50).status_code == 200
+    late = update("good", first + 49)
+    assert (late.status_code, late.json()["error"]["type"]) == (409, "ConflictError")
+    # Those of a run that goes on after a checkpoint; further tests find the server as it was.
+    assert update("good", first, rewind=True).json()["weight_version"] == first

@@ -340,7 +340,7 @@ def test_rewards_that_never_differ_end_the_run_with_what_was_said(digits_run: Di
 def test_a_corrupt_picture_in_the_task_set(digits_run: Digits) -> None:
     picture = digits_run.root / "data" / "0007.png"
     picture.write_bytes(picture.read_bytes()[:100])
-    _assert_clear(*digits_run.run(), "picture 0007.png", "not a decodable image")
+    _assert_clear(*digits_run.run(), "picture 0007.png", "image is truncated")
 
 
 def test_a_stale_image_folder_in_the_environment_is_overridden(digits_run: Digits) -> None:

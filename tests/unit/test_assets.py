@@ -1,11 +1,13 @@
 """The asset endpoint and its readers: the same pixels, nothing but images and weights, a bounded store."""
 
+import contextlib
 import hashlib
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -15,7 +17,7 @@ import uvicorn
 
 from pointillist.config import RunPaths
 from pointillist.config.run_paths import WEIGHTS_FILE
-from pointillist.errors import MissingImageError, RefError
+from pointillist.errors import ConfigError, MissingImageError, RefError
 from pointillist.families import Family, RawImageMaterializer
 from pointillist.families.base import describe_image
 from pointillist.images import ImageLimits, ImageStore
@@ -177,3 +179,47 @@ def test_weights_are_downloaded_whole(endpoint: Endpoint, tmp_path: Path) -> Non
     with pytest.raises(MissingImageError, match="answered 404"):
         endpoint.client().download("/weights/4", tmp_path / "there" / WEIGHTS_FILE)
     assert not (tmp_path / "there" / WEIGHTS_FILE).exists()
+
+
+class _Odd(BaseHTTPRequestHandler):
+    """Asset endpoints as they should not be."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        if self.path.startswith("/images/gz"):
+            self.send_header("Content-Encoding", "gzip")
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while self.path.startswith("/images/drip"):
+                self.wfile.write(b"x")
+                time.sleep(0.02)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_slow_and_compressed_answers_are_no_images() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Odd) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = AssetClient([f"http://127.0.0.1:{server.server_address[1]}"], KEY, timeout=0.5)
+        with pytest.raises(MissingImageError, match=r"after 0.5 s|did not answer"):
+            client.fetch("/images/drip", 10_000)
+        with pytest.raises(MissingImageError, match="gzip"):
+            client.fetch("/images/gz", 10_000)
+        server.shutdown()
+
+
+def test_a_failing_disk_costs_only_the_keeping(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = encoded(picture(16, 16))
+    stored = endpoint.store.put(data)
+    fetched = FetchedImages(tmp_path / "mine", 1, endpoint.client(), LIMITS)  # evicts at once
+
+    def failing(*_: object, **__: object) -> None:
+        raise PermissionError("no")
+
+    monkeypatch.setattr(Path, "unlink", failing)
+    assert fetched.read(_name(endpoint.store, stored.uri), stored.sha256) == data
+    with pytest.raises(ConfigError, match="image folder"):
+        FetchedImages(Path("/proc/none/mine"), 1, endpoint.client(), LIMITS)

@@ -4,6 +4,7 @@ import pytest
 
 from pointillist.config import (
     CARRIER,
+    LIMITS_CARRIER,
     InferenceConfig,
     MultimodalConfig,
     RLConfig,
@@ -12,8 +13,11 @@ from pointillist.config import (
     resolve_image_dir,
     write_toml,
     writer_image_dir,
+    writer_limits,
 )
+from pointillist.config.shared import LimitsConfig
 from pointillist.errors import ConfigError
+from pointillist.images import ImageLimits
 
 TOML = """
 seq_len = 512
@@ -36,6 +40,15 @@ def toml(tmp_path: Path) -> str:
 
 def _parse(toml: str, *overrides: str) -> RLConfig:
     return parse_cli(RLConfig, ["@", toml, *overrides])
+
+
+def test_writers_are_told_the_runs_limits() -> None:
+    limits = LimitsConfig(max_side=30_000, formats=["png"])
+    told = writer_limits({LIMITS_CARRIER: limits.model_dump_json()})
+    assert (told.max_side, told.formats) == (30_000, ("png",))
+    assert writer_limits({}) == ImageLimits()
+    with pytest.raises(ConfigError, match=LIMITS_CARRIER):
+        writer_limits({LIMITS_CARRIER: '{"max_side": 0}'})
 
 
 def test_shared_fields_reach_every_component(toml: str) -> None:

@@ -14,7 +14,7 @@ from pointillist.errors import InferenceError
 from pointillist.inference.embedded.batch import Prompt
 from pointillist.inference.embedded.engine import Engine, EngineRequest
 from pointillist.inference.embedded.metrics import EngineMetrics
-from pointillist.inference.embedded.sampling import sample
+from pointillist.inference.embedded.sampling import draw_noise, sample
 from pointillist.inference.protocol import Choice, SamplingParams
 from pointillist.models import LoadedModel, PixelNormalizer, load_model, write_weights
 from pointillist.refs import mm_token_type_ids
@@ -264,15 +264,122 @@ def test_aborted_requests_leave_the_batch(engine: Engine) -> None:
 
 
 def test_a_dead_engine_answers_everyone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that computes nothing any more is what an engine dies of."""
+
     def broken(*_: object) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr("pointillist.inference.embedded.engine.prefill", broken)
+    monkeypatch.setattr(engine, "_check_device", broken)
     with pytest.raises(RuntimeError, match="engine died"):
         _submit(engine, _prompt(engine._loaded, 5, [], 1)).result(60)
     with pytest.raises(RuntimeError, match="engine died"):
         _submit(engine, _prompt(engine._loaded, 5, [], 1)).result(60)
     assert isinstance(engine.failure, ZeroDivisionError)
+
+
+BAD = 7
+"""A token that makes whatever reads or samples it raise; see `_breaking`."""
+
+
+def _breaking(engine: Engine, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    """Makes one stage raise for requests whose prompt begins with `BAD`, alone or among others."""
+    from pointillist.inference.embedded import engine as module
+
+    def is_bad(sequence: object) -> bool:
+        return int(sequence.request.prompt.token_ids[0]) == BAD  # type: ignore[attr-defined]
+
+    real_prefill, real_sample, real_decode = module.prefill, module.sample, module.decode
+    if stage == "prefill":
+
+        def prefill(loaded: object, normalize: object, prompts: list[Prompt]) -> object:
+            if any(int(prompt.token_ids[0]) == BAD for prompt in prompts):
+                raise RuntimeError("prefill")
+            return real_prefill(loaded, normalize, prompts)
+
+        monkeypatch.setattr(module, "prefill", prefill)
+    elif stage == "logits":  # what weights or numbers out of range do: NaN instead of an exception
+
+        def spoiled(loaded: object, normalize: object, prompts: list[Prompt]) -> object:
+            batch = real_prefill(loaded, normalize, prompts)
+            for row, prompt in enumerate(prompts):
+                if int(prompt.token_ids[0]) == BAD:
+                    batch.logits[row] = float("nan")
+            return batch
+
+        monkeypatch.setattr(module, "prefill", spoiled)
+    elif stage == "sample":
+
+        def sample(logits: torch.Tensor, masked: object, params: list[SamplingParams], noise: object) -> object:
+            if any(each.seed == BAD for each in params):
+                raise RuntimeError("sample")
+            return real_sample(logits, masked, params, noise)
+
+        monkeypatch.setattr(module, "sample", sample)
+    elif stage == "decode":
+
+        def decode(loaded: object, batch: object, tokens: object) -> object:
+            if len(engine._rows) == len(tokens):
+                bad = any(is_bad(sequence) for sequence in engine._rows)
+            else:  # one row, after all of them have raised
+                row = next(
+                    i for i, t in enumerate(engine._rows) if torch.equal(batch.logits, engine._batch.logits[i : i + 1])
+                )
+                bad = is_bad(engine._rows[row])
+            if bad:
+                raise RuntimeError("decode")
+            return real_decode(loaded, batch, tokens)
+
+        monkeypatch.setattr(module, "decode", decode)
+    else:
+        real_finish = engine._finish
+
+        def finish(sequence: object, *why: object) -> None:
+            if is_bad(sequence):
+                raise RuntimeError("finish")
+            real_finish(sequence, *why)
+
+        monkeypatch.setattr(engine, "_finish", finish)
+
+
+@pytest.mark.parametrize("stage", ["prefill", "logits", "sample", "decode", "finish"])
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_request_that_raises_fails_alone(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, stage: str, alone: bool
+) -> None:
+    engine = _engine(model_dir, alone=alone)
+    engine.start()
+    good = [_prompt(engine._loaded, 5 + i, [(64, 64)], i + 1) for i in range(3)]
+    before = [_submit(engine, prompt, seed=100 + i, max_tokens=4 + i).result(60) for i, prompt in enumerate(good)]
+    _breaking(engine, monkeypatch, stage)
+    bad = _prompt(engine._loaded, 9, [(64, 64)], 99)
+    bad.token_ids[0] = BAD
+    engine.pause()
+    futures = [_submit(engine, prompt, key=1, seed=100 + i, max_tokens=4 + i) for i, prompt in enumerate(good)]
+    failing = _submit(engine, bad, key=1, n=2, seed=BAD)
+    late = [_submit(engine, prompt, key=2, seed=100 + i, max_tokens=4 + i) for i, prompt in enumerate(good)]
+    engine.resume()
+    with pytest.raises(InferenceError, match="could not compute"):
+        failing.result(60)
+    for old, *new in zip(before, futures, late, strict=True):
+        assert all([c.token_ids for c in future.result(60)] == [c.token_ids for c in old] for future in new)
+    engine.stop()
+    assert engine.failure is None and not engine._rows and not engine._next
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.01},
+        {"temperature": 100.0},
+        {"top_p": 1e-46},
+        {"top_k": 10_000_000},
+        {"seed": 2**63 - 1, "n": 3},
+    ],
+)
+def test_numbers_at_their_bounds_are_sampled(engine: Engine, params: dict[str, float]) -> None:
+    for choice in _submit(engine, _prompt(engine._loaded, 5, [], 1), **params).result(60):
+        assert len(choice.token_ids) == 6 and bool(torch.isfinite(_logprobs(choice)).all())
 
 
 def test_sampling_follows_the_distribution() -> None:
@@ -281,7 +388,7 @@ def test_sampling_follows_the_distribution() -> None:
     masked = torch.tensor([4])
 
     def frequencies(**params: object) -> torch.Tensor:
-        sampled = sample(logits, masked, [SamplingParams(**params)] * 4000, generators)
+        sampled = sample(logits, masked, [SamplingParams(**params)] * 4000, draw_noise(generators))
         return torch.bincount(sampled.token_ids, minlength=5) / 4000
 
     expected = torch.tensor([0.0, 1.0, 2.0, 3.0]).softmax(-1)

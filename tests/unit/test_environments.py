@@ -14,6 +14,7 @@ from PIL import Image
 
 from pointillist.environments.dataset import DatasetEnvironment, exact, math_verify, numeric, regex
 from pointillist.environments.hunt import HuntEnvironment
+from pointillist.environments.tasks import read_tasks
 from pointillist.errors import EnvironmentLoadError
 from pointillist.rollouts import Completion, Turn
 from tests.conftest import encoded, picture
@@ -181,3 +182,18 @@ async def test_dataset_takes_data_urls(tmp_path: Path) -> None:
     url = "data:image/png;base64," + base64.b64encode(encoded(picture(4, 4))).decode()
     environment = DatasetEnvironment(write(tmp_path, [{"prompt": "x", "image": url, "answer": "y"}]), eval_size=0)
     assert environment.train_tasks()[0].data["images"] == [url]
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["DATA:image/png;base64,AAAA", "file:///data/a.png", "https://example.com/a.png", "HTTP://example.com/a.png"],
+)
+def test_dataset_takes_urls_as_they_are(tmp_path: Path, url: str) -> None:
+    environment = DatasetEnvironment(write(tmp_path, [{"prompt": "x", "image": url, "answer": "y"}]), eval_size=0)
+    assert environment.train_tasks()[0].data["images"] == [url]
+
+
+def test_task_lists_take_pictures_over_the_default_limits(tmp_path: Path) -> None:
+    (tmp_path / "wide.jpg").write_bytes(encoded(picture(20_000, 2), "JPEG"))
+    (tmp_path / "train.jsonl").write_text(json.dumps({"image": "wide.jpg", "answer": "x"}) + "\n")
+    assert len(read_tasks(tmp_path / "train.jsonl", "")) == 1

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -23,7 +24,8 @@ from transformers import (
 
 from pointillist.families import RawImageMaterializer, describe_image
 from pointillist.images import ImageLimits, ImageStore
-from pointillist.models import LoadedModel, load_model
+from pointillist.inference.embedded.batch import Prompt, prefill
+from pointillist.models import LoadedModel, PixelNormalizer, as_tensors, load_model, sample_positions
 from pointillist.orchestrator.packing import pack
 from pointillist.refs import MMImageRef, MMRefs, mm_token_type_ids
 from pointillist.trainer.data import RowLoader
@@ -188,3 +190,58 @@ def check_against_huggingface(folder: Path, loaded: LoadedModel, store: ImageSto
         gradients = [each.grad for each in loaded.model.model.get_submodule(name).parameters()]
         assert any(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in gradients), name
     return proof
+
+
+def _touching(loaded: LoadedModel, store: ImageStore, order: tuple[int, int]) -> TrainingSample:
+    """A sample whose two images have no token between them, the first or the second one first."""
+    both = _sample(loaded, store, [(64, 64), (96, 64)], 3)
+    assert both.mm_refs is not None
+    first, second = (both.mm_refs.images[index] for index in order)
+    pad, start = loaded.family.image_token_id, 5
+    ids = [*both.token_ids[:start], *[pad] * (first.length + second.length), *both.token_ids[-7:]]
+    first = msgspec.structs.replace(first, offset=start)
+    second = msgspec.structs.replace(second, offset=start + first.length)
+    trained = [index >= len(ids) - 4 for index in range(len(ids))]
+    return msgspec.structs.replace(
+        both, token_ids=ids, loss_mask=trained, logprobs=[0.0] * len(ids), advantages=[float(on) for on in trained],
+        weight_versions=[0] * len(ids), temperatures=[1.0] * len(ids), mm_refs=MMRefs([first, second]),
+        mm_token_type_ids=mm_token_type_ids(ids, pad),
+    )  # fmt: skip
+
+
+def test_images_that_touch_are_two_images(loaded: LoadedModel, store: ImageStore) -> None:
+    """To the trainer and to the embedded engine alike, in every family; in the other order they give other numbers."""
+    reader = RawImageMaterializer(loaded.family, [store.root], ImageLimits())
+    loader, policy = RowLoader(loaded, reader), Policy(loaded)
+    loader.packed = False
+    linear = "linear_attention" in (getattr(loaded.model.config.get_text_config(), "layer_types", None) or [])
+    seen = []
+    for order in ((0, 1), (1, 0)):
+        sample = _touching(loaded, store, order)
+        ((row,),) = pack([sample], seq_len=256, num_workers=1)
+        with torch.no_grad():
+            seen.append(policy(loader.load(row)).logprobs)
+        if linear:
+            continue  # not served by the embedded engine
+        refs, ids = sample.mm_refs.images, torch.tensor(sample.token_ids)
+        arrays = reader.materialize([ref.image_ref() for ref in refs], [ref.length for ref in refs], "uint8")
+        prompt = Prompt(ids[:-1], torch.tensor(sample.mm_token_type_ids)[:-1], as_tensors(arrays))
+        logits = prefill(loaded, PixelNormalizer(loaded.family), [prompt]).logits[0].clone()
+        logits[loaded.unsampleable] = float("-inf")
+        assert abs(logits.log_softmax(-1)[ids[-1]] - seen[-1][-1]) < 1e-4
+    assert (seen[0] - seen[1]).abs().max() > 1e-3
+
+
+def test_positions_of_images_that_touch(loaded: LoadedModel) -> None:
+    """Two images of two by two tokens after two tokens of text: the second begins where the first one's sides end."""
+    if loaded.family.forward_policy.pass_position_ids_with_mm:
+        return
+    types = torch.tensor([0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0])
+    rows = sample_positions(
+        loaded.model, loaded.family.forward_policy, types + 20, types, torch.tensor([[1, 4, 4], [1, 4, 4]])
+    )
+    assert rows.tolist() == [
+        [0, 1, 2, 2, 2, 2, 4, 4, 4, 4, 6, 7],
+        [0, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 7],
+        [0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7],
+    ]

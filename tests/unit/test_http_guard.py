@@ -263,6 +263,8 @@ def test_own_addresses_pass(headers: dict[str, str]) -> None:
         {"host": "127.0.0.1.evil.example"},
         {"host": "127.0.0.1@evil.example"},
         {"host": "[::1"},
+        {"host": "127.0.0.1/health?"},
+        {"host": "127.0.0.1#"},
         {"host": "0.0.0.0"},
         {"host": "\xe9"},
         {"host": "127.0.0.1:8000", "origin": "http://evil.example"},
@@ -277,10 +279,12 @@ def test_foreign_addresses_are_refused(headers: dict[str, str]) -> None:
 
 def test_elsewhere_any_name_will_do_but_no_page_of_another_site() -> None:
     check_address(request_with(host="node7:8000"), loopback=False)
-    for host in ("node7:8000", ""):
-        for origin in ("null", "http://evil.example"):
-            with pytest.raises(HttpRefusal, match="Origin"):
-                check_address(request_with(host=host, origin=origin), loopback=False)
+    for origin in ("null", "http://evil.example"):
+        with pytest.raises(HttpRefusal, match="Origin"):
+            check_address(request_with(host="node7:8000", origin=origin), loopback=False)
+    for host in ("", "node7/health?", "node7 "):
+        with pytest.raises(HttpRefusal, match="Host"):
+            check_address(request_with(host=host), loopback=False)
 
 
 def test_keys_and_content_types() -> None:

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -7,13 +9,15 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pointillist.errors import MissingImageError, RefError
-from pointillist.families import Family, ModelFiles, RawImageMaterializer, write_layout_record
+from pointillist.families import Family, ImageLayout, ModelFiles, RawImageMaterializer, write_layout_record
 from pointillist.families.pixels import PixelDtype
 from pointillist.families.qwen_vl import QwenVLFamily
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.images.store import local_path
+from pointillist.inference.features import request_error
 from pointillist.refs import ImageRef
 from tests.conftest import joined, picture, stored_ref
 
@@ -155,3 +159,62 @@ def test_tensors_that_somebody_holds_are_never_written_again(family: Family, sto
         np.testing.assert_array_equal(tensor.numpy(), expected)
     address = reader.materialize(*batches[0])["pixel_values"].ctypes.data
     assert reader.materialize(*batches[1])["pixel_values"].ctypes.data == address  # and what nobody holds, is
+
+
+def test_an_unreadable_file_costs_its_image_only(
+    materializer: RawImageMaterializer, family: Family, store: ImageStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (good, length), (folder, _), (failing, _) = (_ref(family, store, seed=seed) for seed in range(3))
+    path = local_path(folder.raw_image_uri)
+    path.unlink()
+    path.mkdir()
+    bad = local_path(failing.raw_image_uri).stat().st_ino
+    read = os.read
+
+    def reading(descriptor: int, count: int) -> bytes:
+        if os.fstat(descriptor).st_ino == bad:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(descriptor, count)
+
+    monkeypatch.setattr(os, "read", reading)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(10):
+        batch = materializer.materialize_many([folder, good, failing], [length] * 3)
+        assert {index: type(error) for index, error in batch.errors.items()} == {
+            0: MissingImageError, 2: MissingImageError,
+        }  # fmt: skip
+        assert batch.images[1].patches is not None
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    answer = request_error(batch.errors[2], [folder, good, failing])
+    assert (answer.type, answer.param) == ("missing_mm_image", "features.kwargs_data.image[2]")
+
+
+def test_no_memory_for_an_image_costs_that_image_only(
+    materializer: RawImageMaterializer, family: Family, store: ImageStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (good, length), (large, more) = _ref(family, store), _ref(family, store, 128, 96, 1)
+    patches = family.patches
+
+    def limited(pixels: np.ndarray, layout: ImageLayout) -> np.ndarray:
+        if layout.num_tokens == more:
+            raise MemoryError
+        return patches(pixels, layout)
+
+    monkeypatch.setattr(family, "patches", limited)
+    batch = materializer.materialize_many([good, large], [length, more])
+    assert batch.errors.keys() == {1}
+    assert isinstance(batch.errors[1], MissingImageError)
+
+
+def test_pictures_of_one_colour_are_counted_and_warned_about(
+    family: Family, store: ImageStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    reader = RawImageMaterializer(family, [store.root], ImageLimits(), threads=1)
+    plain = [stored_ref(family, store, Image.new("RGB", (64, 64), (level, 0, 0))) for level in range(12)]
+    refs, lengths = zip(*plain, _ref(family, store), strict=True)
+    batch = reader.materialize_many(refs, lengths)
+    assert [image.constant for image in batch.images] == [True] * 12 + [False]
+    assert reader.cache.counts.constant == 12
+    warned = [record.getMessage() for record in caplog.records if "one colour only" in record.getMessage()]
+    assert ["number 1 " in warned[0], "number 10 " in warned[1]] == [True, True]
+    assert len(warned) == 2

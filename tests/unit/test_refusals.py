@@ -17,6 +17,7 @@ HELPERS = {"invalid": "400 invalid_mm_image_ref"}
 FILES = [
     "images/sources.py",
     "images/decode.py",
+    "images/structure.py",
     "images/store.py",
     "images/remote.py",
     "images/fetched.py",

@@ -1,7 +1,11 @@
+import contextlib
 import errno
 import hashlib
+import io
 import multiprocessing
 import os
+import socket
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pointillist.errors import ImageError, MissingImageError, RefError
+from pointillist.errors import ConfigError, ImageError, MissingImageError, RefError, StorageError
 from pointillist.images import ImageLimits, ImageStore, inventory, read_verified
+from pointillist.images.decode import STORED_LIMITS
 from pointillist.images.inventory import StoreEntry, list_store, verify_store
 from pointillist.images.store import file_uri, local_path, write_image
+from pointillist.rollouts import executor
+from pointillist.rollouts.gateway.errors import api_error
 from tests.conftest import encoded, picture
 
 LIMITS = ImageLimits()
@@ -89,16 +96,16 @@ def test_a_folder_that_can_not_be_flushed(store: ImageStore, monkeypatch: pytest
     code = errno.EINVAL  # the file system does not do that
     write_image(store.root / "ab" / "ab.png", b"data")
     code = errno.EIO
-    with pytest.raises(ImageError, match="could not be stored"):
+    with pytest.raises(StorageError, match="could not be stored"):
         write_image(store.root / "ab" / "ab.png", b"data")
     assert [path.name for path in (store.root / "ab").iterdir()] == ["ab.png"]
 
 
-def test_what_stands_in_the_way_of_a_folder_is_an_image_error(store: ImageStore) -> None:
+def test_what_stands_in_the_way_of_a_folder_is_a_storage_error(store: ImageStore) -> None:
     (store.root / "ab").write_text("a file")
-    with pytest.raises(ImageError, match="could not be stored"):
+    with pytest.raises(StorageError, match="could not be stored"):
         write_image(store.root / "ab" / "ab.png", b"data")
-    with pytest.raises(ImageError, match="could not be stored"):
+    with pytest.raises(StorageError, match="could not be stored"):
         write_image(store.root / "gone" / "ab" / "ab.png", b"data")
 
 
@@ -201,6 +208,127 @@ def test_local_path_gives_an_absolute_path_or_a_ref_error(text: str) -> None:
             continue
         assert path.is_absolute()
         assert ".." not in path.parts
+
+
+@pytest.fixture
+def no_descriptor_leaks() -> Iterator[None]:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    yield
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+_READING_FAULTS = [
+    "EIO", "ESTALE", "EACCES", "EPERM", "EISDIR", "ENOTCONN", "EMFILE", "ENFILE", "ENOMEM", "ETIMEDOUT", "EREMOTEIO",
+    "ENAMETOOLONG", "EHOSTDOWN", "EBADMSG", "EOVERFLOW", "EAGAIN",
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("no_descriptor_leaks")
+@pytest.mark.parametrize("call", ["open", "read", "fstat"])
+@pytest.mark.parametrize("name", _READING_FAULTS)
+def test_what_cannot_be_read_now_is_missing(
+    store: ImageStore, monkeypatch: pytest.MonkeyPatch, call: str, name: str
+) -> None:
+    stored = store.put(encoded(picture(8, 8)))
+    code = getattr(errno, name)
+
+    def failing(*_: Any, **__: Any) -> Any:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, failing)
+        with pytest.raises(MissingImageError, match=name) as raised:
+            read_verified(stored.uri, stored.sha256, [store.root], LIMITS)
+    assert stored.sha256 in str(raised.value)
+    assert read_verified(stored.uri, stored.sha256, [store.root], LIMITS)
+
+
+@pytest.mark.usefixtures("no_descriptor_leaks")
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [("folder", MissingImageError), ("fifo", RefError), ("socket", RefError), ("device", RefError), ("link", RefError)],
+)
+def test_other_things_under_an_images_name(store: ImageStore, tmp_path: Path, kind: str, error: type) -> None:
+    stored = store.put(encoded(picture(8, 8)))
+    path = local_path(stored.uri)
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "link":
+        path.symlink_to("/dev/zero")
+    elif kind == "device":
+        try:
+            os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 5))  # /dev/zero
+        except PermissionError:
+            pytest.skip("device nodes need root")
+    listening = socket.socket(socket.AF_UNIX)
+    with listening, contextlib.chdir(path.parent):  # the address of a socket must be short
+        if kind == "socket":
+            listening.bind(path.name)
+    for _ in range(20):
+        with pytest.raises(error):
+            read_verified(stored.uri, stored.sha256, [store.root], LIMITS)
+
+
+@pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EROFS", "EIO", "EACCES"])
+@pytest.mark.parametrize("call", ["fsync", "open", "mkdir"])
+def test_a_disk_that_cannot_be_written_is_not_the_images_fault(
+    store: ImageStore, monkeypatch: pytest.MonkeyPatch, name: str, call: str
+) -> None:
+    code = getattr(errno, name)
+
+    def failing(*_: Any, **__: Any) -> Any:
+        raise OSError(code, os.strerror(code))
+
+    data = encoded(picture(8, 8))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, failing)
+        if call == "open":
+            patch.setattr(io, "open", failing)
+        with pytest.raises(StorageError, match=os.strerror(code)) as raised:
+            store.put(data)
+    assert not isinstance(raised.value, executor._PERMANENT)
+    assert api_error(raised.value).status == 503
+    assert [path for path in store.root.rglob("*") if path.is_file()] == []
+    assert store.put(data).uri  # once there is room
+
+
+def test_an_unusable_image_folder_is_a_config_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    for root in (tmp_path / "file", tmp_path / "file" / "s", tmp_path / "a", tmp_path / "n\0l", Path("/proc/none/s")):
+        with pytest.raises(ConfigError, match="image folder"):
+            ImageStore(root, LIMITS)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ConfigError, match="cannot be written to"):
+        ImageStore(tmp_path / "other user's", LIMITS)
+
+
+def test_a_folder_in_an_images_place_is_a_storage_error_and_a_damaged_file_is_replaced(store: ImageStore) -> None:
+    data = encoded(picture(8, 8))
+    path = local_path(store.put(data).uri)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(StorageError):
+        store.put(data)
+    path.rmdir()
+    os.mkfifo(path)
+    assert local_path(store.put(data).uri).read_bytes() == data
+
+
+def test_verifying_knows_wrong_extensions_and_large_pictures(store: ImageStore) -> None:
+    large = ImageStore(store.root, ImageLimits(max_side=30_000))
+    large.put(encoded(picture(20_000, 2), "JPEG"))
+    assert [entry.condition for entry in verify_store(store.root, STORED_LIMITS, workers=1)] == ["good"]
+    path = local_path(store.put(encoded(picture(8, 8))).uri)
+    path.rename(path.with_suffix(".jpg"))
+    assert sorted(entry.condition for entry in verify_store(store.root, STORED_LIMITS, workers=1)) == [
+        "corrupt",
+        "good",
+    ]
 
 
 def test_file_uri_round_trip(tmp_path: Path) -> None:

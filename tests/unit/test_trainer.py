@@ -92,10 +92,15 @@ def test_equal_images_of_a_row_are_materialised_once(loaded: LoadedModel, family
 
 def _damage(sample: TrainingSample, kind: str) -> None:
     path = Path(sample.mm_refs.images[-1].uri.removeprefix("file://"))
-    path.unlink() if kind == "missing" else path.write_bytes(path.read_bytes()[:-3])
+    if kind == "corrupt":
+        path.write_bytes(path.read_bytes()[:-3])
+        return
+    path.unlink()
+    if kind == "a folder":
+        path.mkdir()
 
 
-@pytest.mark.parametrize("kind", ["missing", "corrupt"])
+@pytest.mark.parametrize("kind", ["missing", "a folder", "corrupt"])
 def test_a_faulty_image_costs_its_own_sample_only(
     kind: str, loaded: LoadedModel, family: Family, store: ImageStore
 ) -> None:
@@ -113,8 +118,9 @@ def test_a_faulty_image_costs_its_own_sample_only(
     kept = [index for index in range(20) if index // 5 != place]
     torch.testing.assert_close(damaged, whole[kept], rtol=0, atol=1e-5)
     counts, faults = loader.take_counts()
-    assert (counts.images_missing, counts.images_corrupt) == ((1, 0) if kind == "missing" else (0, 1))
-    assert (counts.samples_zeroed, counts.samples_quarantined) == ((1, 0) if kind == "missing" else (0, 1))
+    assert (counts.images_missing, counts.images_corrupt) == ((0, 1) if kind == "corrupt" else (1, 0))
+    assert (counts.samples_zeroed, counts.samples_quarantined) == ((0, 1) if kind == "corrupt" else (1, 0))
+    assert counts.images_constant == 0  # the zeros that hold its place are not a picture
     assert [(fault.sample_id, fault.corrupt) for fault in faults] == [(samples[2].sample_id, kind == "corrupt")]
     assert loader.take_counts()[0].images_total == 0
 

@@ -17,9 +17,10 @@ from rich.console import Console
 from starlette.testclient import TestClient
 
 from pointillist.cli import cli
-from pointillist.errors import ConfigError, PointillistError
+from pointillist.errors import ConfigError, MissingImageError, PointillistError
+from pointillist.images import ImageStore
 from pointillist.images.store import local_path
-from pointillist.view.index import RunIndex
+from pointillist.view.index import RunIndex, is_intact
 from pointillist.view.metrics import MetricsFile
 from pointillist.view.queries import Filters, best_of_last_step, group, neighbours, rollouts, store_facts
 from pointillist.view.rollout import BranchRecord, Picture, Piece, RolloutRecord, conversation
@@ -498,3 +499,14 @@ def test_a_run_that_is_going_is_followed(run: ViewedRun, client: TestClient, mad
     after = client.get("/runs/0/status").json()
     assert after["rollouts"] == before["rollouts"] + 16
     assert after["state"] != before["state"]
+
+
+def test_an_unreadable_picture_is_corrupt_and_a_lost_one_is_missing(store: ImageStore) -> None:
+    path = local_path(store.put(encoded(picture(8, 8))).uri)
+    name = path.relative_to(store.root).as_posix()
+    assert is_intact(store.root, name)
+    path.unlink()
+    with pytest.raises(MissingImageError):
+        is_intact(store.root, name)
+    path.mkdir()
+    assert not is_intact(store.root, name)

@@ -1,6 +1,14 @@
 """Floor 2: configuration. Validates everything that can be known before a process starts."""
 
-from pointillist.config.assets import CARRIER, AssetServerConfig, own_image_dir, resolve_image_dir, writer_image_dir
+from pointillist.config.assets import (
+    CARRIER,
+    LIMITS_CARRIER,
+    AssetServerConfig,
+    own_image_dir,
+    resolve_image_dir,
+    writer_image_dir,
+    writer_limits,
+)
 from pointillist.config.base import Config, load_toml, parse_cli, write_toml
 from pointillist.config.inference import InferenceConfig
 from pointillist.config.launch import SlurmConfig, SupervisionConfig
@@ -30,6 +38,7 @@ from pointillist.config.trainer import TrainerConfig
 
 __all__ = [
     "CARRIER",
+    "LIMITS_CARRIER",
     "RUN_KEY",
     "AssetServerConfig",
     "AssetsConfig",
@@ -61,4 +70,5 @@ __all__ = [
     "resolve_image_dir",
     "write_toml",
     "writer_image_dir",
+    "writer_limits",
 ]

@@ -7,7 +7,7 @@
 3. `<output_dir>/assets/images`.
 
 The environment variable `VF_RENDERER_IMAGE_OFFLOAD_DIR` is only the carrier by which the launcher tells the
-processes that write images; it never decides.
+processes that write images; it never decides. `POINTILLIST_IMAGE_LIMITS` carries what they accept beside it.
 """
 
 import re
@@ -15,11 +15,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from pydantic import ValidationError
+
 from pointillist.config.base import Config
-from pointillist.config.shared import LogLevel, MultimodalConfig
+from pointillist.config.shared import LimitsConfig, LogLevel, MultimodalConfig
 from pointillist.errors import ConfigError
+from pointillist.images.decode import ImageLimits
 
 CARRIER: Final = "VF_RENDERER_IMAGE_OFFLOAD_DIR"
+LIMITS_CARRIER: Final = "POINTILLIST_IMAGE_LIMITS"
 _VARIABLE: Final = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 
 
@@ -50,6 +54,19 @@ def writer_image_dir(multimodal: MultimodalConfig, output_dir: Path, environ: Ma
     if told := environ.get(CARRIER):
         return Path(told)
     return resolve_image_dir(multimodal, output_dir, environ)
+
+
+def writer_limits(environ: Mapping[str, str]) -> ImageLimits:
+    """What a writer process accepts as an image: what it was told, else the defaults.
+
+    Raises:
+        ConfigError: The variable holds something else than `multimodal.limits` as JSON.
+    """
+    try:
+        limits: LimitsConfig = LimitsConfig.model_validate_json(environ.get(LIMITS_CARRIER) or "{}")
+    except ValidationError as error:
+        raise ConfigError(f"{LIMITS_CARRIER} does not hold multimodal.limits as JSON ({error})") from None
+    return limits.image_limits()
 
 
 def _expand(text: str, environ: Mapping[str, str]) -> str:

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pointillist.config.base import Config
-from pointillist.config.sampling import check_sampling_number
+from pointillist.config.sampling import MAX_CHOICES, check_sampling_number
 from pointillist.config.shared import LogLevel, ModelConfig, MultimodalConfig, ServerConfig, TransportConfig
 
 
@@ -100,6 +100,12 @@ class GatewayConfig(ServerConfig):
     inflight_bytes: int = Field(128 * 1024 * 1024, gt=0)
     """Bodies that are read and turned into references at once; further requests wait before theirs is read."""
 
+    max_choices: int = Field(128, gt=0, le=MAX_CHOICES)
+    """Answers that one request may ask for (`n`)."""
+
+    max_sessions: int = Field(10_000, gt=0)
+    """Sessions that are open at once in a gateway by itself."""
+
 
 class PolicyConfig(Config):
     """What every process that holds sessions needs: the model, the store, and where the policy is served."""
@@ -133,6 +139,9 @@ class RolloutsConfig(PolicyConfig):
     env: EnvConfig
     rollout_timeout: float = Field(600.0, gt=0)
     """Seconds that one rollout may take."""
+
+    max_concurrent: int = Field(256, gt=0, le=65_536)
+    """Rollouts in flight."""
 
 
 class EnvWorkerConfig(RolloutsConfig):
@@ -169,9 +178,6 @@ class OrchestratorConfig(RolloutsConfig):
 
     group_size: int = Field(8, gt=1)
     """Rollouts of one task, compared with each other."""
-
-    max_concurrent: int = Field(256, gt=0)
-    """Rollouts in flight."""
 
     max_retries: int = Field(2, ge=0)
     """How often a failed rollout is tried again before it is dropped."""

@@ -65,6 +65,13 @@ BOUNDS: Final[dict[str, Bound]] = {
     "seed": Bound(0, MAX_SEED),
     "logprobs": Bound(0, MAX_LOGPROBS),
     "stop_token_ids": Bound(0, MAX_VOCABULARY),
+    # Of these the embedded server takes only what changes nothing; vLLM has looser bounds or none.
+    "min_p": Bound(0, 1, whole=False),
+    "min_tokens": Bound(0, MAX_SEQUENCE),
+    "presence_penalty": Bound(-2, 2, whole=False),
+    "frequency_penalty": Bound(-2, 2, whole=False),
+    "repetition_penalty": Bound(0.01, 100, whole=False),
+    "prompt_logprobs": Bound(0, MAX_LOGPROBS),
 }
 """By parameter; for a list of numbers, of each of them."""
 

@@ -6,7 +6,8 @@ from typing import Final, Literal, get_args
 from pydantic import Field, field_validator
 
 from pointillist.config.base import Config
-from pointillist.images.decode import ImageFormat, ImageLimits
+from pointillist.images.decode import ImageLimits
+from pointillist.images.sniff import ImageFormat
 from pointillist.system import LOOPBACK
 
 RUN_KEY: Final = "POINTILLIST_RUN_KEY"

@@ -3,8 +3,8 @@
 The file is JSONL or Parquet (extra `parquet`). A row has
 
 - `prompt`: a text in which `<image>` marks where an image stands (without marks they stand before it);
-- `images`: a list of images, or `image`: one; each a path beside the file, a `data:` URL, or `{"bytes": ...}` as
-  Parquet files have it; may be missing;
+- `images`: a list of images, or `image`: one; each a path beside the file, a `data:` or `file://` URL, an http(s)
+  URL where `multimodal.allow_remote` is set, or `{"bytes": ...}` as Parquet files have it; may be missing;
 - `answer`: what is right; a regular expression for the `regex` reward.
 
 Other names of columns are given as arguments. Rewards are 1 or 0:
@@ -32,6 +32,7 @@ from pointillist.errors import EnvironmentLoadError
 from pointillist.rollouts import Session, Task
 
 MARK: Final = "<image>"
+_URL: Final = re.compile(r"data:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _NUMBER: Final = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+(?:[eE][-+]?\d+)?")
 
 
@@ -178,11 +179,11 @@ def _task(row: Mapping[str, Any], number: int, path: Path, names: Mapping[str, s
 def _source(image: Any, folder: Path) -> str | bytes:
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path")
-    if isinstance(image, bytes) or (isinstance(image, str) and image.startswith("data:")):
+    if isinstance(image, bytes) or (isinstance(image, str) and _URL.match(image)):
         return image
     if isinstance(image, str):
         return str(folder / image)
-    raise TypeError(f"image is {type(image).__name__}, expected a path, a data: URL or {{'bytes': ...}}")
+    raise TypeError(f"image is {type(image).__name__}, expected a path, a URL or {{'bytes': ...}}")
 
 
 def _content(data: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from typing import Any, Final
 from PIL import Image
 
 from pointillist.environments.tasks import read_tasks
+from pointillist.images.decode import STORED_LIMITS, decode_rgb, to_pillow
 from pointillist.rollouts import Session, Task
 
 QUESTION = "Find it and name it."
@@ -95,5 +96,4 @@ class HuntEnvironment:
 
 
 def _load(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")
+    return to_pillow(decode_rgb(path.read_bytes(), STORED_LIMITS))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pointillist.errors import EnvironmentLoadError, ImageError
-from pointillist.images import ImageLimits, decode_rgb
+from pointillist.images.decode import STORED_LIMITS, decode_rgb
 from pointillist.rollouts import Task
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ def read_tasks(path: Path, hint: str) -> list[Task]:
     def task(record: Mapping[str, Any]) -> Task:
         image = path.parent / record["image"]
         try:
-            decode_rgb(image.read_bytes(), ImageLimits())
+            decode_rgb(image.read_bytes(), STORED_LIMITS)
         except (OSError, ImageError) as error:
             raise EnvironmentLoadError(f"picture {record['image']} of {path}: {error}") from None
         return Task(f"{path.stem}-{record['image']}", {"image": image, "answer": str(record["answer"])})

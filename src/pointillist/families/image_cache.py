@@ -24,6 +24,8 @@ class LoadedImage:
     patches: NDArray[np.uint8] | None
     """uint8, as `Family.patches` gives them; shared, so read only."""
     layout: ImageLayout
+    constant: bool = False
+    """Whether it shows (nearly) one colour only: often a picture that was read wrongly."""
 
     @property
     def num_bytes(self) -> int:
@@ -43,6 +45,8 @@ class CacheCounts:
     """Loads that raised."""
     bytes_loaded: int = 0
     """Bytes of patches that were made."""
+    constant: int = 0
+    """Loaded images that show (nearly) one colour only."""
 
 
 class ImageCache:
@@ -95,6 +99,7 @@ class ImageCache:
         with self._lock:
             del self._loading[key]
             self.counts.bytes_loaded += image.num_bytes
+            self.counts.constant += image.constant
             if image.num_bytes <= self._entries.maxsize:
                 self._entries[key] = image
         future.set_result(image)

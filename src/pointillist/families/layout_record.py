@@ -11,16 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from pointillist.config.run_paths import write_atomically
+from pointillist.errors import StorageError
 from pointillist.families.base import Family
 from pointillist.images.inventory import LAYOUTS_FOLDER
 from pointillist.refs.descriptor import canonical_json, fingerprint_of
 
 
 def write_layout_record(family: Family, store_root: Path) -> None:
-    """Keeps the settings of a family's fingerprint in an image store."""
+    """Keeps the settings of a family's fingerprint in an image store.
+
+    Raises:
+        StorageError: They could not be written.
+    """
     path = store_root / LAYOUTS_FOLDER / f"{family.layout_fingerprint}.json"
-    if not path.exists():
-        write_atomically(path, canonical_json(dict(family.layout_fields)))
+    try:
+        if not path.exists():
+            write_atomically(path, canonical_json(dict(family.layout_fields)))
+    except OSError as error:
+        raise StorageError(f"layout settings could not be stored in {path.parent} ({error.strerror})") from error
 
 
 def first_difference(fingerprint: str, own: Mapping[str, Any], roots: Iterable[Path]) -> str:

@@ -8,6 +8,7 @@ Images of a batch are loaded by a pool of threads (hashing, decoding, copying an
 distinct one once; patches are kept in a cache of bounded size, because groups and turns bring the same image again.
 """
 
+import logging
 import math
 import os
 import time
@@ -28,10 +29,12 @@ from pointillist.families.image_cache import ImageCache, LoadedImage
 from pointillist.families.joining import PatchJoiner
 from pointillist.families.layout_record import first_difference
 from pointillist.families.pixels import PixelDtype
-from pointillist.images.decode import ImageLimits, decode_rgb, read_header
+from pointillist.images.decode import ImageLimits, decode_rgb, is_nearly_constant, read_header
 from pointillist.images.fetched import FetchedImages
 from pointillist.images.store import check_named, read_verified, resolve_roots, stored_name
 from pointillist.refs.wire import ImageRef
+
+logger = logging.getLogger(__name__)
 
 _FIRST_WAIT_SECONDS = 0.05
 _LONGEST_WAIT_SECONDS = 2.0
@@ -272,9 +275,24 @@ class RawImageMaterializer:
         try:
             pixels = decode_rgb(data, self._limits)
             layout = self.family.layout(pixels.shape[1], pixels.shape[0])
-            return LoadedImage(self.family.patches(pixels, layout), layout)
+            image = LoadedImage(self.family.patches(pixels, layout), layout, is_nearly_constant(pixels))
         except (LayoutError, ImageError) as error:
             raise RefError(str(error)) from error
+        except MemoryError:  # it may go when other images are done
+            raise MissingImageError(f"image {ref.hash} cannot be decoded now: there is not enough memory") from None
+        if image.constant:
+            self._warn_of_constant(ref)
+        return image
+
+    def _warn_of_constant(self, ref: ImageRef) -> None:
+        """Says so for the first one, the tenth, the hundredth: blanked control runs have nothing else."""
+        number = self.cache.counts.constant + 1
+        if str(number).strip("0") == "1":
+            logger.warning(
+                "image %s shows (nearly) one colour only, number %d of those that were decoded here: a picture that is "
+                "black, white or grey where it should not be was made or read wrongly",
+                ref.raw_image_uri, number,
+            )  # fmt: skip
 
     def _fitting(self, ref: ImageRef, length: int, outcome: _Outcome) -> LoadedImage:
         """The image, if the reference's payload and placeholder are its own.

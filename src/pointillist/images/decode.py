@@ -1,61 +1,76 @@
 """From untrusted bytes to a header, and from a header to RGB pixels: the same way in every process.
 
-Two questions are asked of an image file. `read_header` answers "how large is it, seen upright?" from the first
-bytes alone; that is all the environment side ever needs. `decode_rgb` gives the pixels, normalised by one fixed
-set of rules (`PIXEL_RULES`, part of every layout fingerprint):
+Two questions are asked of an image file. `read_header` answers "how large is it, seen upright?" without decoding a
+pixel; that is all the environment side ever needs. `decode_rgb` gives the pixels, normalised by one fixed set of rules
+(`PIXEL_RULES`, part of every layout fingerprint):
 
-- the EXIF orientation that stands before the pixel data is applied (a PNG's EXIF chunk after its pixels is not:
-  reading it would mean decoding the whole file to know the size);
-- alpha is composited on white, palettes are resolved, 16-bit grey keeps its upper eight bits, CMYK, YCbCr and
-  LAB go through Pillow's conversion;
+- the EXIF orientation is applied, wherever in the file it stands (`images/orientation.py`);
+- alpha is composited on white, palettes are resolved, CMYK, YCbCr and LAB go through Pillow's conversion;
+- grey of more than 8 bits keeps the upper eight of the bits that the file says it has, white-is-zero is inverted;
+  signed, 32-bit and floating-point samples, whose range no file tells, are refused;
 - the result is RGB, uint8, height x width x 3.
 
 Every limit is checked on the header, before a pixel is decoded; whatever Pillow raises becomes an `ImageError`.
 """
 
+import importlib.util
 import io
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+    features,
+)
 
 from pointillist.errors import ImageError
+from pointillist.images.orientation import TURNED, UPRIGHT, orientation_of_file, orientation_of_pillow, upright
+from pointillist.images.sniff import ALL_FORMATS, ImageFormat, describe, format_of
+from pointillist.images.structure import check_structure
 
-ImageFormat = Literal["png", "jpg", "webp", "gif", "bmp", "tiff"]
+PIXEL_RULES: Final = "exif-anywhere;alpha-on-white;deep-grey-upper-byte-of-its-bits;rgb"
 
-PIXEL_RULES: Final = "exif-before-pixels;alpha-on-white;gray16-upper-byte;rgb"
-
-# Pillow's name of a format -> the extension of its files in the store. MPO is a JPEG with further pictures
-# appended (phones write them); its first picture is the photograph.
-_EXTENSION: Final[dict[str, ImageFormat]] = {
-    "PNG": "png",
-    "JPEG": "jpg",
-    "MPO": "jpg",
-    "WEBP": "webp",
-    "GIF": "gif",
-    "BMP": "bmp",
-    "TIFF": "tiff",
+# The readers are called by name, not through `Image.open`: its guard against large pictures is one number for the whole
+# process, and a run's own limits replace it.
+_READERS: Final[dict[ImageFormat, Callable[[io.BytesIO, str], Image.Image]]] = {
+    "png": PngImagePlugin.PngImageFile,
+    "jpg": JpegImagePlugin.jpeg_factory,
+    "webp": WebPImagePlugin.WebPImageFile,
+    "gif": GifImagePlugin.GifImageFile,
+    "bmp": BmpImagePlugin.BmpImageFile,
+    "tiff": TiffImagePlugin.TiffImageFile,
+    "avif": AvifImagePlugin.AvifImageFile,
 }
-_ALL_FORMATS: Final[tuple[ImageFormat, ...]] = ("png", "jpg", "webp", "gif", "bmp", "tiff")
-_PILLOW_NAMES: Final = tuple(name for name in _EXTENSION if name != "MPO")
+# Several pictures in one file whose first is the photograph: MPO is a JPEG with further ones appended, as phones write
+# it; HEIC opens at its primary picture.
+_FIRST_COUNTS: Final = ("MPO", "HEIF")
+_MISSING_READER: Final[dict[ImageFormat, str]] = {
+    "heic": "reading HEIC needs pillow-heif, in every process of the run: pip install 'pointillist[heic]'",
+    "avif": "this build of Pillow reads no AVIF: install the wheel from PyPI",
+    "webp": "this build of Pillow reads no WebP: install the wheel from PyPI",
+}
 
 # Bytes behind the last cell of a decoded JPEG, so that four bytes can be read from each colour of the last pixel.
 _SPARE: Final = 4
-_EXIF_ORIENTATION: Final = 0x0112
-_TRANSPOSE: Final = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+_UNSIGNED: Final = frozenset({1, 4})
+"""TIFF's sample formats that are unsigned integers: said to be, or not said."""
+
+_LEVELS_OF_A_PICTURE: Final = 16
+"""Brightest minus darkest level, of 256, from which on a colour is not called nearly constant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +83,12 @@ class ImageLimits:
     """Width times height."""
     max_side: int = 16_384
     """The longer side, in pixels."""
-    formats: tuple[ImageFormat, ...] = field(default=_ALL_FORMATS)
+    formats: tuple[ImageFormat, ...] = field(default=ALL_FORMATS)
     """Formats that are accepted, by the extension of their files in the store."""
+
+
+STORED_LIMITS: Final = ImageLimits(max_bytes=1024**3, max_pixels=1_000_000_000, max_side=1_000_000)
+"""For pictures that some run has accepted already, where that run's own limits are not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,18 +103,17 @@ class ImageHeader:
 
 
 def read_header(data: bytes, limits: ImageLimits) -> ImageHeader:
-    """Format and upright size of an encoded image, from its header alone.
+    """Format and upright size of an encoded image, without decoding a pixel.
 
     Args:
-        data: The encoded image, or at least its beginning up to the pixel data.
+        data: The encoded image, whole: PNG may tell only at its end which way it is up.
         limits: What is accepted.
 
     Raises:
         ImageError: Not a still image of an accepted format, or over a limit.
     """
-    with _pillow_errors_as_image_errors():
-        image = _open(data, limits)
-        return _header(image)
+    with _pillow_errors_as_image_errors(data):
+        return _opened(data, limits)[1]
 
 
 def decode_rgb(data: bytes, limits: ImageLimits) -> NDArray[np.uint8]:
@@ -104,23 +122,53 @@ def decode_rgb(data: bytes, limits: ImageLimits) -> NDArray[np.uint8]:
     Raises:
         ImageError: Not a still image of an accepted format, over a limit, truncated, or not decodable.
     """
-    with _pillow_errors_as_image_errors():
-        image = _open(data, limits)
-        header = _header(image)
-        orientation = _orientation(image)
-        if orientation == 1 and (fast := _decode_jpeg(image, data)) is not None:
+    with _pillow_errors_as_image_errors(data):
+        image, header, orientation = _opened(data, limits)
+        if orientation == UPRIGHT and (fast := _decode_jpeg(image, data)) is not None:
             return fast
         image.load()
-        rgb = _to_rgb(image)
-        # Pillow turns TIFF files upright by itself when it loads them.
-        if rgb.size != (header.width, header.height) or (orientation != 1 and image.format != "TIFF"):
-            rgb = rgb.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else rgb
-        pixels = np.asarray(rgb)
+        pixels = np.asarray(upright(_to_rgb(image), orientation))
     if pixels.shape != (header.height, header.width, 3):
         raise ImageError(
             f"image decodes to {pixels.shape[1]}x{pixels.shape[0]}, its header says {header.width}x{header.height}"
         )
     return pixels
+
+
+def encode_pillow(image: Image.Image, limits: ImageLimits) -> bytes:
+    """A Pillow image as a PNG file, upright and with the pixels that its own file would decode to.
+
+    Raises:
+        ImageError: Over a limit, truncated, or samples that `decode_rgb` would refuse.
+    """
+    width, height = image.size
+    _check_size(width, height, limits)
+    with _pillow_errors_as_image_errors(None):
+        _check_samples(image)
+        image.load()
+        # One channel suffices for what is grey: a PNG of a third of the size.
+        plain = image.mode in ("1", "L") and "transparency" not in image.info
+        turned = upright(image if plain else _to_rgb(image), orientation_of_pillow(image))
+        buffer = io.BytesIO()
+        # By its own name: what the image's `info` holds (profiles, EXIF) would be written, too.
+        bare = Image.frombytes(turned.mode, turned.size, turned.tobytes())
+        bare.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def is_nearly_constant(pixels: NDArray[np.uint8]) -> bool:
+    """Whether each colour of an image, uint8 `(height, width, 3)`, hardly changes over it: it shows (nearly) nothing.
+
+    Most pictures are told by some thousand of their pixels.
+    """
+    height, width, _ = pixels.shape
+    sample = pixels[:: max(1, height // 48), :: max(1, width // 48)]
+    return _narrow(sample) and all(_narrow(plane[..., None]) for plane in color_planes(pixels))
+
+
+def _narrow(pixels: NDArray[np.uint8]) -> bool:
+    ranges = pixels.max(axis=(0, 1)).astype(int) - pixels.min(axis=(0, 1))
+    return bool((ranges < _LEVELS_OF_A_PICTURE).all())
 
 
 def _decode_jpeg(image: Image.Image, data: bytes) -> NDArray[np.uint8] | None:
@@ -171,57 +219,84 @@ def _cells(pixels: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
     return block if whole and pixels.strides == (4 * width, 4, 1) else None
 
 
-def _open(data: bytes, limits: ImageLimits) -> Image.Image:
+def _opened(data: bytes, limits: ImageLimits) -> tuple[Image.Image, ImageHeader, int]:
+    """The file as Pillow opens it, its header, and its orientation, all limits checked and nothing decoded."""
     if len(data) > limits.max_bytes:
         raise ImageError(f"image has {len(data)} bytes, at most {limits.max_bytes} are accepted")
-    if not data:
-        raise ImageError("image is empty (0 bytes)")
-    image = Image.open(io.BytesIO(data), formats=_PILLOW_NAMES)
-    extension = _EXTENSION[image.format or ""]
-    if extension not in limits.formats:
-        raise ImageError(f"image format {extension!r} is not accepted, expected one of {list(limits.formats)}")
+    name = format_of(data)
+    if name is None:
+        raise ImageError(f"expected an image ({', '.join(limits.formats)}), got {describe(data)}")
+    if name not in limits.formats:
+        raise ImageError(f"image format {name!r} is not accepted, expected one of {list(limits.formats)}")
+    check_structure(name, data)
+    image = _reader(name)(io.BytesIO(data), "")
     width, height = image.size
+    _check_size(width, height, limits)
+    if image.format not in _FIRST_COUNTS and getattr(image, "is_animated", False):
+        if image.format == "TIFF":
+            raise ImageError("image has several pages, expected one")
+        raise ImageError("image is animated, expected a still image")
+    _check_samples(image)
+    if name == "png":
+        _scale_transparent_level(image, bits=data[24])
+    orientation = orientation_of_file(image, data)
+    if orientation in TURNED:
+        width, height = height, width
+    return image, ImageHeader(format=name, width=width, height=height), orientation
+
+
+def _reader(name: ImageFormat) -> Callable[[io.BytesIO, str], Image.Image]:
+    if name in ("avif", "webp") and not features.check(name):
+        raise ImageError(f"image is {name.upper()}: {_MISSING_READER[name]}")
+    if name != "heic":
+        return _READERS[name]
+    if importlib.util.find_spec("pillow_heif") is None:
+        raise ImageError(f"image is HEIC: {_MISSING_READER['heic']}")
+    from pillow_heif import HeifImageFile
+
+    reader: Callable[[io.BytesIO, str], Image.Image] = HeifImageFile
+    return reader
+
+
+def _check_size(width: int, height: int, limits: ImageLimits) -> None:
     if width < 1 or height < 1:
         raise ImageError(f"image size {width}x{height} is empty")
     if max(width, height) > limits.max_side:
         raise ImageError(f"image is {width}x{height}, no side may exceed {limits.max_side} pixels")
     if width * height > limits.max_pixels:
         raise ImageError(f"image is {width}x{height}, at most {limits.max_pixels} pixels are accepted")
-    if image.format != "MPO" and getattr(image, "is_animated", False):
-        raise ImageError(f"image is animated ({getattr(image, 'n_frames', 'several')} frames), expected a still image")
-    return image
 
 
-def _header(image: Image.Image) -> ImageHeader:
-    width, height = image.size
-    # For TIFF Pillow reports the upright size already.
-    if image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8):
-        width, height = height, width
-    return ImageHeader(format=_EXTENSION[image.format or ""], width=width, height=height)
+def _check_samples(image: Image.Image) -> None:
+    """Refuses samples whose black and white no file tells."""
+    if image.mode == "F":
+        raise ImageError("image has floating-point samples, expected unsigned ones of at most 16 bits a channel")
+    if image.mode == "I" or not _UNSIGNED.issuperset(_tiff_values(image, _SAMPLE_FORMAT, 1)):
+        raise ImageError("image has signed or 32-bit samples, expected unsigned ones of at most 16 bits a channel")
 
 
-def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1..8 from what stands before the pixel data; 1 (upright) where there is none."""
-    raw = image.info.get("exif")
-    if not isinstance(raw, bytes):
-        return 1
-    exif = Image.Exif()
-    exif.load(raw)
-    value = exif.get(_EXIF_ORIENTATION, 1)
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+def _scale_transparent_level(image: Image.Image, bits: int) -> None:
+    """Brings the one transparent level of a PNG, which counts in the file's bits, to the 8 that Pillow decodes to."""
+    level = image.info.get("transparency")
+    if isinstance(level, int) and image.mode == "L" and bits < 8:
+        image.info["transparency"] = level * 255 // (2**bits - 1)
+    elif isinstance(level, tuple) and bits == 16:
+        image.info["transparency"] = tuple(each >> 8 for each in level)
+
+
+def _tiff_values(image: Image.Image, tag: int, default: int) -> tuple[Any, ...]:
+    """Values of a TIFF's tag; the default's for a file without it, and for other formats."""
+    tags = getattr(image, "tag_v2", None)
+    values = default if tags is None else tags.get(tag, default)
+    return values if isinstance(values, tuple) else (values,)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I;16") or image.mode == "I":
-        gray = np.asarray(image)
-        if gray.size and (int(gray.min()) < 0 or int(gray.max()) > 0xFFFF):
-            raise ImageError("image has 32-bit samples, expected 8 or 16 bits a channel")
-        return Image.fromarray((gray.astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ImageError("image has floating-point samples, expected 8 or 16 bits a channel")
-    if "transparency" in image.info or image.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(_upper_byte(image)).convert("RGB")
+    if image.has_transparency_data:
         if image.mode in ("La", "RGBa"):  # premultiplied alpha
             image = image.convert("LA" if image.mode == "La" else "RGBA")
         rgba = image.convert("RGBA")
@@ -231,12 +306,49 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _upper_byte(image: Image.Image) -> NDArray[np.uint8]:
+    """Grey of 9 to 16 bits as 8 bits, black as zero, a transparent level as white."""
+    grey = np.asarray(image).astype(np.uint16)
+    bits = max(8, min(16, int(_tiff_values(image, _BITS_PER_SAMPLE, 16)[0])))
+    eight = (grey >> (bits - 8)).astype(np.uint8)
+    if _tiff_values(image, _PHOTOMETRIC, 1)[0] == 0:  # white is zero; Pillow inverts only 8 bits
+        eight = 255 - eight
+    if isinstance(level := image.info.get("transparency"), int):
+        eight[grey == level] = 255
+    return eight
+
+
 @contextmanager
-def _pillow_errors_as_image_errors() -> Iterator[None]:
-    """Pillow's decoders raise a dozen exception types on hostile bytes; outside of here there is one."""
+def _pillow_errors_as_image_errors(data: bytes | None) -> Iterator[None]:
+    """Pillow's decoders raise a dozen exception types on hostile bytes; outside of here there is one.
+
+    Args:
+        data: The encoded image, where there is one: its form may tell what is wrong.
+    """
     try:
         yield
     except (ImageError, MemoryError):
         raise
     except Exception as error:
-        raise ImageError(f"not a decodable image ({type(error).__name__})") from error
+        if _is_truncated(data, error):
+            raise ImageError("image is truncated: its file ends before its pixels do") from error
+        raise ImageError(f"image cannot be decoded ({type(error).__name__}: {str(error)[:120]})") from error
+
+
+def _is_truncated(data: bytes | None, error: Exception) -> bool:
+    """Whether an error comes from a file that ends too early; some of Pillow's readers say so, others do not."""
+    if isinstance(error, EOFError | struct.error | IndexError) or "truncated" in str(error).lower():
+        return True
+    if data is None:
+        return False
+    match format_of(data):
+        case "png":
+            return b"IEND" not in data[-64:]
+        case "webp":
+            return int.from_bytes(data[4:8], "little") + 8 > len(data)
+        case "gif":
+            return b"\x3b" not in data[-16:]
+        case "jpg":
+            return b"\xff\xd9" not in data
+        case _:
+            return False

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,14 +17,13 @@ from typing import Final
 
 import httpx
 
-from pointillist.errors import ImageError, MissingImageError, RefError
+from pointillist.errors import MissingImageError, RefError, StorageError
 from pointillist.images.decode import ImageLimits
 from pointillist.images.inventory import StoreEntry, list_store
-from pointillist.images.store import read_stored, write_image
+from pointillist.images.store import read_stored, usable_folder, write_image
 
 logger = logging.getLogger(__name__)
 
-_CHUNK_BYTES: Final = 1024 * 1024
 _KEPT_AFTER_EVICTION: Final = 0.9
 
 
@@ -36,10 +36,12 @@ class AssetClient:
         Args:
             urls: Address of each endpoint; they are asked in this order.
             key: That they ask for.
-            timeout: Seconds for connecting, and between two pieces of an answer.
+            timeout: Seconds for connecting, between two pieces of an answer, and for a whole image.
         """
         self._urls = urls
-        self._http = httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=timeout, trust_env=False)
+        self._timeout = timeout
+        headers = {"Authorization": f"Bearer {key}", "Accept-Encoding": "identity"}
+        self._http = httpx.Client(headers=headers, timeout=timeout, trust_env=False)
 
     def fetch(self, path: str, max_bytes: int) -> bytes:
         """What is behind a path.
@@ -48,13 +50,21 @@ class AssetClient:
             MissingImageError: No endpoint has it, or can be asked; the message says what each answered.
         """
         data = bytearray()
+        deadline = 0.0
+
+        def begin() -> None:
+            nonlocal deadline
+            data.clear()
+            deadline = time.monotonic() + self._timeout
 
         def take(chunk: bytes) -> None:
             data.extend(chunk)
             if len(data) > max_bytes:
                 raise MissingImageError(f"{path}: an asset endpoint sends more than {max_bytes} bytes")
+            if time.monotonic() > deadline:
+                raise MissingImageError(f"{path}: an asset endpoint has not sent all of it after {self._timeout:g} s")
 
-        self._stream(path, data.clear, take)
+        self._stream(path, begin, take)
         return bytes(data)
 
     def download(self, path: str, target: Path) -> None:
@@ -77,12 +87,14 @@ class AssetClient:
             begin()
             try:
                 with self._http.stream("GET", f"{url}{path}") as response:
-                    if response.status_code == httpx.codes.OK:
-                        for chunk in response.iter_bytes(_CHUNK_BYTES):
+                    encoding = response.headers.get("content-encoding", "identity")
+                    if response.status_code == httpx.codes.OK and encoding == "identity":
+                        # Piece by piece as they come, so that the time is looked at even if they are small.
+                        for chunk in response.iter_raw():
                             take(chunk)
                         return
-                    answers.append(f"{url} answered {response.status_code}")
-            except httpx.HTTPError as error:
+                    answers.append(f"{url} answered {response.status_code} ({encoding[:32]})")
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
                 answers.append(f"{url} did not answer ({type(error).__name__})")
         raise MissingImageError(f"{path} is not to be had: {'; '.join(answers)}")
 
@@ -98,9 +110,11 @@ class FetchedImages:
             max_bytes: Size that it is kept below.
             client: Where images are fetched from.
             limits: What an image may be at most.
+
+        Raises:
+            ConfigError: The folder cannot be used.
         """
-        root.mkdir(parents=True, exist_ok=True)
-        self._root = root.resolve()
+        self._root = usable_folder(root)
         self._max_bytes = max_bytes
         self._client = client
         self._limits = limits
@@ -132,16 +146,15 @@ class FetchedImages:
         return data
 
     def _keep(self, path: Path, data: bytes) -> None:
-        """Writes an image and makes room; a full disk costs only the keeping."""
+        """Writes an image and makes room; a full or failing disk costs only the keeping."""
         try:
             write_image(path, data)
-        except (ImageError, OSError) as error:
+            with self._lock:
+                self._bytes += len(data)
+                if self._bytes > self._max_bytes:
+                    self._bytes = _evict(self._root, int(self._max_bytes * _KEPT_AFTER_EVICTION))
+        except (StorageError, OSError) as error:
             logger.warning("fetched image is not kept: %s", error)
-            return
-        with self._lock:
-            self._bytes += len(data)
-            if self._bytes > self._max_bytes:
-                self._bytes = _evict(self._root, int(self._max_bytes * _KEPT_AFTER_EVICTION))
 
 
 def _evict(root: Path, max_bytes: int) -> int:

@@ -13,6 +13,7 @@ from typing import Final, Literal
 
 from pointillist.errors import ImageError
 from pointillist.images.decode import ImageLimits, decode_rgb
+from pointillist.images.sniff import format_of
 from pointillist.images.store import STORED_NAME, TEMPORARY_SUFFIX
 
 Condition = Literal["good", "corrupt", "half-written", "foreign"]
@@ -75,7 +76,8 @@ def verify_entry(entry: StoreEntry, limits: ImageLimits) -> StoreEntry:
         intact = hashlib.sha256(data).hexdigest() == entry.sha256
         if intact:
             decode_rgb(data, limits)
-    except (OSError, ImageError):
+            intact = entry.path.suffix == f".{format_of(data)}"
+    except (OSError, ImageError, MemoryError):
         intact = False
     return entry if intact else StoreEntry(entry.path, entry.sha256, entry.num_bytes, entry.modified, "corrupt")
 

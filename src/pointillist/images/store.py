@@ -22,11 +22,14 @@ from pathlib import Path
 from typing import BinaryIO, Final
 from urllib.parse import quote, unquote_to_bytes
 
-from pointillist.errors import ImageError, MissingImageError, RefError
+from pointillist.errors import ConfigError, MissingImageError, RefError, StorageError
 from pointillist.images.decode import ImageHeader, ImageLimits, decode_rgb, read_header
+from pointillist.images.sniff import ALL_FORMATS
 
 SHA256_HEX: Final = re.compile(r"[0-9a-f]{64}")
-STORED_NAME: Final = re.compile(r"(?P<hh>[0-9a-f]{2})/(?P<sha256>(?P=hh)[0-9a-f]{62})\.(?:png|jpg|webp|gif|bmp|tiff)")
+STORED_NAME: Final = re.compile(
+    rf"(?P<hh>[0-9a-f]{{2}})/(?P<sha256>(?P=hh)[0-9a-f]{{62}})\.(?:{'|'.join(ALL_FORMATS)})"
+)
 TEMPORARY_SUFFIX: Final = ".tmp"
 
 
@@ -58,9 +61,11 @@ class ImageStore:
         Args:
             root: The folder. Symbolic links in its own path are resolved once, here.
             limits: What `put` accepts.
+
+        Raises:
+            ConfigError: There is no such folder, it cannot be made, or it cannot be written to.
         """
-        root.mkdir(parents=True, exist_ok=True)
-        self.root = root.resolve()
+        self.root = usable_folder(root)
         self.limits = limits
 
     def put(self, data: bytes) -> StoredImage:
@@ -71,6 +76,7 @@ class ImageStore:
 
         Raises:
             ImageError: Not a decodable still image within the limits; nothing was written.
+            StorageError: It could not be written.
         """
         sha256 = hashlib.sha256(data).hexdigest()
         header = read_header(data, self.limits)
@@ -79,6 +85,23 @@ class ImageStore:
             decode_rgb(data, self.limits)  # refuses what has a good header and broken pixels
             write_image(path, data)
         return StoredImage(sha256=sha256, uri=file_uri(path), header=header, num_bytes=len(data))
+
+
+def usable_folder(folder: Path) -> Path:
+    """The folder, made if it is not there, without symbolic links in its path.
+
+    Raises:
+        ConfigError: It cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        resolved = folder.resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # NUL in a path, a loop of links
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"image folder {str(folder)[:300]!r} cannot be used ({reason})") from None
+    if not os.access(resolved, os.R_OK | os.W_OK | os.X_OK):
+        raise ConfigError(f"image folder {str(folder)[:300]!r} cannot be written to by this user")
+    return resolved
 
 
 def file_uri(path: Path) -> str:
@@ -163,6 +186,9 @@ def read_verified(uri: str, sha256: str, allowed_roots: Iterable[Path], limits: 
 def read_stored(root: Path, name: str, limits: ImageLimits) -> bytes:
     """Bytes of the file with a stored image's name, not yet verified.
 
+    What cannot be read now (a failing disk, a stale handle of a network file system, no permission, a folder in the
+    file's place, no descriptor left) counts as not being there: another look, or another source of the image, may help.
+
     Args:
         root: Of the store.
         name: As `STORED_NAME` has it.
@@ -170,42 +196,59 @@ def read_stored(root: Path, name: str, limits: ImageLimits) -> bytes:
 
     Raises:
         RefError: A link, not a regular file, or over `max_bytes`.
-        MissingImageError: There is no such file.
+        MissingImageError: There is no such file, or it cannot be read.
     """
     sha256 = name[3:67]
     try:
         descriptor = _open_without_links(root, name)
+        try:
+            status = os.fstat(descriptor)
+            if stat.S_ISDIR(status.st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            if not stat.S_ISREG(status.st_mode):
+                raise RefError("raw_image_uri is not a regular file")
+            if status.st_size > limits.max_bytes:
+                raise RefError(f"image has {status.st_size} bytes, at most {limits.max_bytes} are accepted")
+            return _read_up_to(descriptor, status.st_size + 1)  # a file that grew meanwhile has another hash
+        finally:
+            os.close(descriptor)
     except FileNotFoundError:
         raise MissingImageError(f"image {sha256} is not in the store") from None
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EMLINK):
-            raise RefError("raw_image_uri leads through a symbolic link") from None
-        raise RefError(f"image {sha256} can not be read ({errno.errorcode.get(error.errno or 0, 'error')})") from None
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise RefError("raw_image_uri is not a regular file")
-        if status.st_size > limits.max_bytes:
-            raise RefError(f"image has {status.st_size} bytes, at most {limits.max_bytes} are accepted")
-        return file.read(status.st_size + 1)  # a file that grew meanwhile has another hash
+            raise RefError("raw_image_uri leads through a symbolic link or a file in a folder's place") from None
+        if error.errno in (errno.ENXIO, errno.ENODEV):  # a socket, or a device without a driver
+            raise RefError("raw_image_uri is not a regular file") from None
+        reason = errno.errorcode.get(error.errno or 0, "error")
+        raise MissingImageError(f"image {sha256} cannot be read ({reason})") from None
 
 
 def _open_without_links(root: Path, name: str) -> int:
     folder_name, file_name = name.split("/")
     folder = os.open(root / folder_name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        # O_NONBLOCK: opening a FIFO that someone put there must not hang.
-        return os.open(file_name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+        # O_NONBLOCK: opening a FIFO that someone put there must not hang; O_NOCTTY: nor may a terminal take over.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        return os.open(file_name, flags, dir_fd=folder)
     finally:
         os.close(folder)
 
 
+def _read_up_to(descriptor: int, num_bytes: int) -> bytes:
+    """What a file holds from here on, at most this many bytes."""
+    pieces = []
+    while num_bytes > 0 and (piece := os.read(descriptor, num_bytes)):
+        pieces.append(piece)
+        num_bytes -= len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
 def _holds(path: Path, data: bytes) -> bool:
-    """Whether `path` is a regular file with exactly these bytes; a damaged file is thus written anew by a put."""
+    """Whether `path` is a regular file with exactly these bytes; a damaged or unreadable one is thus written anew."""
     try:
         status = path.lstat()
         return stat.S_ISREG(status.st_mode) and status.st_size == len(data) and path.read_bytes() == data
-    except FileNotFoundError:
+    except OSError:
         return False
 
 
@@ -217,7 +260,7 @@ def write_image(path: Path, data: bytes) -> None:
         data: The file's bytes.
 
     Raises:
-        ImageError: It could not be written.
+        StorageError: It could not be written: the disk's fault, not the image's.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
@@ -230,7 +273,7 @@ def write_image(path: Path, data: bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise ImageError(f"image could not be stored in {path.parent} ({error.strerror})") from error
+        raise StorageError(f"image could not be stored in {path.parent} ({error.strerror})") from error
 
 
 def _create(path: Path) -> BinaryIO:

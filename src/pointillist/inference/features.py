@@ -1,7 +1,6 @@
 """From a request's `features` to checked references; every fault is named by the image it belongs to."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from pointillist.errors import MissingImageError, PointillistError, RefError
 from pointillist.inference.protocol import PromptFields, RequestError
@@ -23,12 +22,8 @@ def refs_of(request: PromptFields, image_token_id: int, max_images: int) -> list
         if IMAGE in token_types:
             raise invalid("token_ids hold image placeholders, but the request has no features", _FIELD)
         return []
-    for name in ("mm_hashes", "mm_placeholders", "kwargs_data"):
-        if foreign := sorted((getattr(features, name) or {}).keys() - {"image"}):
-            raise invalid(f"features.{name} has modality {foreign[0][:32]!r}, expected 'image'", f"features.{name}")
-    hashes = features.mm_hashes.get("image", [])
-    placeholders = features.mm_placeholders.get("image", [])
-    data = (features.kwargs_data or {}).get("image", [])
+    hashes, placeholders = features.mm_hashes.image, features.mm_placeholders.image
+    data = features.kwargs_data.image if features.kwargs_data is not None else []
     if not len(hashes) == len(placeholders) == len(data):
         raise invalid(
             f"{len(hashes)} mm_hashes, {len(placeholders)} mm_placeholders and {len(data)} kwargs_data entries: "
@@ -60,19 +55,6 @@ def request_error(error: PointillistError, refs: Sequence[ImageRef]) -> RequestE
 def invalid(message: str, param: str) -> RequestError:
     """A structured 400 for a reference."""
     return RequestError(message, type="invalid_mm_image_ref", param=param)
-
-
-def malformed(fault: Mapping[str, Any]) -> RequestError:
-    """The 400 for a body that does not have the wire's shape.
-
-    Args:
-        fault: One entry of pydantic's `errors()`.
-    """
-    where = ".".join(str(part) for part in fault["loc"] if part != "body")
-    message = f"{where or 'body'}: {fault['msg']}"
-    if where.startswith("features"):
-        return invalid(message, where)
-    return RequestError(message, param=where or None)
 
 
 def _ref(entry: object, sha256: object, index: int) -> ImageRef:

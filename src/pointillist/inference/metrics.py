@@ -18,6 +18,7 @@ class ImageMetrics:
                 ("hits", "Images that were decoded already"),
                 ("misses", "Images that were decoded"),
                 ("bytes_loaded", "Bytes of uint8 pixels that were decoded"),
+                ("constant", "Images that were decoded and show (nearly) one colour only"),
                 ("bytes", "Bytes of uint8 pixels that are kept"),
             )
         }
@@ -29,4 +30,5 @@ class ImageMetrics:
         self._cache["hits"].set(cache.counts.hits)
         self._cache["misses"].set(cache.counts.misses)
         self._cache["bytes_loaded"].set(cache.counts.bytes_loaded)
+        self._cache["constant"].set(cache.counts.constant)
         self._cache["bytes"].set(cache.num_bytes)

@@ -7,13 +7,29 @@ placeholder an image). The second form becomes the first here; after that there 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Final
 
 from pointillist.errors import MissingImageError, PointillistError
 from pointillist.families import ImageLayout, RawImageMaterializer
 from pointillist.inference.features import invalid, refs_of, request_error
-from pointillist.inference.protocol import PlaceholderRange, PromptFields, RequestError
-from pointillist.refs.wire import ImageRef
+from pointillist.inference.protocol import ContentPart, PlaceholderRange, PromptFields, RequestError
+from pointillist.refs.wire import MAX_CHARACTERS, ImageRef
+
+_TOKEN_BYTES: Final = 24
+"""A token id of eight digits, its comma, and the white space of JSON that is indented."""
+_IMAGE_BYTES: Final = MAX_CHARACTERS + 1024
+"""The longest reference, with its hash, its placeholder and white space."""
+_OTHER_BYTES: Final = 256 * 1024
+
+
+def longest_body(seq_len: int, max_images: int) -> int:
+    """Bytes of the longest body that a legal request can need.
+
+    Args:
+        seq_len: Longest sequence, in tokens.
+        max_images: Images in one prompt; each has a token at least.
+    """
+    return seq_len * _TOKEN_BYTES + min(max_images, seq_len) * _IMAGE_BYTES + _OTHER_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +68,7 @@ def check_prompt(fields: PromptFields, materializer: RawImageMaterializer, max_i
     if fields.content_parts:
         return _from_parts(fields, materializer, max_images)
     refs = refs_of(fields, materializer.family.image_token_id, max_images)
-    placeholders = fields.features.mm_placeholders.get("image", []) if fields.features else []
+    placeholders = fields.features.mm_placeholders.image if fields.features else []
     return CheckedPrompt(fields.token_ids, refs, placeholders)
 
 
@@ -71,11 +87,10 @@ def _from_parts(fields: PromptFields, materializer: RawImageMaterializer, max_im
     return CheckedPrompt(expansion.token_ids, [ref for ref, _ in described], placeholders)
 
 
-def _describe(part: dict[str, Any], index: int, materializer: RawImageMaterializer) -> tuple[ImageRef, ImageLayout]:
-    where = f"content_parts[{index}]"
-    url = part.get("url")
-    if part.get("type") != "image_url" or not isinstance(url, str):
-        raise invalid(f"part has type {str(part.get('type'))[:32]!r}, expected image_url with a url", where)
+def _describe(part: ContentPart, index: int, materializer: RawImageMaterializer) -> tuple[ImageRef, ImageLayout]:
+    where, url = f"content_parts[{index}]", part.url
+    if part.type != "image_url" or url is None:
+        raise invalid(f"part has type {str(part.type)[:32]!r}, expected image_url with a url", where)
     if not url.startswith("file://"):
         raise invalid(f"url has scheme {url.split(':')[0][:16]!r}, expected file:// into the image store", where)
     try:

@@ -1,108 +1,178 @@
 """The inference wire: field names and meanings are those of vLLM's `/inference/v1/generate`.
 
-Whatever a client sends that this server would silently treat otherwise is refused by name instead.
+Whatever a client sends that this server would silently treat otherwise is refused by name instead. Every type is exact,
+so that a body with something else in it is refused where it begins, and every number has both bounds.
 """
 
-from typing import Any, Final, Literal
+import re
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import msgspec
+from msgspec import Meta, Struct
 
-# Parameters that clients of vLLM send with these values, which change nothing.
-_NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
-    "min_p": (0, 0.0, None),
-    "min_tokens": (0, None),
-    "presence_penalty": (0, 0.0, None),
-    "frequency_penalty": (0, 0.0, None),
-    "repetition_penalty": (1, 1.0, None),
-    "stop": ([], None),
-    "bad_words": ([], None),
-    "logit_bias": ({}, None),
-    "prompt_logprobs": (None,),
-    "skip_special_tokens": (True, False, None),
-    "spaces_between_special_tokens": (True, False, None),
-    "detokenize": (True, False, None),
-}
+from pointillist.config.sampling import BOUNDS, MAX_SEQUENCE, MAX_STOP_TOKEN_IDS, check_sampling_number
+from pointillist.http_guard import HttpRefusal
+
+MAX_WEIGHT_VERSION: Final = 2**53 - 1
+"""The largest integer that JSON and the metrics hold exactly."""
+_MAX_PATH: Final = 4096
+
+RequestId = Annotated[str, Meta(pattern=r"^[!-~]{1,256}\Z")]
+"""Printable ASCII: it stands in logs and answers."""
+_Name = Annotated[str, Meta(max_length=_MAX_PATH)]
 
 
-class PlaceholderRange(BaseModel):
+class PlaceholderRange(Struct, forbid_unknown_fields=True, frozen=True):
     """Where an image's placeholder tokens lie in the prompt."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    offset: int = Field(ge=0)
-    length: int = Field(gt=0)
+    offset: Annotated[int, Meta(ge=0, le=MAX_SEQUENCE)]
+    length: Annotated[int, Meta(gt=0, le=MAX_SEQUENCE)]
 
 
-class MultiModalFeatures(BaseModel):
+class OfImages(Struct, forbid_unknown_fields=True, frozen=True):
+    """One string an image. None is kept, so that the error can say what was expected of that image."""
+
+    image: list[str | None] = []
+
+
+class Placeholders(Struct, forbid_unknown_fields=True, frozen=True):
+    """One range an image."""
+
+    image: list[PlaceholderRange] = []
+
+
+class MultiModalFeatures(Struct, forbid_unknown_fields=True, frozen=True):
     """The images of a prompt; lists are parallel, one entry an image, in token order."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    mm_hashes: dict[str, list[Any]]
-    mm_placeholders: dict[str, list[PlaceholderRange]]
-    kwargs_data: dict[str, list[Any]] | None = None
+    mm_hashes: OfImages
+    mm_placeholders: Placeholders
+    kwargs_data: OfImages | None = None
     """`mmraw:` references; that they are is checked where each can be named in the error."""
 
 
-class SamplingParams(BaseModel):
-    """How to sample; names and defaults are vLLM's."""
+class ContentPart(Struct, frozen=True):
+    """An image by its URL."""
 
-    model_config = ConfigDict(extra="forbid")
+    type: str | None = None
+    url: str | None = None
 
-    temperature: float = Field(1.0, ge=0)
+
+class _Nothing(Struct, forbid_unknown_fields=True, frozen=True):
+    """`{}`."""
+
+
+class SamplingParams(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """How to sample; names and defaults are vLLM's, bounds are those of `config.sampling`."""
+
+    temperature: float = 1.0
     """0 is greedy."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1)
+    top_p: float = 1.0
+    top_k: int = 0
     """0 and -1 are all."""
-    max_tokens: int | None = Field(None, gt=0)
+    max_tokens: int | None = None
     """None is as many as fit."""
-    stop_token_ids: list[int] = []
+    stop_token_ids: Annotated[list[int], Meta(max_length=MAX_STOP_TOKEN_IDS)] = []
     ignore_eos: bool = False
-    n: int = Field(1, gt=0)
+    n: int = 1
     seed: int | None = None
     """Choice i is sampled with seed + i."""
-    logprobs: int | None = Field(None, ge=0, le=20)
+    logprobs: int | None = None
     """Likeliest tokens to report beside the sampled one; None reports nothing."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_neutral(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        kept = {}
-        for key, value in data.items():
-            if key in _NEUTRAL and any(value == neutral and type(value) is type(neutral) for neutral in _NEUTRAL[key]):
-                continue
-            kept[key] = value
-        return kept
+    # Parameters that clients of vLLM send with these values, which change nothing; no others are served.
+    min_p: float | None = None
+    min_tokens: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    stop: list[str] | str | None = None
+    bad_words: list[str] | None = None
+    logit_bias: _Nothing | None = None
+    prompt_logprobs: None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    detokenize: bool | None = None
+
+    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "min_p": (0, None),
+        "min_tokens": (0, None),
+        "presence_penalty": (0, None),
+        "frequency_penalty": (0, None),
+        "repetition_penalty": (1, None),
+        "stop": ([], None),
+        "bad_words": ([], None),
+    }
+
+    def __post_init__(self) -> None:
+        """Checks the numbers.
+
+        Raises:
+            ValueError: One is out of bounds, or asks for what is not served.
+        """
+        _check_numbers(lambda name: getattr(self, name))
+        for name, neutral in self.NEUTRAL.items():
+            if getattr(self, name) not in neutral:
+                raise ValueError(f"{name} is not served, expected {neutral[0]} or nothing")
 
 
-class PromptFields(BaseModel):
+def check_params(params: Mapping[str, Any]) -> None:
+    """Checks the numbers among vLLM's sampling parameters, for which vLLM has bounds of its own, or none.
+
+    Args:
+        params: As they came: vLLM silently changes some of them (a temperature of 0.001, a seed of -1).
+
+    Raises:
+        RequestError: 400: one is out of bounds.
+    """
+    try:
+        _check_numbers(params.get)
+    except ValueError as error:
+        raise RequestError(str(error), param=f"sampling_params.{str(error).partition(' ')[0]}") from None
+
+
+def _check_numbers(value_of: Callable[[str], Any]) -> None:
+    for name in BOUNDS:
+        value = value_of(name)
+        if isinstance(value, list) and len(value) > MAX_STOP_TOKEN_IDS:
+            raise ValueError(f"{name} is a list of {len(value)}, expected at most {MAX_STOP_TOKEN_IDS}")
+        for number in value if isinstance(value, list) else [] if value is None else [value]:
+            check_sampling_number(name, number)
+
+
+class PromptFields(Struct, frozen=True, kw_only=True):
     """The part of a request that says what is read; other fields are somebody else's."""
 
-    token_ids: list[int] = Field(min_length=1)
+    token_ids: Annotated[list[int], Meta(min_length=1)]
     """With `content_parts` the logical stream, one placeholder an image; else the effective one."""
     features: MultiModalFeatures | None = None
-    content_parts: list[dict[str, Any]] | None = None
+    content_parts: list[ContentPart] | None = None
     """`{"type": "image_url", "url": "file://..."}` for every image, in token order."""
+    request_id: RequestId | None = None
 
 
-class GenerateRequest(PromptFields):
+class GenerateRequest(PromptFields, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """One prompt and how to sample."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    request_id: str | None = None
-    model: str | None = None
+    model: _Name | None = None
     sampling_params: SamplingParams = SamplingParams()
-    stream: Literal[False] | None = False
+    stream: bool | None = False
     return_token_ids: bool | None = None
-    cache_salt: str | None = None
+    cache_salt: _Name | None = None
     """Accepted and not needed: nothing is cached between requests."""
     priority: Literal[0] = 0
 
+    def __post_init__(self) -> None:
+        """Refuses streaming.
 
-class LogProb(BaseModel):
+        Raises:
+            ValueError: It is asked for.
+        """
+        if self.stream:
+            raise ValueError("stream is not served, expected false")
+
+
+class LogProb(Struct):
     """One candidate token."""
 
     token_id: int
@@ -116,13 +186,13 @@ class LogProbsContent(LogProb):
     top_logprobs: list[LogProb] = []
 
 
-class LogProbs(BaseModel):
+class LogProbs(Struct):
     """Per sampled token."""
 
     content: list[LogProbsContent]
 
 
-class WeightVersionSpan(BaseModel):
+class WeightVersionSpan(Struct):
     """Output tokens `[start, end)` were sampled by the weights of this version."""
 
     version: str
@@ -130,7 +200,7 @@ class WeightVersionSpan(BaseModel):
     end: int
 
 
-class Choice(BaseModel):
+class Choice(Struct):
     """One completion."""
 
     index: int
@@ -141,7 +211,7 @@ class Choice(BaseModel):
     weight_versions: list[WeightVersionSpan]
 
 
-class Usage(BaseModel):
+class Usage(Struct):
     """Token counts."""
 
     prompt_tokens: int
@@ -149,7 +219,7 @@ class Usage(BaseModel):
     total_tokens: int
 
 
-class GenerateResponse(BaseModel):
+class GenerateResponse(Struct):
     """All completions of one prompt."""
 
     request_id: str
@@ -157,39 +227,62 @@ class GenerateResponse(BaseModel):
     choices: list[Choice]
     usage: Usage
     prompt_token_ids: list[int] | None = None
-    mm_placeholders: dict[str, list[PlaceholderRange]] | None = None
+    mm_placeholders: Placeholders | None = None
 
 
-class UpdateWeightsRequest(BaseModel):
+class UpdateWeightsRequest(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """Which weights to load."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    weight_dir: str
+    weight_dir: _Name
     """Folder below the run's `broadcasts`, with a `model.safetensors`."""
-    weight_version: int = Field(ge=0)
+    weight_version: Annotated[int, Meta(ge=0, le=MAX_WEIGHT_VERSION)]
+    rewind: bool = False
+    """Whether an older version than the one that serves is meant: a run goes on after a checkpoint. Otherwise an older
+    one is refused, since it is a late message."""
 
 
-class ErrorInfo(BaseModel):
-    """What went wrong, in vLLM's and OpenAI's shape."""
-
-    message: str
-    type: str
-    param: str | None = None
-    code: int
-
-
-class ErrorResponse(BaseModel):
-    """Body of every answer that is not 200."""
-
-    error: ErrorInfo
-
-
-class RequestError(Exception):
-    """A request that is answered by an `ErrorResponse`."""
+class RequestError(HttpRefusal):
+    """A request that is answered by an error."""
 
     def __init__(
         self, message: str, *, type: str = "BadRequestError", param: str | None = None, code: int = 400
     ) -> None:
-        super().__init__(message)
-        self.info = ErrorInfo(message=message, type=type, param=param, code=code)
+        super().__init__(code, message, type, param)
+
+
+BodyT = TypeVar("BodyT", bound=Struct)
+
+_UNKNOWN: Final = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
+_FIELD: Final = re.compile(r"Object missing required field `(\w+)`|(\w+) is ")
+
+
+def decode_body(data: bytes, type: type[BodyT]) -> BodyT:
+    """A request's body.
+
+    Raises:
+        RequestError: 400: not JSON, or not of the wire's shape; `param` says where.
+    """
+    try:
+        return msgspec.json.decode(data, type=type)
+    except msgspec.ValidationError as error:
+        raise _malformed(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise RequestError(f"body is not JSON ({str(error)[:200]})") from None
+
+
+def _malformed(text: str) -> RequestError:
+    """The 400 for what msgspec says, such as "Expected `int`, got `str` - at `$.token_ids[0]`"."""
+    message, _, path = text.partition(" - at `$")
+    where = path.rstrip("`").lstrip(".")
+    unknown = _UNKNOWN.match(message)
+    if unknown is not None and where in ("features.mm_hashes", "features.mm_placeholders", "features.kwargs_data"):
+        message = f"{where} has modality {unknown[1][:32]!r}, expected 'image'"
+    elif unknown is not None:
+        where = ".".join(filter(None, (where, unknown[1][:64])))
+        message = f"{where}: no such parameter"
+    else:
+        if (field := _FIELD.match(message)) is not None:
+            where = ".".join(filter(None, (where, field[1] or field[2])))
+        message = f"{where or 'body'}: {message}"
+    type = "invalid_mm_image_ref" if where.startswith("features") else "BadRequestError"
+    return RequestError(message, type=type, param=where or None)

@@ -1,16 +1,19 @@
 """Where a server finds a weight version: in the run's folder, or, on a machine without it, at the asset endpoint."""
 
+import asyncio
 import json
 import logging
 import shutil
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Final
 
 from pointillist.config import InferenceConfig, RunPaths
-from pointillist.config.run_paths import WEIGHTS_FILE, latest_broadcast, steps_in
+from pointillist.config.run_paths import WEIGHTS_FILE, steps_in
 from pointillist.errors import InferenceError, MissingImageError
 from pointillist.families.fetching import asset_client
 from pointillist.images.fetched import AssetClient
+from pointillist.inference.protocol import RequestError, UpdateWeightsRequest
 
 logger = logging.getLogger(__name__)
 
@@ -33,28 +36,34 @@ class WeightFolders:
         """The folder of a version; what is not there is fetched, if there is an endpoint.
 
         Raises:
-            InferenceError: Not below the run's `broadcasts`, or not to be had.
+            InferenceError: Not a folder in the run's `broadcasts`, or one that cannot be fetched.
         """
-        folder = Path(weight_dir).resolve()
-        if not folder.is_relative_to(self._paths.broadcasts):
+        try:
+            folder = Path(weight_dir).resolve()
+        except (OSError, ValueError, RuntimeError):  # too long, a NUL in it, links in a circle
+            raise InferenceError("weight_dir is not a path") from None
+        if folder.parent != self._paths.broadcasts:
             raise InferenceError(f"weight_dir is not below {self._paths.broadcasts}")
         if self._assets is not None and not (folder / WEIGHTS_FILE).is_file():
             return self._fetch(self._assets, version)
         return folder
 
-    def latest(self) -> tuple[str, int] | None:
-        """Folder and number of the newest version, for a server that starts in the middle of a run.
+    def newest_first(self) -> Iterator[tuple[str, int]]:
+        """Folder and number of each version, for a server that starts in the middle of a run.
 
-        None where there is no version, or no endpoint that says so: the run has not begun, or its orchestrator will
+        None where there is no version, or no endpoint that names one: the run has not begun, or its orchestrator will
         notice that this server has old weights.
         """
-        version = latest_broadcast(self._paths)
-        if version is None and self._assets is not None:
+        there = reversed(steps_in(self._paths.broadcasts))
+        versions = [step for step in there if (self._paths.broadcast_step(step) / WEIGHTS_FILE).is_file()]
+        if not versions and self._assets is not None:
             try:
-                version = json.loads(self._assets.fetch("/weights", max_bytes=1000))["version"]
+                versions = [json.loads(self._assets.fetch("/weights", max_bytes=1000))["version"]]
             except MissingImageError as error:
                 logger.warning("beginning with the weights of the model folder: %s", error)
-        return None if version is None else (str(self._paths.broadcast_step(version)), version)
+        for version in versions:
+            if version is not None:
+                yield str(self._paths.broadcast_step(version)), version
 
     def _fetch(self, assets: AssetClient, version: int) -> Path:
         folder = self._paths.broadcast_step(version)
@@ -65,3 +74,36 @@ class WeightFolders:
         for old in steps_in(self._paths.broadcasts)[:-_KEPT]:
             shutil.rmtree(self._paths.broadcast_step(old), ignore_errors=True)
         return folder
+
+
+async def load_newest_usable(folders: WeightFolders, load: Callable[[UpdateWeightsRequest], Awaitable[None]]) -> None:
+    """Loads the newest weights that can serve, for a server that starts in the middle of a run.
+
+    A version that cannot is passed over with a warning: a server that died of it and is started again would die again.
+
+    Args:
+        folders: Where versions are found.
+        load: Loads one, and raises `RequestError` where it cannot.
+    """
+    for weight_dir, version in await asyncio.to_thread(list, folders.newest_first()):
+        try:
+            await load(UpdateWeightsRequest(weight_dir=weight_dir, weight_version=version))
+            return
+        except RequestError as error:
+            logger.warning("weight version %d cannot serve (%s): trying the one before it", version, error)
+
+
+def check_order(request: UpdateWeightsRequest, version: int) -> None:
+    """Checks that a version is not older than the one that serves.
+
+    Raises:
+        RequestError: 409: it is, and the request does not say that the run has gone back.
+    """
+    if request.weight_version < version and not request.rewind:
+        raise RequestError(
+            f"weight_version is {request.weight_version}, version {version} serves already: expected that or a newer "
+            "one, or rewind = true from a run that goes on after a checkpoint",
+            type="ConflictError",
+            param="weight_version",
+            code=409,
+        )

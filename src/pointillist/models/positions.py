@@ -28,8 +28,31 @@ def sample_positions(
     """
     if policy.pass_position_ids_with_mm:
         return torch.arange(len(token_ids), device=token_ids.device)[None]
-    positions, _ = model.model.get_rope_index(
-        token_ids[None], mm_token_type_ids=mm_token_type_ids[None].int(), image_grid_thw=image_grid_thw
+    # The Hugging Face models find an image by its run of image tokens: two images that touch would be one to them. So a
+    # token of text is put between them, and its place, one position, is taken out again.
+    shift = _gaps_before(model, mm_token_type_ids, image_grid_thw)
+    places = torch.arange(len(token_ids), device=token_ids.device) + shift
+    ids, types = (
+        each.new_zeros(len(each) + int(shift[-1])).index_copy_(0, places, each)
+        for each in (token_ids, mm_token_type_ids)
     )
-    rows: torch.Tensor = positions[:, 0]
+    positions, _ = model.model.get_rope_index(
+        ids[None], mm_token_type_ids=types[None].int(), image_grid_thw=image_grid_thw
+    )
+    rows: torch.Tensor = positions[:, 0, places] - shift
     return rows
+
+
+def _gaps_before(model: Any, mm_token_type_ids: torch.Tensor, image_grid_thw: torch.Tensor | None) -> torch.Tensor:
+    """Per token, int64 `(tokens,)`: how many images before it are followed by another one without a token between.
+
+    Example:
+        Two images of two tokens each, types `0 1 1 1 1 0`: gaps `0 0 0 1 1 1`.
+    """
+    touching = torch.zeros_like(mm_token_type_ids, dtype=torch.int64)
+    if image_grid_thw is not None and len(image_grid_thw) > 1:
+        lengths = image_grid_thw.prod(-1) // model.config.vision_config.spatial_merge_size**2
+        image_tokens = torch.nonzero(mm_token_type_ids)[:, 0]
+        last = image_tokens[lengths.cumsum(0)[:-1] - 1]  # token of each image but the last one
+        touching[last] = (mm_token_type_ids[last + 1] != 0).long()
+    return touching.cumsum(0) - touching

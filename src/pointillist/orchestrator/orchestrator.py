@@ -26,6 +26,7 @@ from pointillist.orchestrator.runner import RolloutErrors, RolloutRunner
 from pointillist.orchestrator.samples import make_sample
 from pointillist.orchestrator.tasks import TaskOrder
 from pointillist.orchestrator.weights import WeightWatcher
+from pointillist.pools import SENDING
 from pointillist.render import FolderTokenizer
 from pointillist.rollouts import InferenceClient
 from pointillist.rollouts.executor import Executor, RolloutHost, RolloutResult
@@ -111,7 +112,7 @@ class Orchestrator:
             RankBatch(step=step, micro_batches=rows, num_tokens=batch.num_tokens, orchestrator_state=state)
             for rows in ranks
         ]
-        await asyncio.to_thread(self.sender.send, packed)
+        await SENDING.run(self.sender.send, packed)
         ended = time.perf_counter()
         errors, self.runner.errors = self.runner.errors, RolloutErrors()
         metrics = {

@@ -28,6 +28,8 @@ class WeightWatcher:
     def __init__(self, paths: RunPaths, client: InferenceClient, first_version: int) -> None:
         self._paths = paths
         self._has = dict.fromkeys(client.servers, first_version - 1)
+        self._told: set[Server] = set()
+        """Servers that have taken a version from this orchestrator."""
         self._newest: int | None = None
         self._looked = 0.0
         self._refused: InferenceError | None = None
@@ -79,7 +81,9 @@ class WeightWatcher:
         folder = self._paths.broadcast_step(version)
         try:
             with contextlib.suppress(UnreachableError):
-                await update_weights(server, str(folder), version)
+                # The first time it may be an older version than the server has: of before the run went back.
+                await update_weights(server, str(folder), version, rewind=server not in self._told)
+                self._told.add(server)
                 self._has[server] = version
         except InferenceError as error:
             if not folder.is_dir():

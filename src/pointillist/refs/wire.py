@@ -23,7 +23,8 @@ from pointillist.refs.descriptor import (
 )
 
 PREFIX: Final = "mmraw:"
-_MAX_CHARACTERS: Final = 16_384
+MAX_CHARACTERS: Final = 16_384
+"""Longest reference."""
 
 
 class ImageRef(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,8 +73,8 @@ def decode_ref(text: object) -> ImageRef:
             "an inline data: URL" if text[:5].lower() == "data:" else "a string of another kind (a processed tensor?)"
         )
         raise RefError(f"reference is {what}, expected an mmraw: string")
-    if len(text) > _MAX_CHARACTERS:
-        raise RefError(f"reference has {len(text)} characters, at most {_MAX_CHARACTERS} are accepted")
+    if len(text) > MAX_CHARACTERS:
+        raise RefError(f"reference has {len(text)} characters, at most {MAX_CHARACTERS} are accepted")
     return _ref_of(_decode_json(text[len(PREFIX) :]))
 
 

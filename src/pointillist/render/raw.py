@@ -144,7 +144,7 @@ class RawRenderer:
                 add_generation_prompt=add_generation_prompt,
                 process_multimodal=False,
             )
-        except (ValueError, TypeError, KeyError, NotImplementedError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RecursionError) as error:
             raise RenderError(f"conversation can not be rendered: {error}") from error
         return self._expand(rendered, images)
 
@@ -181,7 +181,7 @@ class RawRenderer:
                 tools=list(tools) if tools else None,
                 process_multimodal=False,
             )
-        except (ValueError, TypeError, KeyError, NotImplementedError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RecursionError) as error:
             raise RenderError(f"messages can not be rendered: {error}") from error
         return None if rendered is None else self._expand(rendered, images)
 

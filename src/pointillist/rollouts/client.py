@@ -6,16 +6,19 @@ other and whose seeds follow one another are sent as one request with `n` comple
 """
 
 import asyncio
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
 from pointillist.config.orchestrator import ClientConfig
-from pointillist.errors import ConfigError, InferenceError
+from pointillist.config.sampling import MAX_VOCABULARY
+from pointillist.config.shared import RUN_KEY
+from pointillist.errors import ConfigError, InferenceError, RequestRefusedError
 from pointillist.render.raw import RenderedPrompt
 from pointillist.rollouts.servers import Server, Servers
 
@@ -23,6 +26,9 @@ Wire = Literal["mmraw", "content_parts"]
 """How images are named to the server: by references that say everything, or by URLs whose layout it computes."""
 
 _GATHER_SECONDS: Final = 0.001
+_VERSION_DIGITS: Final = 16
+_CERTAIN: Final = 1e-3
+"""A logprob may be so much above 0, by rounding."""
 _NEVER: Final = -100.0
 """The lowest bias on a logit that vLLM takes: a probability of e^-100."""
 
@@ -38,6 +44,44 @@ class Completion:
     """Per token."""
     finish_reason: str
     """`stop` or `length`."""
+
+
+class _Logprob(msgspec.Struct):
+    logprob: float
+
+
+class _Logprobs(msgspec.Struct):
+    content: list[_Logprob]
+
+
+class _Versions(msgspec.Struct):
+    version: str
+    start: int
+    end: int
+
+
+class _Choice(msgspec.Struct):
+    index: int
+    token_ids: list[Annotated[int, msgspec.Meta(ge=0, le=MAX_VOCABULARY)]]
+    logprobs: _Logprobs
+    finish_reason: str
+    weight_versions: list[_Versions] | None = None
+
+
+class _Span(msgspec.Struct):
+    offset: int
+    length: int
+
+
+class _Answer(msgspec.Struct):
+    """What is read of a server's answer; every other key is ignored."""
+
+    choices: list[_Choice]
+    prompt_token_ids: list[int] | None = None
+    mm_placeholders: dict[str, list[_Span]] | None = None
+
+
+_decode_answer = msgspec.json.Decoder(_Answer).decode
 
 
 @dataclass(slots=True)
@@ -191,14 +235,14 @@ class InferenceClient:
             answer = await request
             if self._wire == "content_parts":
                 _check_layout(answer, waiting.prompt)
-            completions = [_completion(choice) for choice in sorted(answer["choices"], key=lambda c: c["index"])]
-            if len(completions) != len(run):
-                raise InferenceError(f"asked for {len(run)} completions, got {len(completions)}")
-        except (InferenceError, KeyError, TypeError, ValueError) as error:
-            failure = error if isinstance(error, InferenceError) else InferenceError(f"unexpected answer: {error!r}")
+            choices = sorted(answer.choices, key=lambda choice: choice.index)
+            if [choice.index for choice in choices] != list(range(len(run))):
+                raise InferenceError(f"asked for {len(run)} completions, got {len(choices)}")
+            completions = [_completion(choice) for choice in choices]
+        except InferenceError as error:
             for _, future in run:
                 if not future.done():
-                    future.set_exception(failure)
+                    future.set_exception(error)
             return
         except asyncio.CancelledError:
             request.cancel()
@@ -209,33 +253,53 @@ class InferenceClient:
             if not future.done():  # the rollout may have been cancelled meanwhile
                 future.set_result(completion)
 
-    async def _generate(self, body: Mapping[str, Any], affinity: str) -> dict[str, Any]:
+    async def _generate(self, body: Mapping[str, Any], affinity: str) -> _Answer:
         path = "/inference/v1/generate"
-        return _answer_of(path, *await self._servers.post(path, msgspec.json.encode(body), affinity))
+        status, data = await self._servers.post(path, msgspec.json.encode(body), affinity)
+        _check_status(path, status, data)
+        try:
+            return _decode_answer(data)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise InferenceError(f"unexpected answer of {path}: {error}") from None
 
 
-async def update_weights(server: Server, weight_dir: str, version: int) -> None:
-    """Tells one server to load a weight version from a folder.
+async def update_weights(server: Server, weight_dir: str, version: int, *, rewind: bool = False) -> None:
+    """Tells one server to load a weight version from a folder; one that has a newer version keeps it.
+
+    The request brings the run's own key, where there is one. A server that somebody has started outside of the run may
+    not know that key; it is then asked with the key that its other requests bring.
+
+    Args:
+        server: Which one.
+        weight_dir: Folder in the run's `broadcasts`, as the server sees it.
+        version: Number of the weights.
+        rewind: Whether an older version than the one that serves is meant, because the run has gone back.
 
     Raises:
-        UnreachableError: It can not be reached.
+        UnreachableError: It cannot be reached.
         InferenceError: The server kept its old weights; the message says why.
     """
     path = "/update_weights"
-    body = msgspec.json.encode({"weight_dir": weight_dir, "weight_version": version})
-    _answer_of(path, *await server.post(path, body))
+    body = msgspec.json.encode({"weight_dir": weight_dir, "weight_version": version, "rewind": rewind})
+    key = os.environ.get(RUN_KEY)
+    status, data = await server.post(path, body, {"Authorization": f"Bearer {key}"} if key else None)
+    if key and status == HTTPStatus.UNAUTHORIZED:
+        status, data = await server.post(path, body)
+    if status != HTTPStatus.CONFLICT:
+        _check_status(path, status, data)
 
 
-def _answer_of(path: str, status: int, data: bytes) -> dict[str, Any]:
-    """The JSON of an answer.
+def _check_status(path: str, status: int, data: bytes) -> None:
+    """Passes an answer that is none of a fault.
 
     Raises:
-        InferenceError: It is a refusal.
+        RequestRefusedError: The request asks for what the server does not do.
+        InferenceError: Any other fault.
     """
+    if status in (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY):
+        raise RequestRefusedError(_refusal(path, status, data))
     if status != HTTPStatus.OK:
         raise InferenceError(_refusal(path, status, data))
-    answer: dict[str, Any] = msgspec.json.decode(data)
-    return answer
 
 
 def api_key(variable: str) -> str:
@@ -253,38 +317,54 @@ def api_key(variable: str) -> str:
 def _refusal(path: str, status: int, data: bytes) -> str:
     try:
         error = msgspec.json.decode(data)["error"]
-        return f"{path} answered {status} ({error.get('type')}): {error.get('message')}"
-    except (msgspec.DecodeError, KeyError, TypeError, AttributeError):
-        return f"{path} answered {status}: {data[:200].decode(errors='replace')}"
+        text = f"({error.get('type')}): {error.get('message')}"
+    except (msgspec.MsgspecError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        text = f": {data.decode(errors='replace')}"
+    return f"{path} answered {status} {text[:2000]}"
 
 
-def _check_layout(answer: Mapping[str, Any], prompt: RenderedPrompt) -> None:
+def _check_layout(answer: _Answer, prompt: RenderedPrompt) -> None:
     """The engine expanded the prompt itself: it must have read what was rendered here."""
-    ids, spans = answer.get("prompt_token_ids"), (answer.get("mm_placeholders") or {}).get("image", [])
+    ids, spans = answer.prompt_token_ids, (answer.mm_placeholders or {}).get("image", [])
     if ids is None:
-        raise InferenceError("answer has no prompt_token_ids: what the engine read can not be checked")
+        raise InferenceError("answer has no prompt_token_ids: what the engine read cannot be checked")
     if ids != prompt.token_ids:
         first = next((i for i, (a, b) in enumerate(zip(ids, prompt.token_ids, strict=False)) if a != b), len(ids))
         raise InferenceError(
             f"the engine read {len(ids)} tokens, {len(prompt.token_ids)} were rendered; they differ from token {first} "
             "on: its layout of the images is another one"
         )
-    if [(span["offset"], span["length"]) for span in spans] != [(i.offset, i.length) for i in prompt.images]:
-        raise InferenceError(f"the engine's image placeholders are {spans}, rendered were others")
+    if [(span.offset, span.length) for span in spans] != [(i.offset, i.length) for i in prompt.images]:
+        raise InferenceError(f"the engine's {len(spans)} image placeholders are not the {len(prompt.images)} rendered")
 
 
-def _completion(choice: Mapping[str, Any]) -> Completion:
-    token_ids: list[int] = choice["token_ids"]
-    logprobs = [float(entry["logprob"]) for entry in choice["logprobs"]["content"]]
-    spans = choice.get("weight_versions") or [{"version": "default", "start": 0, "end": len(token_ids)}]
-    versions = [_version(span["version"]) for span in spans for _ in range(span["start"], span["end"])]
-    if not len(token_ids) == len(logprobs) == len(versions):
-        raise InferenceError(
-            f"answer has {len(token_ids)} tokens, {len(logprobs)} logprobs and versions of {len(versions)} tokens"
-        )
-    return Completion(token_ids, logprobs, versions, choice["finish_reason"])
+def _completion(choice: _Choice) -> Completion:
+    """A choice whose numbers fit together.
+
+    Example: 3 tokens with `weight_versions` of `[{"version": "4", "start": 0, "end": 2}, {"version": "5", "start": 2,
+    "end": 3}]` have the versions `[4, 4, 5]`.
+
+    Raises:
+        InferenceError: They do not.
+    """
+    count = len(choice.token_ids)
+    logprobs = [entry.logprob for entry in choice.logprobs.content]
+    if len(logprobs) != count:
+        raise InferenceError(f"answer has {count} tokens and {len(logprobs)} logprobs")
+    if not all(math.isfinite(value) and value <= _CERTAIN for value in logprobs):
+        raise InferenceError("answer has a logprob that is not a finite number of at most 0")
+    spans = choice.weight_versions or [_Versions("default", 0, count)]
+    ends = [0, *(span.end for span in spans)]
+    if [span.start for span in spans] != ends[:-1] or ends != sorted(ends) or ends[-1] != count:
+        raise InferenceError(f"answer has {count} tokens, its weight_versions do not cover them one by one")
+    versions = [version for span in spans for version in [_version(span.version)] * (span.end - span.start)]
+    return Completion(choice.token_ids, logprobs, versions, choice.finish_reason)
 
 
 def _version(name: str) -> int:
     """A vLLM without the plugin calls the weights that it began with `default`."""
-    return 0 if name == "default" else int(name)
+    if name == "default":
+        return 0
+    if not (name.isascii() and name.isdecimal() and len(name) < _VERSION_DIGITS):
+        raise InferenceError(f"answer has the weight version {name[:40]!r}, expected a number")
+    return int(name)

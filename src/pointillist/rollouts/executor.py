@@ -8,8 +8,9 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from pointillist.config import CARRIER, RolloutsConfig
+from pointillist.config import CARRIER, LIMITS_CARRIER, RolloutsConfig
 from pointillist.errors import ImageError, LayoutError, PointillistError, RenderError, SourceError
+from pointillist.pools import give_threads_to_environments
 from pointillist.rollouts.environment import Closing, Task, load_environment
 from pointillist.rollouts.gateway import Gateway
 from pointillist.rollouts.policy import Policy
@@ -90,18 +91,21 @@ class Executor:
             PointillistError: It has no training tasks, or two tasks of one id.
         """
         self._timeout = config.rollout_timeout
+        self._max_concurrent = config.max_concurrent
         self._environment = load_environment(config.env.id, config.env.args)
         self._tasks: dict[Split, Sequence[Task]] = {
             "train": _checked(self._environment.train_tasks(), "train"),
             "eval": _checked(self._environment.eval_tasks(), "eval"),
         }
         self._policy = Policy.from_config(config, blank_images=config.env.blank_images)
-        # For whatever writes images on its own here or is started from here: one folder, told in one way.
+        # For whatever writes images on its own here or is started from here: one folder, told in one way, and limits.
         os.environ[CARRIER] = str(self._policy.sources.store_root)
+        os.environ[LIMITS_CARRIER] = config.multimodal.limits.model_dump_json()
         self._gateway = Gateway(config.gateway, self._policy.model_name)
 
     async def start(self) -> None:
         """Starts the gateway."""
+        give_threads_to_environments(self._max_concurrent)
         await self._gateway.start()
 
     async def task_ids(self, split: Split) -> list[str]:

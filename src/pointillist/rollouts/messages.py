@@ -8,6 +8,7 @@ base64. `canonical` removes those differences; `History` gives every prefix of a
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any, Final
 
 from pointillist.errors import HistoryError, UnsupportedContentError
@@ -39,8 +40,11 @@ def canonical(message: Mapping[str, Any], where: str) -> Message:
         reasoning = message.get("reasoning_content") or message.get("reasoning")
         if isinstance(reasoning, str):
             result["reasoning_content"] = reasoning
-        if message.get("tool_calls"):
-            result["tool_calls"] = [_tool_call(call, where) for call in message["tool_calls"]]
+        calls = message.get("tool_calls") or []
+        if not isinstance(calls, list):
+            raise HistoryError(f"{where}.tool_calls is {type(calls).__name__}, expected a list")
+        if calls:
+            result["tool_calls"] = [_tool_call(call, where) for call in calls]
     elif role == "tool":
         result |= {key: message[key] for key in ("tool_call_id", "name") if isinstance(message.get(key), str)}
     return result
@@ -114,13 +118,14 @@ def _content(content: Any, where: str) -> str | list[dict[str, Any]]:
         return content or ""
     if not isinstance(content, Sequence):
         raise HistoryError(f"{where}.content is {type(content).__name__}, expected a string or a list of parts")
+    found = (_part(part, f"{where}.content[{index}]") for index, part in enumerate(content))
     parts: list[dict[str, Any]] = []
-    for index, part in enumerate(content):
-        found = _part(part, f"{where}.content[{index}]")
-        if found["type"] == "text" and parts and parts[-1]["type"] == "text":
-            parts[-1] = {"type": "text", "text": parts[-1]["text"] + found["text"]}
+    for kind, run in groupby(found, key=lambda part: str(part["type"])):
+        # Texts that follow one another are one text.
+        if kind == "text":
+            parts.append({"type": "text", "text": "".join(part["text"] for part in run)})
         else:
-            parts.append(found)
+            parts.extend(run)
     if not parts:
         return ""
     return str(parts[0]["text"]) if len(parts) == 1 and parts[0]["type"] == "text" else parts
@@ -129,14 +134,14 @@ def _content(content: Any, where: str) -> str | list[dict[str, Any]]:
 def _part(part: Any, where: str) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
-    kind = part.get("type") if isinstance(part, Mapping) else None
+    kind = str(part.get("type")) if isinstance(part, Mapping) else type(part).__name__
     if kind in _TEXT_TYPES and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
     if kind == "refusal" and isinstance(part.get("refusal"), str):
         return {"type": "text", "text": part["refusal"]}
     if kind == "image_url":
         return {"type": "image_url", "image_url": {"url": part["image_url"]["url"]}}
-    raise UnsupportedContentError(f"{where} has type {str(kind)[:32]!r}, expected text or an image")
+    raise UnsupportedContentError(f"{where} has type {kind[:32]!r}, expected text or an image")
 
 
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
@@ -160,5 +165,5 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
 def _parsed(arguments: str) -> Any:
     try:
         return json.loads(arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         return arguments

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pointillist.config import PolicyConfig, SamplingConfig, writer_image_dir
@@ -46,7 +47,7 @@ class Policy:
         write_layout_record(family, store.root)
         sources = Sources(
             store,
-            transform=blank_image if blank_images else None,
+            transform=partial(blank_image, limits=store.limits) if blank_images else None,
             fetch=RemoteImages(store.limits.max_bytes).fetch if config.multimodal.allow_remote else None,
         )
         unsampleable = unsampleable_token_ids(family, tokenizer, ModelFiles(folder).vocab_size)

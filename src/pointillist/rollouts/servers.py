@@ -26,7 +26,24 @@ _HEALTH_SECONDS: Final = 5.0
 _FIRST_REST_SECONDS: Final = 0.1
 _LONGEST_REST_SECONDS: Final = 2.0
 _REMEMBERED: Final = 100_000
+_ANSWER_BYTES: Final = 256 * 1024 * 1024
+"""Longest answer that is read of a server: 128 completions of 8,192 tokens have a quarter of it."""
+_HEALTH_BYTES: Final = 64 * 1024
 _UNAVAILABLE: Final = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
+
+
+async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    """The body of an answer.
+
+    Raises:
+        InferenceError: It is longer than `limit` bytes.
+    """
+    data = bytearray()
+    async for chunk in response.content.iter_any():
+        data += chunk
+        if len(data) > limit:
+            raise InferenceError(f"inference server at {response.url.origin()} answers with more than {limit} bytes")
+    return bytes(data)
 
 
 class UnreachableError(InferenceError):
@@ -51,16 +68,21 @@ class Server:
         """Seconds for which this server is still to be left alone; 0 if it can be asked."""
         return max(0.0, self._rests_until - time.monotonic())
 
-    async def post(self, path: str, body: bytes) -> tuple[int, bytes]:
+    async def post(self, path: str, body: bytes, headers: Mapping[str, str] | None = None) -> tuple[int, bytes]:
         """Status and body of an answer.
+
+        Args:
+            path: Of the route.
+            body: JSON.
+            headers: HTTP headers in place of those of the same name that every request has.
 
         Raises:
             UnreachableError: No connection, no whole answer, or a server that is not available.
             InferenceError: No answer in time.
         """
         try:
-            async with self._http.post(path, data=body) as response:
-                status, data = response.status, await response.read()
+            async with self._http.post(path, data=body, headers=headers) as response:
+                status, data = response.status, await _read(response, _ANSWER_BYTES)
             if status in _UNAVAILABLE:
                 raise UnreachableError(f"inference server at {self.url} answered {path} with {status}")
         except TimeoutError:
@@ -100,8 +122,8 @@ class Server:
             async with self._http.get("/health", timeout=aiohttp.ClientTimeout(total=_HEALTH_SECONDS)) as response:
                 if response.status != HTTPStatus.OK:
                     return None
-                data = await response.read()
-        except (aiohttp.ClientError, TimeoutError):
+                data = await _read(response, _HEALTH_BYTES)
+        except (aiohttp.ClientError, TimeoutError, InferenceError):
             return None
         with contextlib.suppress(msgspec.MsgspecError):
             return msgspec.json.decode(data, type=dict[str, Any])

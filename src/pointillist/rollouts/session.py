@@ -15,13 +15,15 @@ training sample.
 import asyncio
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from pointillist.errors import ContextLengthError, HistoryError, RenderError
 from pointillist.images.sources import Sources, normalize_images
 from pointillist.images.store import StoredImage
+from pointillist.pools import READING, WRITING
 from pointillist.render.raw import Message, RawRenderer, RenderedPrompt
 from pointillist.rollouts.client import Completion, InferenceClient
 from pointillist.rollouts.messages import History, call_key, canonical, check_tool_results
@@ -29,6 +31,14 @@ from pointillist.rollouts.trace import Branch, Node, Trace
 
 # Turns of one session draw from seeds this far apart, so that they never meet those of a neighbouring rollout.
 _SEEDS_PER_TURN: Final = 1_000_003
+_LONG_CHARACTERS: Final = 50_000
+"""Text of a conversation from which on it is rendered in a thread: about 10 ms. Below it a thread would only spread the
+requests of a group, which are sent as one if they are made within a moment."""
+_MESSAGE_CHARACTERS: Final = 100
+"""What a message costs beside its text, in characters."""
+_LONG_ANSWER: Final = 2_000
+"""Tokens of a turn's answers from which on they are read in a thread."""
+T = TypeVar("T")
 Tools = Sequence[Mapping[str, Any]]
 """OpenAI tool specifications."""
 
@@ -74,6 +84,16 @@ class Turn:
     def text(self) -> str:
         """The answer's text."""
         return str(self.message["content"])
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A conversation that is ready to be answered."""
+
+    parent: Node | None
+    """The turn that it continues."""
+    prefixes: History
+    prompt: RenderedPrompt
 
 
 class Session:
@@ -174,7 +194,17 @@ class Session:
         self, messages: Sequence[Mapping[str, Any]], *, first: int = 0, from_client: bool = False
     ) -> Conversation:
         """`read_now` in a thread: what it does would hold up every other rollout of the event loop."""
-        return await asyncio.to_thread(self.read_now, messages, first=first, from_client=from_client)
+        messages = await self.fetch_remote(messages)
+        return await READING.run(self.read_now, messages, first=first, from_client=from_client)
+
+    async def fetch_remote(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """Messages whose remote images are in the store; for callers of `read_now`, which would hold a thread for them.
+
+        Raises:
+            SourceError, ImageError: As `read_now`.
+        """
+        stored: Sequence[Mapping[str, Any]] = await self._sources.fetch_remote(messages)
+        return stored
 
     def read_now(
         self, messages: Sequence[Mapping[str, Any]], *, first: int = 0, from_client: bool = False
@@ -194,7 +224,10 @@ class Session:
         """
         images: list[StoredImage] = []
         sources = self._client_sources if from_client else self._sources
-        stored = [normalize_images(message, sources, images) for message in messages]
+        stored = [
+            normalize_images(message, sources, images, f"messages[{number}]")
+            for number, message in enumerate(messages, start=first)
+        ]
         numbered = enumerate(stored, start=first)
         return Conversation([canonical(message, f"messages[{number}]") for number, message in numbered], images)
 
@@ -225,7 +258,8 @@ class Session:
             RenderError: The messages do not fit the template, or the conversation has outgrown `seq_len`.
             InferenceError: The server refused or failed the request.
         """
-        check_tool_results(conversation.messages, self._issued_calls)
+        messages = conversation.messages
+        await _in_thread_if(_is_long(messages), check_tool_results, messages, self._issued_calls)
         return await self._sample(conversation, tools, sampling or self.sampling, n, stop, wait=False)
 
     def compact_images(self, keep_last: int, replacement: str = "[image removed]") -> int:
@@ -262,10 +296,8 @@ class Session:
         history = conversation.messages
         if not history or history[-1]["role"] == "assistant":
             raise HistoryError("messages must end with a user or tool message for the policy to answer")
-        prefixes = History(tools)
-        keys = [prefixes.add(message) for message in history]
-        parent, seen = self._trace.find(keys)
-        prompt = self._prompt(parent, conversation, seen, tools)
+        prepared = await _in_thread_if(_is_long(history), self._prepare, conversation, tools)
+        prompt = prepared.prompt
         room = self._seq_len - len(prompt.token_ids)
         if room < 1:
             raise ContextLengthError(f"conversation has {len(prompt.token_ids)} tokens, seq_len is {self._seq_len}")
@@ -278,22 +310,41 @@ class Session:
                 for index in range(n)
             )
         )
+        long = sum(len(sampled.token_ids) for sampled in completions) > _LONG_ANSWER
+        read = await _in_thread_if(long, lambda: [self._read_answer(each, stop, prompt) for each in completions])
         turns = []
-        for sampled in completions:
-            self._refuse_sampled_media(sampled)
-            completion, stopped_by = self._cut(sampled, stop)
-            message = self._message(completion, prompt, stopped_by)
+        for completion, stopped_by, parsed in read:
+            message = self._message(parsed, stopped_by)
             self._trace.record(
-                parent,
+                prepared.parent,
                 prompt,
                 completion,
                 temperature=sampling.temperature,
-                key=prefixes.key_after(message),
+                key=prepared.prefixes.key_after(message),
                 messages=[*history, message],
             )
             turns.append(Turn(message, completion, len(prompt.token_ids), stopped_by))
         self.turns += turns
         return turns
+
+    def _prepare(self, conversation: Conversation, tools: Tools | None) -> "_Prepared":
+        """Finds a conversation in the record and renders it; long ones in a thread.
+
+        Raises:
+            RenderError: The messages do not fit the template.
+        """
+        prefixes = History(tools)
+        keys = [prefixes.add(message) for message in conversation.messages]
+        parent, seen = self._trace.find(keys)
+        return _Prepared(parent, prefixes, self._prompt(parent, conversation, seen, tools))
+
+    def _read_answer(
+        self, sampled: Completion, stop: Sequence[str], prompt: RenderedPrompt
+    ) -> tuple[Completion, str | None, Any]:
+        """What was sampled, cut at a stop text, that text, and what `renderers` reads in it; long ones in a thread."""
+        self._refuse_sampled_media(sampled)
+        completion, stopped_by = self._cut(sampled, stop)
+        return completion, stopped_by, self._renderer.parse(completion.token_ids, prompt)
 
     def _prompt(
         self,
@@ -327,14 +378,23 @@ class Session:
                 raise RenderError(f"the policy sampled the vision token {token} at {index}: the server must mask it")
 
     def _cut(self, completion: Completion, stop: Sequence[str]) -> tuple[Completion, str | None]:
-        """The completion up to the token that completes one of the texts, and that text."""
-        text = self.decode(completion.token_ids) if stop else ""
+        """The completion up to the token that completes one of the texts, and that text.
+
+        Example: tokens `["Thought", ":", " Ob", "servation", ": I"]` with the stop text `"Observation:"` are cut after
+        the fifth. Once a text is complete it stays so in every longer prefix, so the token is found by halving.
+        """
+        tokens = completion.token_ids
+        text = self.decode(tokens) if stop else ""
         if not any(each in text for each in stop):
             return completion, None
-        tokens = completion.token_ids
-        end, stopped_by = next(
-            (count, each) for count in range(1, len(tokens) + 1) for each in stop if each in self.decode(tokens[:count])
-        )
+
+        def stopped(count: int) -> bool:
+            prefix = self.decode(tokens[:count])
+            return any(each in prefix for each in stop)
+
+        end = bisect_left(range(len(tokens)), True, lo=1, key=stopped)
+        prefix = self.decode(tokens[:end])
+        stopped_by = next(each for each in stop if each in prefix)
         cut = dataclasses.replace(
             completion,
             token_ids=tokens[:end],
@@ -344,8 +404,7 @@ class Session:
         )
         return cut, stopped_by
 
-    def _message(self, completion: Completion, prompt: RenderedPrompt, stopped_by: str | None) -> Message:
-        parsed = self._renderer.parse(completion.token_ids, prompt)
+    def _message(self, parsed: Any, stopped_by: str | None) -> Message:
         content = parsed.content if stopped_by is None else parsed.content.partition(stopped_by)[0]
         message: Message = {"role": "assistant", "content": content}
         if parsed.reasoning_content:
@@ -363,6 +422,24 @@ class Session:
         if call.id is None:  # ids of the policy's own making may repeat
             self._issued_calls[call_id] = call_key(made)
         return made
+
+
+def _is_long(messages: Sequence[Message]) -> bool:
+    """Whether rendering takes so long that other rollouts of the event loop would notice."""
+    characters = 0
+    for message in messages:
+        content = message["content"]
+        parts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
+        characters += _MESSAGE_CHARACTERS + sum(map(len, parts))
+        characters += sum(len(call["function"]["arguments"]) for call in message.get("tool_calls", []))
+        if characters > _LONG_CHARACTERS:
+            return True
+    return False
+
+
+async def _in_thread_if(long: bool, function: Callable[..., T], *args: Any) -> T:
+    """Calls a function, in a thread if it takes long."""
+    return await WRITING.run(function, *args) if long else function(*args)
 
 
 def _without_images(message: Message, drop: Any, replacement: str) -> Message:

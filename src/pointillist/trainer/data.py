@@ -79,6 +79,8 @@ class ImageCounts:
     """Image spans."""
     images_missing: int = 0
     images_corrupt: int = 0
+    images_constant: int = 0
+    """Distinct images a row that show (nearly) one colour only."""
     images_materialized: int = 0
     """Distinct images a row."""
     images_decoded: int = 0
@@ -160,6 +162,7 @@ class RowLoader:
         arrays = self._materializer.tensors(batch.images, "uint8")
         self._counts.images_total += len(spans)
         self._counts.images_materialized += len(batch.images) - len(batch.errors)
+        self._counts.images_constant += sum(image.constant for image in batch.images)
         self._counts.images_decoded += self._materializer.cache.counts.misses - decoded_before
         self._counts.image_bytes += sum(array.nbytes for array in arrays.values())
         if batch.errors:

@@ -269,6 +269,7 @@ class Trainer:
             "mm/images_per_second": sums["images_materialized"] / max(sums["materialize_seconds"], 1e-9),
             "mm/hit_rate": 1 - sums["images_decoded"] / max(sums["images_total"], 1.0),
             "mm/bytes": sums["image_bytes"],
+            "mm/images_constant": sums["images_constant"],
             "mm/images_missing": sums["images_missing"],
             "mm/samples_zeroed": sums["samples_zeroed"],
             "mm/samples_quarantined": sums["samples_quarantined"],

@@ -25,7 +25,7 @@ import msgspec
 
 from pointillist.config.run_paths import RunPaths
 from pointillist.errors import ConfigError, MissingImageError, RefError
-from pointillist.images.decode import ImageLimits
+from pointillist.images.decode import STORED_LIMITS
 from pointillist.images.inventory import list_store
 from pointillist.images.store import read_stored
 from pointillist.view.references import file_of, rollout_files
@@ -321,9 +321,13 @@ def is_intact(root: Path, name: str) -> bool:
         MissingImageError: It is not there.
     """
     try:
-        return hashlib.sha256(read_stored(root, name, ImageLimits())).hexdigest() == name[3:67]
+        return hashlib.sha256(read_stored(root, name, STORED_LIMITS)).hexdigest() == name[3:67]
     except RefError:
         return False
+    except MissingImageError:
+        if os.path.lexists(root / name):
+            return False  # there, but unreadable
+        raise
 
 
 def _known(db: sqlite3.Connection, name: str) -> tuple[int, int, int, int, bytes] | None:

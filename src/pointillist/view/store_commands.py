@@ -12,7 +12,7 @@ from rich.progress import track
 from pointillist.config import OrchestratorConfig, RunPaths, load_toml
 from pointillist.errors import PointillistError
 from pointillist.families import Family, RawImageMaterializer, load_family
-from pointillist.images import ImageLimits
+from pointillist.images.decode import STORED_LIMITS
 from pointillist.images.inventory import StoreEntry, collect_garbage, list_store, verify_store
 from pointillist.view.references import HeldReference, image_dir_of, run_hashes, run_references
 from pointillist.view.run_archive import ArchiveCounts, export_run, import_run
@@ -87,13 +87,13 @@ def export_command(run: Path, archive: Path) -> None:
 @click.argument("run", type=click.Path(file_okay=False, path_type=Path))
 def import_command(archive: Path, run: Path) -> None:
     """Restore an archive into a new run folder, with its references rewritten."""
-    _tell("restored", import_run(archive, run.resolve(), ImageLimits()), run)
+    _tell("restored", import_run(archive, run.resolve(), STORED_LIMITS), run)
 
 
 def _verify_files(root: Path) -> list[str]:
     # Files are counted only for the eye: in a large store it takes long.
     total = sum(1 for _ in list_store(root)) if console.is_terminal else None
-    entries = verify_store(root, ImageLimits(), workers=os.cpu_count() or 1)
+    entries = verify_store(root, STORED_LIMITS, workers=os.cpu_count() or 1)
     counts: Counter[str] = Counter()
     problems = []
     for entry in track(entries, "reading images", total=total, console=console, disable=not console.is_terminal):
@@ -113,7 +113,7 @@ def _verify_references(paths: RunPaths, root: Path) -> list[str]:
 
 
 def _check_all(held: Iterable[HeldReference], family: Family, root: Path) -> tuple[list[str], int]:
-    reader = RawImageMaterializer(family, [root], ImageLimits(), cache_bytes=0)
+    reader = RawImageMaterializer(family, [root], STORED_LIMITS, cache_bytes=0)
     verdicts: dict[tuple[str, str, int], PointillistError | None] = {}
     problems = []
     checked = 0

@@ -7,6 +7,7 @@ the viewer's memory is for.
 import hashlib
 import io
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -14,12 +15,12 @@ from PIL import Image
 
 from pointillist.config.run_paths import write_atomically
 from pointillist.errors import RefError
-from pointillist.images.decode import ImageLimits, decode_rgb, to_pillow
+from pointillist.images.decode import STORED_LIMITS, decode_rgb, to_pillow
 from pointillist.images.store import read_stored
 
 SIZES: Final = (96, 640)
 """Longest sides that are offered: in a list, and in a conversation."""
-LIMITS: Final = ImageLimits(max_pixels=16_000_000)
+LIMITS: Final = replace(STORED_LIMITS, max_pixels=16_000_000)
 _SEEN: Final = 192
 _making = threading.Lock()
 

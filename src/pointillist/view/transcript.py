@@ -6,7 +6,7 @@ from typing import Any
 
 from pointillist.config import RunPaths
 from pointillist.errors import PointillistError
-from pointillist.images import ImageLimits
+from pointillist.images.decode import STORED_LIMITS
 from pointillist.images.store import read_verified, stored_name
 from pointillist.view.references import file_of, image_dir_of, read_records
 
@@ -74,5 +74,5 @@ def _copy(uri: str, root: Path, folder: Path, number: int) -> str:
     """Copies a picture of the run's store; a record can name no other file."""
     _, stored, sha256 = stored_name(uri, [root])
     target = folder / f"{number}{Path(stored).suffix}"
-    target.write_bytes(read_verified(uri, sha256, [root], ImageLimits()))
+    target.write_bytes(read_verified(uri, sha256, [root], STORED_LIMITS))
     return target.name

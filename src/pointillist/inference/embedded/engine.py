@@ -4,6 +4,9 @@ Requests come from any thread (`submit`) and are answered through futures. The l
 aborts), admit waiting requests, decode one token for every running sequence, repeat. A group's completions (`n`) and
 equal prompts that are admitted together share one prefill, vision tower included. New weights are loaded between two
 decoding steps: requests in flight go on, and each completion says which version sampled which of its tokens.
+
+A request that cannot be served fails alone. What raises while several are computed together is computed again for each
+by itself; those that raise again fail, the others go on. Only an engine whose device does not answer any more ends.
 """
 
 import logging
@@ -11,7 +14,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -21,9 +24,10 @@ from typing import Any, Literal
 import torch
 
 from pointillist.config.inference import EngineConfig
+from pointillist.errors import InferenceError
 from pointillist.inference.embedded.batch import Prompt, RunningBatch, decode, prefill
 from pointillist.inference.embedded.metrics import EngineMetrics
-from pointillist.inference.embedded.sampling import Sampled, sample
+from pointillist.inference.embedded.sampling import Sampled, draw_noise, sample
 from pointillist.inference.protocol import (
     Choice,
     LogProb,
@@ -32,7 +36,8 @@ from pointillist.inference.protocol import (
     SamplingParams,
     WeightVersionSpan,
 )
-from pointillist.models import LoadedModel, PixelNormalizer, copy_weights, read_weights
+from pointillist.models import LoadedModel, PixelNormalizer, check_weights, copy_weights, read_weights
+from pointillist.models.weights import largest_file
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +53,9 @@ class EngineRequest:
     max_tokens: int
     future: Future[list[Choice]] = field(default_factory=Future)
     prefilled: Future[None] = field(default_factory=Future)
-    """Done once the prompt has been read: its image tensors are no longer needed."""
+    """Done once the prompt has been read, or never will be: its image tensors are no longer needed."""
+    id: str = ""
+    """For logs."""
     choices: dict[int, Choice] = field(default_factory=dict)
 
 
@@ -89,7 +96,8 @@ class Engine:
             eos_token_ids: Tokens that end every completion.
             seed: For requests without a seed.
             metrics: Counters to keep.
-            on_failure: Called once if the engine's thread dies, after all requests have failed.
+            on_failure: Called once if the engine's thread dies, after all requests have failed. It dies of what no
+                request is to blame for only, such as a device that does not answer.
         """
         self._loaded = loaded
         self._normalize = PixelNormalizer(loaded.family).to(loaded.device)
@@ -98,9 +106,12 @@ class Engine:
         self._eos_token_ids = eos_token_ids
         self._metrics = metrics
         self._on_failure = on_failure
+        self._largest_weights = largest_file({name: each.shape for name, each in loaded.model.state_dict().items()})
         self._seeds = torch.Generator().manual_seed(seed)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: deque[EngineRequest] = deque()
+        self._admitting: list[EngineRequest] = []
+        """Requests that are neither waiting nor in the batch: their prompts are being read."""
         self._rows: list[_Sequence] = []
         self._batch: RunningBatch | None = None
         self._next: deque[tuple[_Sequence, RunningBatch]] = deque()
@@ -150,7 +161,9 @@ class Engine:
         Raises:
             InferenceError: The weights do not fit; the old ones serve on.
         """
-        weights = read_weights(folder)  # in the caller's thread: the engine only copies
+        # In the caller's thread: the engine only copies.
+        weights = read_weights(folder, max_bytes=self._largest_weights)
+        check_weights(self._loaded.model, weights)
 
         def swap() -> None:
             copy_weights(self._loaded.model, weights)
@@ -172,7 +185,11 @@ class Engine:
                     self._wait_for_command()
                     continue
                 self._admit()
-                self._step()
+                try:
+                    self._step()
+                except Exception as error:
+                    self._check_device()
+                    self._fail_running(error)
         except BaseException as error:  # whatever it was, nobody must wait for ever
             logger.exception("engine thread died")
             self.failure = error
@@ -201,10 +218,17 @@ class Engine:
 
     def _take_commands(self) -> None:
         while not self._commands.empty():
+            self._run_command()
+
+    def _run_command(self) -> None:
+        try:
             self._commands.get()()
+        except Exception as error:  # a request could not be taken out of the batch
+            self._check_device()
+            self._fail_running(error)
 
     def _wait_for_command(self) -> None:
-        self._commands.get()()
+        self._run_command()
         # A burst of requests is on its way together: one prefill for all of them.
         time.sleep(self._config.admission_window)
 
@@ -219,14 +243,30 @@ class Engine:
         self._next = deque(item for item in self._next if item[0].request is not request)
         self._keep([row for row, sequence in enumerate(self._rows) if sequence.request is not request])
 
+    def _fail(self, request: EngineRequest, error: BaseException) -> None:
+        """Answers a request with an error; its other completions are dropped by whoever finds it failed."""
+        logger.error("request %s failed", request.id, exc_info=error)
+        with suppress(InvalidStateError):  # given up meanwhile, or failed already
+            request.future.set_exception(InferenceError(f"the engine could not compute it ({error!r:.300})"))
+        with suppress(InvalidStateError):
+            request.prefilled.set_result(None)
+
     def _fail_all(self, error: BaseException) -> None:
         self._take_commands()  # requests among them
-        for request in [*self._waiting, *{sequence.request for sequence in self._sequences()}]:
+        running = {sequence.request for sequence in self._sequences()}
+        for request in [*self._waiting, *self._admitting, *running]:
             with suppress(InvalidStateError):
                 request.future.set_exception(RuntimeError(f"engine died: {error!r}"))
         self._waiting.clear()
+        self._admitting.clear()
         self._rows.clear()
         self._next.clear()
+
+    def _fail_running(self, error: BaseException) -> None:
+        """Fails what is being decoded, when it cannot be told whose fault it is."""
+        for request in {sequence.request for sequence in self._sequences()}:
+            self._fail(request, error)
+        self._rows, self._batch, self._next = [], None, deque()
 
     def _sequences(self) -> list[_Sequence]:
         return [*self._rows, *(sequence for sequence, _ in self._next)]
@@ -236,7 +276,7 @@ class Engine:
         if self._alone and (self._rows or self._next):
             self._take_next()
             return
-        admitted: list[EngineRequest] = []
+        admitted = self._admitting = []
         room = self._config.max_batch_size - len(self._rows)
         while self._waiting and self._waiting[0].params.n <= room:
             request = self._waiting.popleft()
@@ -248,74 +288,155 @@ class Engine:
                 break
         if not admitted:
             return
+        try:
+            self._read(admitted)
+        except Exception:
+            self._check_device()
+            for request in admitted:
+                self._read_alone(request)
+        self._admitting = []
+
+    def _read_alone(self, request: EngineRequest) -> None:
+        try:
+            self._read([request])
+        except Exception as error:
+            self._check_device()
+            self._fail(request, error)
+
+    def _read(self, admitted: list[EngineRequest]) -> None:
+        """Reads the prompts of some requests and joins them to the batch; all of them or, if it raises, none."""
         unique: dict[tuple[Any, ...], int] = {}
         prompts: list[Prompt] = []
         rows: list[int] = []
+        sequences: list[_Sequence] = []
         for request in admitted:
             if request.share_key not in unique:
                 unique[request.share_key] = len(prompts)
                 prompts.append(request.prompt)
             rows += [unique[request.share_key]] * request.params.n
-            self._rows += [
+            sequences += [
                 _Sequence(request, i, self._generator(request.params, i), self.weight_version)
                 for i in range(request.params.n)
             ]
         new = prefill(self._loaded, self._normalize, prompts).select(rows)
-        for request in admitted:
-            request.prompt = replace(request.prompt, tensors={})
-            request.prefilled.set_result(None)
         if self._alone:
-            self._next.extend((sequence, new.select([row])) for row, sequence in enumerate(self._rows))
-            self._rows = []
+            self._next.extend((sequence, new.select([row])) for row, sequence in enumerate(sequences))
             self._take_next()
         else:
             self._batch = new if self._batch is None else self._batch.join(new)
+            self._rows += sequences
+        for request in admitted:
+            request.prompt = replace(request.prompt, tensors={})
+            request.prefilled.set_result(None)
         self._metrics.prefilled(len(prompts), sum(len(p.token_ids) for p in prompts), len(rows))
 
     def _take_next(self) -> None:
-        if not self._rows:
-            sequence, self._batch = self._next.popleft()
-            self._rows = [sequence]
+        while not self._rows and self._next:
+            sequence, batch = self._next.popleft()
+            if not sequence.request.future.done():  # another of its completions has failed
+                self._rows, self._batch = [sequence], batch
 
     def _step(self) -> None:
         """Samples one token for every row, ends those that are done, and reads the others' tokens."""
         if self._batch is None:
             return
-        sampled = sample(
-            self._batch.logits,
-            self._loaded.unsampleable,
-            [sequence.request.params for sequence in self._rows],
-            [sequence.generator for sequence in self._rows],
-        )
+        sampled = self._sample(self._batch, self._rows)
         going: list[int] = []
         for row, sequence in enumerate(self._rows):
-            self._append(sequence, row, sampled)
-            finish = self._finish_of(sequence)
+            if sequence.request.future.done():
+                continue
+            try:
+                finish = self._appended(sequence, row, sampled)
+                if finish is not None:
+                    self._finish(sequence, *finish)
+            except Exception as error:
+                self._fail(sequence.request, error)
+                continue
             if finish is None:
                 going.append(row)
-            else:
-                self._finish(sequence, *finish)
         self._metrics.sampled(len(self._rows))
+        # All completions of a request fail together, whichever came first.
+        going = [row for row in going if not self._rows[row].request.future.done()]
         tokens = sampled.token_ids[going]
         self._keep(going)
         if self._batch is not None:
-            self._batch = decode(self._loaded, self._batch, tokens)
+            self._decode(self._batch, tokens)
             for sequence in self._rows:
                 sequence.logits_version = self.weight_version
         self._metrics.queues(len(self._rows), len(self._waiting))
 
+    def _sample(self, batch: RunningBatch, sequences: Sequence[_Sequence]) -> Sampled:
+        noise = draw_noise([sequence.generator for sequence in sequences])
+        params = [sequence.request.params for sequence in sequences]
+        masked = self._loaded.unsampleable
+        try:
+            together: Sampled = sample(batch.logits, masked, params, noise)
+        except Exception:
+            self._check_device()
+        else:
+            return together
+        parts: list[Sampled] = []
+        for row, sequence in enumerate(sequences):
+            try:
+                parts.append(sample(batch.logits[row : row + 1], masked, params[row : row + 1], noise[row : row + 1]))
+            except Exception as error:
+                self._check_device()
+                self._fail(sequence.request, error)
+                parts.append(Sampled(torch.zeros(1, dtype=torch.int64), torch.zeros(1, batch.logits.shape[1]), [False]))
+        return Sampled(
+            torch.cat([part.token_ids for part in parts]),
+            torch.cat([part.logprobs for part in parts]),
+            [usable for part in parts for usable in part.usable],
+        )
+
+    def _decode(self, batch: RunningBatch, tokens: torch.Tensor) -> None:
+        """Reads one more token a row; rows that cannot be computed leave the batch."""
+        try:
+            self._batch = decode(self._loaded, batch, tokens)
+            return
+        except Exception:
+            self._check_device()
+        going: list[_Sequence] = []
+        joined: RunningBatch | None = None
+        for row, sequence in enumerate(self._rows):
+            if sequence.request.future.done():
+                continue
+            try:
+                alone = decode(self._loaded, batch.select([row]), tokens[row : row + 1])
+                joined = alone if joined is None else joined.join(alone)
+                going.append(sequence)
+            except Exception as error:
+                self._check_device()
+                self._fail(sequence.request, error)
+        self._rows, self._batch = going, joined
+
+    def _check_device(self) -> None:
+        """Asks the device for a sum after something has raised: a request is at fault only if the device is not.
+
+        Raises:
+            RuntimeError: It does not compute any more; a CUDA device does not recover within its process.
+        """
+        if int(torch.ones(2, device=self._loaded.device).sum()) != 2:
+            raise RuntimeError(f"device {self._loaded.device} does not compute")
+
     def _keep(self, rows: list[int]) -> None:
         if len(rows) == len(self._rows):
             return
-        self._rows = [self._rows[row] for row in rows]
-        self._batch = self._batch.select(rows) if rows and self._batch is not None else None
+        batch = self._batch.select(rows) if rows and self._batch is not None else None
+        self._rows, self._batch = [self._rows[row] for row in rows], batch
 
-    def _append(self, sequence: _Sequence, row: int, sampled: Sampled) -> None:
+    def _appended(
+        self, sequence: _Sequence, row: int, sampled: Sampled
+    ) -> tuple[Literal["stop", "length"], int | None] | None:
+        """Adds the sampled token; why the completion ends with it, or None if it goes on."""
+        if not sampled.usable[row]:
+            raise ArithmeticError("the model's logits are not finite")
         token = int(sampled.token_ids[row])
         sequence.token_ids.append(token)
         sequence.versions.append(sequence.logits_version)
         if (count := sequence.request.params.logprobs) is not None:
             sequence.logprobs.append(_logprobs_content(token, sampled.logprobs[row], count))
+        return self._finish_of(sequence)
 
     def _finish_of(self, sequence: _Sequence) -> tuple[Literal["stop", "length"], int | None] | None:
         token, params = sequence.token_ids[-1], sequence.request.params

@@ -17,6 +17,18 @@ class Sampled:
     logprobs: torch.Tensor
     """float32 `(batch, vocab)`: of the whole distribution at the sampling temperature, mask applied, before top-p and
     top-k; this is what the trainer computes again."""
+    usable: list[bool]
+    """Per sequence: whether the model gave it a distribution; where it did not, the token means nothing."""
+
+
+def draw_noise(generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """One uniform number a sequence, float64 `(batch, 1)`: what decides its next token.
+
+    Args:
+        generators: One a sequence, on the CPU; each gives one number a step, so a sequence's tokens do not depend on
+            what shares its batch.
+    """
+    return torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
 
 
 @torch.inference_mode()
@@ -24,7 +36,7 @@ def sample(
     logits: torch.Tensor,
     unsampleable: torch.Tensor,
     params: Sequence[SamplingParams],
-    generators: Sequence[torch.Generator],
+    noise: torch.Tensor,
 ) -> Sampled:
     """Samples one token a sequence.
 
@@ -32,16 +44,15 @@ def sample(
         logits: `(batch, vocab)`.
         unsampleable: int64 token ids that are masked.
         params: One a sequence.
-        generators: One a sequence, on the CPU; each gives one number a step, so a sequence's tokens do not depend on
-            what shares its batch.
+        noise: float64 `(batch, 1)`, from `draw_noise`.
     """
     logits = logits.float().index_fill(1, unsampleable, float("-inf"))
     temperatures = torch.tensor([p.temperature or 1.0 for p in params], device=logits.device)[:, None]
     logprobs = (logits / temperatures).log_softmax(-1).cpu()
-    noise = torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
     drawn = _draw(_truncate(logprobs, params).double().exp(), noise)
     greedy = torch.tensor([p.temperature == 0 for p in params])
-    return Sampled(torch.where(greedy, logprobs.argmax(-1), drawn), logprobs)
+    usable = ~logprobs.isnan().any(-1)  # one number that is not finite makes the whole distribution so
+    return Sampled(torch.where(greedy, logprobs.argmax(-1), drawn), logprobs, usable.tolist())
 
 
 def _draw(weights: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -63,4 +74,5 @@ def _truncate(logprobs: torch.Tensor, params: Sequence[SamplingParams]) -> torch
     top_k = torch.tensor([p.top_k if p.top_k > 0 else logprobs.shape[-1] for p in params])[:, None]
     # At top_p = 1 nothing is left out, whatever rounding makes of the running sum.
     keep = ((mass_before < top_p) | (top_p >= 1)) & (torch.arange(logprobs.shape[-1]) < top_k)
+    keep[:, 0] = True  # however small top_p is, as float32 may be zero
     return logprobs.masked_fill(~torch.zeros_like(keep).scatter(-1, order, keep), float("-inf"))

@@ -7,45 +7,48 @@
 | `POST /pause`, `POST /resume` | stops and goes on; requests are kept |
 | `GET /health`, `/v1/models`, `/metrics` | |
 
-Image work runs in worker threads, never on the event loop. Errors are `{"error": {message, type, param, code}}`.
+Bodies are read within limits and decoded in worker threads, as images are, never on the event loop. Errors are
+`{"error": {message, type, param, code}}`.
 """
 
 import asyncio
 import logging
+import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 import torch
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 
 from pointillist.budget import ByteBudget
-from pointillist.config import InferenceConfig
+from pointillist.config import RUN_KEY, InferenceConfig
 from pointillist.errors import ConfigError, InferenceError, PointillistError
 from pointillist.families import RawImageMaterializer
+from pointillist.http_guard import Guard, HttpRefusal, answer_json, release_body, uvicorn_config
+from pointillist.inference.door import Door, http_limits
 from pointillist.inference.embedded.batch import Prompt
 from pointillist.inference.embedded.engine import Engine, EngineRequest
 from pointillist.inference.embedded.metrics import EngineMetrics
-from pointillist.inference.features import malformed, request_error
-from pointillist.inference.keys import key_refusal
+from pointillist.inference.features import request_error
 from pointillist.inference.prompt import CheckedPrompt, ServerBounds, check_prompt, check_sizes, pixel_bytes
 from pointillist.inference.protocol import (
     Choice,
-    ErrorInfo,
-    ErrorResponse,
     GenerateRequest,
     GenerateResponse,
+    Placeholders,
     RequestError,
     UpdateWeightsRequest,
     Usage,
+    decode_body,
 )
-from pointillist.inference.weight_folders import WeightFolders
+from pointillist.inference.weight_folders import WeightFolders, check_order, load_newest_usable
 from pointillist.models import LoadedModel, as_tensors, load_model
 from pointillist.refs.mm_refs import mm_token_type_ids
 from pointillist.refs.wire import ImageRef
@@ -72,6 +75,7 @@ class Server:
         self.budget = ByteBudget(config.multimodal.inflight_bytes)
         self.metrics = EngineMetrics()
         self.folders = WeightFolders(config)
+        self._updating = asyncio.Lock()
         self.engine = Engine(
             loaded,
             config.engine,
@@ -82,30 +86,30 @@ class Server:
             on_failure=on_failure,
         )
 
-    async def generate(self, request: GenerateRequest, http: Request) -> GenerateResponse:
-        """Answers one generate request.
+    async def generate(self, http: Request) -> bytes:
+        """Answers one generate request; the result is the answer's body.
 
         Raises:
-            RequestError: It can not be served.
+            RequestError: It cannot be served.
         """
-        if request.model not in (None, self.config.model.name):
-            raise RequestError(f"model is {request.model!r}, this server has {self.config.model.name!r}", code=404)
-        max_images = self.config.multimodal.limits.max_images_per_request
-        prompt = await run_in_threadpool(check_prompt, request, self.materializer, max_images)
-        params = request.sampling_params
-        check_sizes(prompt.token_ids, params.max_tokens, params.n, self.bounds)
-        max_tokens = params.max_tokens or self.bounds.seq_len - len(prompt.token_ids)
+        body = await http.body()
+        request, prompt, types = await run_in_threadpool(self._read, body)
+        release_body(http)
+        request_id = request.request_id or uuid.uuid4().hex
+        max_tokens = request.sampling_params.max_tokens or self.bounds.seq_len - len(prompt.token_ids)
         share = await self.budget.take(pixel_bytes(prompt, self.materializer))
         try:
-            engine_request = await self._prepare(request, max_tokens, prompt)
+            engine_request = await self._prepare(request, request_id, max_tokens, prompt, types)
             loop = asyncio.get_running_loop()
             engine_request.prefilled.add_done_callback(lambda _: loop.call_soon_threadsafe(share.release))
             choices = await self._await_choices(engine_request, http)
+        except InferenceError as error:
+            raise RequestError(f"request {request_id} failed: {error}", type="InternalServerError", code=500) from None
         finally:
             share.release()
         sampled = sum(len(choice.token_ids) for choice in choices)
-        return GenerateResponse(
-            request_id=request.request_id or uuid.uuid4().hex,
+        answer = GenerateResponse(
+            request_id=request_id,
             model=self.config.model.name,
             choices=choices,
             usage=Usage(
@@ -114,41 +118,49 @@ class Server:
                 total_tokens=len(prompt.token_ids) + sampled,
             ),
             prompt_token_ids=prompt.token_ids if request.return_token_ids else None,
-            mm_placeholders={"image": prompt.placeholders} if prompt.refs and request.return_token_ids else None,
+            mm_placeholders=Placeholders(prompt.placeholders) if prompt.refs and request.return_token_ids else None,
         )
+        return await run_in_threadpool(msgspec.json.encode, answer)
+
+    def _read(self, body: bytes) -> tuple[GenerateRequest, CheckedPrompt, list[int]]:
+        """A body as a request, its checked prompt and the types of its tokens; runs in a worker thread."""
+        request = decode_body(body, GenerateRequest)
+        if request.model not in (None, self.config.model.name):
+            raise RequestError(f"model is {request.model!r}, this server has {self.config.model.name!r}", code=404)
+        max_images = self.config.multimodal.limits.max_images_per_request
+        prompt = check_prompt(request, self.materializer, max_images)
+        check_sizes(prompt.token_ids, request.sampling_params.max_tokens, request.sampling_params.n, self.bounds)
+        return request, prompt, mm_token_type_ids(prompt.token_ids, self.loaded.family.image_token_id)
 
     async def update_weights(self, request: UpdateWeightsRequest) -> None:
-        """Loads a weight version.
+        """Loads a weight version; one at a time.
 
         Raises:
-            RequestError: Not a folder of this run's broadcasts, or weights that do not fit; the old ones serve on.
+            RequestError: 400: not a folder of this run's broadcasts, or weights that cannot serve; 409: older than what
+                serves. The old ones serve on.
         """
-        try:
-            await run_in_threadpool(self._update_weights, request)
-        except InferenceError as error:
-            raise RequestError(f"{error}; version {self.engine.weight_version} serves on", param="weight_dir") from None
+        async with self._updating:
+            check_order(request, self.engine.weight_version)
+            try:
+                folder = await run_in_threadpool(self.folders.folder, request.weight_dir, request.weight_version)
+                await run_in_threadpool(self.engine.update_weights, folder, request.weight_version)
+            except InferenceError as error:
+                raise RequestError(
+                    f"{error}; version {self.engine.weight_version} serves on", param="weight_dir"
+                ) from None
+            logger.info("weight version %d serves", request.weight_version)
 
-    def _update_weights(self, request: UpdateWeightsRequest) -> None:
-        folder = self.folders.folder(request.weight_dir, request.weight_version)
-        self.engine.update_weights(folder, request.weight_version)
-        logger.info("weight version %d serves", request.weight_version)
+    async def load_latest(self) -> None:
+        """Loads the run's newest weights that can serve: a server that is started again must not serve old ones."""
+        await load_newest_usable(self.folders, self.update_weights)
 
-    def load_latest(self) -> None:
-        """Loads the run's newest weights, if there are any: a server that is started again must not serve old ones.
-
-        Raises:
-            InferenceError: They do not fit.
-        """
-        if (latest := self.folders.latest()) is not None:
-            self._update_weights(UpdateWeightsRequest(weight_dir=latest[0], weight_version=latest[1]))
-
-    async def _prepare(self, request: GenerateRequest, max_tokens: int, prompt: CheckedPrompt) -> EngineRequest:
+    async def _prepare(
+        self, request: GenerateRequest, request_id: str, max_tokens: int, prompt: CheckedPrompt, types: list[int]
+    ) -> EngineRequest:
         tensors = await run_in_threadpool(self._materialize, prompt.refs, prompt.lengths) if prompt.refs else {}
-        ids = prompt.token_ids
-        types = mm_token_type_ids(ids, self.loaded.family.image_token_id)
-        read = Prompt(torch.tensor(ids), torch.tensor(types), tensors)
-        share_key = (tuple(ids), tuple(ref.hash for ref in prompt.refs))
-        return EngineRequest(read, share_key, request.sampling_params, max_tokens)
+        read = Prompt(torch.tensor(prompt.token_ids), torch.tensor(types), tensors)
+        share_key = (tuple(prompt.token_ids), tuple(ref.hash for ref in prompt.refs))
+        return EngineRequest(read, share_key, request.sampling_params, max_tokens, id=request_id)
 
     def _materialize(self, refs: list[ImageRef], lengths: list[int]) -> dict[str, torch.Tensor]:
         """Runs in a worker thread."""
@@ -173,35 +185,31 @@ class Server:
         return answer.result()
 
 
-def create_app(server: Server, key: str | None) -> FastAPI:
-    """The web application.
+def create_app(server: Server) -> FastAPI:
+    """The web application, without its guard.
 
     Args:
         server: State of the routes.
-        key: API key that requests must bring as a bearer token; None on loopback.
     """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         server.engine.start()
-        await run_in_threadpool(server.load_latest)
+        await server.load_latest()
         yield
         if server.engine.failure is None:
             await run_in_threadpool(server.engine.stop)
 
     app = FastAPI(title="Pointillist inference", lifespan=lifespan, openapi_url=None)
     _add_error_handlers(app, server)
-    if key is not None:
-        _require_key(app, key)
 
     @app.post("/inference/v1/generate")
-    async def generate(request: GenerateRequest, http: Request) -> Response:
-        answer = await server.generate(request, http)
-        return Response(answer.model_dump_json(), media_type="application/json")
+    async def generate(http: Request) -> Response:
+        return Response(await server.generate(http), media_type="application/json")
 
     @app.post("/update_weights")
-    async def update_weights(request: UpdateWeightsRequest) -> dict[str, Any]:
-        await server.update_weights(request)
+    async def update_weights(http: Request) -> dict[str, Any]:
+        await server.update_weights(decode_body(await http.body(), UpdateWeightsRequest))
         return {"weight_version": server.engine.weight_version}
 
     @app.post("/pause")
@@ -255,15 +263,15 @@ def serve(config: InferenceConfig) -> None:
     server = Server(
         config, loaded, RawImageMaterializer.for_run(loaded.family, config.multimodal, config.output_dir), end_process
     )
-    http_server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(server, key),
-            host=config.server.host,
-            port=config.server.port,
-            log_level="warning",
-            timeout_graceful_shutdown=2,
-        )
-    )
+    limits = http_limits(config.seq_len, config.multimodal.limits.max_images_per_request)
+    door = Door(loopback=config.server.is_loopback, key=key, run_key=os.environ.get(RUN_KEY))
+
+    def refused(request: Request, error: PointillistError) -> Response:
+        server.metrics.refused.inc()
+        return answer_json(request, error)
+
+    app = Guard(create_app(server), limits, check=door.check, answer=refused)
+    http_server = uvicorn.Server(uvicorn_config(app, limits, host=config.server.host, port=config.server.port))
     logger.info("serving %s on %s:%d", config.model.name, config.server.host, config.server.port)
     http_server.run()
     if server.engine.failure is not None:
@@ -293,28 +301,13 @@ async def _disconnected(http: Request) -> None:
 
 
 def _add_error_handlers(app: FastAPI, server: Server) -> None:
-    def answer(info: ErrorInfo) -> JSONResponse:
+    @app.exception_handler(HttpRefusal)
+    async def refused(request: Request, error: HttpRefusal) -> Response:
         server.metrics.refused.inc()
-        return JSONResponse(ErrorResponse(error=info).model_dump(), status_code=info.code)
-
-    @app.exception_handler(RequestError)
-    async def refused(_: Request, error: RequestError) -> JSONResponse:
-        return answer(error.info)
-
-    @app.exception_handler(RequestValidationError)
-    async def wrong_shape(_: Request, error: RequestValidationError) -> JSONResponse:
-        return answer(malformed(error.errors()[0]).info)
+        return answer_json(request, error)
 
     @app.exception_handler(Exception)
-    async def failed(_: Request, error: Exception) -> JSONResponse:
+    async def failed(request: Request, error: Exception) -> Response:
         logger.error("request failed", exc_info=error)
-        return answer(ErrorInfo(message=type(error).__name__, type="InternalServerError", code=500))
-
-
-def _require_key(app: FastAPI, key: str) -> None:
-    @app.middleware("http")
-    async def check(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        refusal = key_refusal(request, key)
-        if refusal is None:
-            return await call_next(request)
-        return JSONResponse(ErrorResponse(error=refusal.info).model_dump(), status_code=refusal.info.code)
+        server.metrics.refused.inc()
+        return answer_json(request, HttpRefusal(500, type(error).__name__, "InternalServerError"))

@@ -10,37 +10,42 @@ import os
 import time
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from fastapi import APIRouter, Depends, FastAPI, Request
+import msgspec
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import REGISTRY
 from pydantic import ValidationError
+from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import load_aware_call, with_cancellation
 from vllm.sampling_params import SamplingParams
 
 from pointillist.budget import ByteBudget
-from pointillist.config import InferenceConfig, MultimodalConfig, load_toml
+from pointillist.config import RUN_KEY, InferenceConfig, MultimodalConfig, load_toml
 from pointillist.config.assets import CARRIER
 from pointillist.config.shared import ModelConfig
 from pointillist.families import RawImageMaterializer, load_family, resolve_model_dir
-from pointillist.inference.features import malformed
-from pointillist.inference.keys import key_refusal
+from pointillist.http_guard import Guard, HttpRefusal, answer_json, guarded_protocol, release_body
+from pointillist.inference.door import OWN_PATHS, Door, http_limits
 from pointillist.inference.metrics import ImageMetrics
 from pointillist.inference.prompt import CheckedPrompt, ServerBounds, check_prompt, check_sizes, pixel_bytes
-from pointillist.inference.protocol import ErrorResponse as OurErrorResponse
-from pointillist.inference.protocol import PromptFields, RequestError, UpdateWeightsRequest
+from pointillist.inference.protocol import PromptFields, RequestError, UpdateWeightsRequest, check_params, decode_body
 from pointillist.inference.vllm.serve import CONFIG_VARIABLE
 from pointillist.inference.vllm.serving import ItemMaker, RawServingTokens
 from pointillist.inference.vllm.versions import check_vllm
 from pointillist.inference.vllm.weights import WeightUpdates
 from pointillist.inference.weight_folders import WeightFolders
 from pointillist.rollouts.client import api_key
+from pointillist.system import is_loopback
 
 logger = logging.getLogger(__name__)
+
+_OTHER_BODY_BYTES: Final = 64 * 1024 * 1024
+"""Longest body of vLLM's own routes, whose images come as base64."""
 
 
 class PointillistPlugin:
@@ -50,9 +55,10 @@ class PointillistPlugin:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Adds the routes."""
+        """Adds the routes, and a guard around vLLM's and ours alike."""
         app.include_router(router)
-        app.exception_handler(RequestError)(_answer)
+        app.exception_handler(HttpRefusal)(_answer)
+        app.add_middleware(_LateGuard)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Builds what the routes share, once vLLM's own state is there.
@@ -72,7 +78,6 @@ class _Shared:
     def __init__(self, engine: Any, state: Any, args: Namespace) -> None:
         self.config = _config(args)
         self.engine = engine
-        self.key = api_key(self.config.server.api_key_var) if self.config.server.api_key_var else None
         family = load_family(self.config.model.name)
         self.materializer = RawImageMaterializer.for_run(family, self.config.multimodal, self.config.output_dir)
         self.serving = RawServingTokens(
@@ -92,12 +97,44 @@ class _Shared:
         scheduler, model = engine.vllm_config.scheduler_config, engine.vllm_config.model_config
         self.bounds = ServerBounds(model.max_model_len, model.get_vocab_size(), scheduler.max_num_seqs)
         self.budget = ByteBudget(self.config.multimodal.inflight_bytes)
+        self.limits = http_limits(model.max_model_len, self.config.multimodal.limits.max_images_per_request)
+        self.door = Door(
+            loopback=is_loopback(args.host or ""),
+            key=api_key(self.config.server.api_key_var) if self.config.server.api_key_var else None,
+            run_key=os.environ.get(RUN_KEY),
+        )
         self.weights = WeightUpdates(engine, resolve_model_dir(self.config.model.name), WeightFolders(self.config))
         if model.logprobs_mode != "processed_logprobs":
             logger.warning(
                 "logprobs are not at the sampling temperature: start vLLM with --logprobs-mode processed_logprobs"
             )
         logger.info("references are read as %s pixels", self.items.dtype)
+
+
+class _LateGuard:
+    """The guard of vLLM's application: what it guards is known once the engine is there, after middleware is added."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._guard: Guard | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        state = scope["app"].state
+        if scope["type"] == "lifespan" and (server := getattr(state, "server", None)) is not None:
+            # vLLM's uvicorn, which is about to listen; its connections are bounded as those of our own servers.
+            server.config.http_protocol_class = guarded_protocol(state.pointillist.limits)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if self._guard is None:
+            shared: _Shared = state.pointillist
+            own = shared.limits.body_bytes
+
+            def longest(request: Request) -> int:
+                return own if request.scope["path"] in OWN_PATHS else max(own, _OTHER_BODY_BYTES)
+
+            self._guard = Guard(self._app, shared.limits, check=shared.door.check, body_bytes=longest)
+        await self._guard(scope, receive, send)
 
 
 def _config(args: Namespace) -> InferenceConfig:
@@ -108,31 +145,24 @@ def _config(args: Namespace) -> InferenceConfig:
     return InferenceConfig(model=ModelConfig(name=args.model), multimodal=MultimodalConfig(allowed_roots=roots))
 
 
-def _authorized(request: Request) -> None:
-    key = request.app.state.pointillist.key
-    if key is not None and (refusal := key_refusal(request, key)) is not None:
-        raise refusal
-
-
-router = APIRouter(dependencies=[Depends(_authorized)])
+router = APIRouter()
 
 
 @router.post("/inference/v1/generate")
+async def generate(raw_request: Request) -> Response:
+    """Tokens and references in, tokens and logprobs out."""
+    # Before vLLM begins to listen for a client that leaves: it would take the body for a message of the connection.
+    body = await raw_request.body()
+    answer: Response = await _generate(body, raw_request)
+    return answer
+
+
 @with_cancellation
 @load_aware_call
-async def generate(body: dict[str, Any], raw_request: Request) -> Response:
-    """Tokens and references in, tokens and logprobs out."""
+async def _generate(body: bytes, raw_request: Request) -> Response:
     shared: _Shared = raw_request.app.state.pointillist
-    max_images = shared.config.multimodal.limits.max_images_per_request
-    try:
-        fields = PromptFields.model_validate(body)
-    except ValidationError as error:
-        raise malformed(error.errors()[0]) from None
-    prompt = await run_in_threadpool(check_prompt, fields, shared.materializer, max_images)
-    request = _stock_request(body, prompt)
-    params = request.sampling_params
-    given = params.max_tokens if request.is_sampling_param_provided("max_tokens") else None
-    check_sizes(prompt.token_ids, given, params.n, shared.bounds)
+    request, prompt = await run_in_threadpool(_read, body, shared)
+    release_body(raw_request)
     share = await shared.budget.take(pixel_bytes(prompt, shared.materializer))
     try:
         started = time.perf_counter()
@@ -145,6 +175,20 @@ async def generate(body: dict[str, Any], raw_request: Request) -> Response:
     return JSONResponse(answer.model_dump(), status_code=code)
 
 
+def _read(body: bytes, shared: _Shared) -> tuple[GenerateRequest, CheckedPrompt]:
+    """A body as vLLM's request and its checked prompt; runs in a worker thread."""
+    fields = decode_body(body, PromptFields)
+    prompt = check_prompt(fields, shared.materializer, shared.config.multimodal.limits.max_images_per_request)
+    given_body = msgspec.json.decode(body)
+    if isinstance(given_params := given_body.get("sampling_params"), dict):
+        check_params(given_params)
+    request = _stock_request(given_body, prompt)
+    params = request.sampling_params
+    given = params.max_tokens if request.is_sampling_param_provided("max_tokens") else None
+    check_sizes(prompt.token_ids, given, params.n, shared.bounds)
+    return request, prompt
+
+
 @router.get("/health")
 async def health(raw_request: Request) -> dict[str, Any]:
     """Whether the engine lives, and which weights serve."""
@@ -154,10 +198,10 @@ async def health(raw_request: Request) -> dict[str, Any]:
 
 
 @router.post("/update_weights")
-async def update_weights(request: UpdateWeightsRequest, raw_request: Request) -> dict[str, int]:
+async def update_weights(raw_request: Request) -> dict[str, int]:
     """Loads a weight version while decoding is frozen."""
     weights: WeightUpdates = raw_request.app.state.pointillist.weights
-    await weights.apply(request)
+    await weights.apply(decode_body(await raw_request.body(), UpdateWeightsRequest))
     return {"weight_version": weights.version, "encoder_resets": weights.encoder_resets}
 
 
@@ -185,7 +229,7 @@ def _stock_request(body: dict[str, Any], prompt: CheckedPrompt) -> GenerateReque
     """The request as vLLM knows it: where images lie, and nothing of what they are."""
     features = None
     if prompt.refs:
-        places = [place.model_dump() for place in prompt.placeholders]
+        places = [msgspec.to_builtins(place) for place in prompt.placeholders]
         features = {"mm_hashes": {"image": [ref.hash for ref in prompt.refs]}, "mm_placeholders": {"image": places}}
     stock = {**body, "token_ids": prompt.token_ids, "features": features, "content_parts": None}
     _refuse_unknown(body)
@@ -196,7 +240,9 @@ def _stock_request(body: dict[str, Any], prompt: CheckedPrompt) -> GenerateReque
     try:
         return GenerateRequest.model_validate(stock)
     except ValidationError as error:
-        raise malformed(error.errors()[0]) from None
+        fault = error.errors()[0]
+        where = ".".join(str(part) for part in fault["loc"])
+        raise RequestError(f"{where}: {fault['msg']}", param=where) from None
 
 
 def _refuse_unknown(body: dict[str, Any]) -> None:
@@ -211,5 +257,5 @@ def _refuse_unknown(body: dict[str, Any]) -> None:
             raise RequestError(f"{prefix}{unknown[0]}: no such parameter", param=f"{prefix}{unknown[0]}")
 
 
-async def _answer(_: Request, error: RequestError) -> Response:
-    return JSONResponse(OurErrorResponse(error=error.info).model_dump(), status_code=error.info.code)
+async def _answer(request: Request, error: HttpRefusal) -> Response:
+    return answer_json(request, error)

@@ -3,19 +3,18 @@
 import asyncio
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pointillist.config.run_paths import WEIGHTS_FILE
 from pointillist.errors import InferenceError
 from pointillist.inference.protocol import RequestError, UpdateWeightsRequest
-from pointillist.inference.weight_folders import WeightFolders
-from pointillist.models.weights import check_weights_fit
+from pointillist.inference.weight_folders import WeightFolders, check_order, load_newest_usable
+from pointillist.models.weights import check_values, check_weights_fit, largest_file, open_weights
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +44,13 @@ class WeightUpdates:
         self._folders = folders
         text_config = engine.vllm_config.model_config.hf_text_config
         self._tied = bool(getattr(text_config, "tie_word_embeddings", False))
+        self._dtype = engine.vllm_config.model_config.dtype
         self._first_files = sorted(model_dir.glob("*.safetensors"))
         self._shapes = _shapes_of(self._first_files)
         # Of the weights that serve; those that the engine started with are read for it at the first update.
         self._encoder: str | None = None
-        self._folder: Path | None = None
+        self._loaded: tuple[Path, str] | None = None
+        """Folder and sha256 of the weights that serve; None for those that the engine started with."""
         self._lock = asyncio.Lock()
         self.version = 0
         self.encoder_resets = 0
@@ -59,29 +60,33 @@ class WeightUpdates:
         """Loads a version.
 
         Raises:
-            RequestError: 400: not below `broadcasts`, or weights that do not fit; nothing was touched. 500: the engine
-                failed to load them; the last version that it had was loaded again.
+            RequestError: 400: not in `broadcasts`, or weights that cannot serve; 409: older than what serves; neither
+                touches anything. 500: the engine failed to load them; the last version that it had was loaded again.
         """
         async with self._lock:
+            check_order(request, self.version)
             try:
-                folder, digest = await asyncio.to_thread(self._check, request)
+                folder, sha256, encoder = await asyncio.to_thread(self._check, request)
             except InferenceError as error:
                 raise RequestError(f"{error}; version {self.version} serves on", param="weight_dir") from None
+            paused_before = await self._engine.is_paused()
             await self._engine.pause_generation(mode="keep", clear_cache=False)
             try:
-                await self._load(folder, digest != self._encoder)
+                await self._load(folder, sha256, encoder != self._encoder)
                 await self._engine.update_weight_version(str(request.weight_version))
             finally:
-                await self._engine.resume_generation()
-            self._folder, self._encoder, self.version = folder, digest, request.weight_version
+                if not paused_before:
+                    await self._engine.resume_generation()
+            self._loaded, self._encoder, self.version = (folder, sha256), encoder, request.weight_version
             logger.info("weight version %d serves", self.version)
 
-    async def _load(self, folder: Path, encoder_changed: bool) -> None:
+    async def _load(self, folder: Path, sha256: str, encoder_changed: bool) -> None:
         try:
-            await self._engine.collective_rpc("pointillist_load_weights", args=(str(folder),))
+            await self._engine.collective_rpc("pointillist_load_weights", args=(str(folder), sha256))
         except Exception as error:
-            if self._folder is not None:
-                await self._engine.collective_rpc("pointillist_load_weights", args=(str(self._folder),))
+            if self._loaded is not None:
+                before, its_sha256 = self._loaded
+                await self._engine.collective_rpc("pointillist_load_weights", args=(str(before), its_sha256))
             raise RequestError(
                 f"weights could not be loaded ({error}); version {self.version} serves on",
                 type="InternalServerError",
@@ -94,24 +99,21 @@ class WeightUpdates:
             await self._engine.reset_encoder_cache()
 
     async def load_latest(self) -> None:
-        """Loads the run's newest weights, if there are any: a server that is started again must not serve old ones.
+        """Loads the run's newest weights that can serve: a server that is started again must not serve old ones."""
+        await load_newest_usable(self._folders, self.apply)
 
-        Raises:
-            RequestError: As `apply`.
-        """
-        if (latest := await asyncio.to_thread(self._folders.latest)) is not None:
-            await self.apply(UpdateWeightsRequest(weight_dir=latest[0], weight_version=latest[1]))
-
-    def _check(self, request: UpdateWeightsRequest) -> tuple[Path, str]:
-        """The resolved folder and the digest of its encoder's weights; names and shapes must be the model's."""
+    def _check(self, request: UpdateWeightsRequest) -> tuple[Path, str, str]:
+        """The resolved folder, the file's sha256 and the digest of its encoder's weights; it must be this model's."""
         folder = self._folders.folder(request.weight_dir, request.weight_version)
-        shapes = _shapes_of([folder / WEIGHTS_FILE])
-        # Where it is tied to the embedding, an output layer that comes along is the embedding once more.
-        tied = {"lm_head.weight"} if self._tied else set()
-        check_weights_fit(self._shapes, shapes, optional=tied)
-        if self._encoder is None:
-            self._encoder = _encoder_digest(self._first_files)
-        return folder, _encoder_digest([folder / WEIGHTS_FILE])
+        with open_weights(folder, max_bytes=largest_file(self._shapes)) as weights:
+            # Where it is tied to the embedding, an output layer that comes along is the embedding once more.
+            tied = {"lm_head.weight"} if self._tied else set()
+            check_weights_fit(self._shapes, weights.shapes, optional=tied)
+            for name in weights.shapes:
+                check_values(name, weights.tensor(name), self._dtype)
+            if self._encoder is None:
+                self._encoder = _encoder_of_files(self._first_files)
+            return folder, weights.sha256, _encoder_digest(weights.tensor, weights.shapes)
 
 
 def _shapes_of(files: list[Path]) -> Mapping[str, list[int]]:
@@ -122,14 +124,22 @@ def _shapes_of(files: list[Path]) -> Mapping[str, list[int]]:
     return shapes
 
 
-def _encoder_digest(files: list[Path]) -> str:
+def _encoder_digest(tensor: Callable[[str], torch.Tensor], names: Iterable[str]) -> str:
     digest = hashlib.sha256()
-    for file in files:
-        with _opened(file) as tensors:
-            for name in sorted(tensors.keys()):
-                if not name.startswith(_LANGUAGE):
-                    digest.update(tensors.get_tensor(name).contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    for name in sorted(names):
+        if not name.startswith(_LANGUAGE):
+            digest.update(tensor(name).contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _encoder_of_files(files: list[Path]) -> str:
+    """The same of the files that the engine was started with, each of which has some of the weights."""
+    with ExitStack() as opened:
+        where: dict[str, Any] = {}
+        for file in files:
+            tensors = opened.enter_context(_opened(file))
+            where |= dict.fromkeys(tensors.keys(), tensors)
+        return _encoder_digest(lambda name: where[name].get_tensor(name), where)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ class WeightsWorker:
     model_runner: Any
     vllm_config: Any
 
-    def pointillist_load_weights(self, folder: str) -> None:
+    def pointillist_load_weights(self, folder: str, sha256: str) -> None:
         """Loads a state dict in checkpoint names, in place; caches are the caller's to reset.
 
         Not `model_runner.reload_weights`: that would empty the workers' encoder cache behind the back of the scheduler,
@@ -20,11 +20,15 @@ class WeightsWorker:
 
         Args:
             folder: Holds a `model.safetensors`.
+            sha256: Of that file, as it was checked.
+
+        Raises:
+            InferenceError: It has changed since then.
         """
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
         from vllm.model_executor.model_loader.reload.inplace import reload_weights
 
-        weights, model = read_weights(Path(folder)), self.model_runner.get_model()
+        weights, model = read_weights(Path(folder), sha256=sha256), self.model_runner.get_model()
         reload_weights(
             self.vllm_config,
             model,

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pointillist.config.run_paths import RunPaths
-from pointillist.images import ImageLimits, read_verified
+from pointillist.images import read_verified
+from pointillist.images.decode import STORED_LIMITS
 from pointillist.images.store import stored_name
 from pointillist.launch.monitors.interface import Picture, Row
 from pointillist.launch.run_dir import METRIC_FILES
@@ -114,5 +115,5 @@ def _parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _picture(uri: str, root: Path) -> Picture:
     """Only a picture of the run's own store, and only if it is the one that its name says."""
     _, name, sha256 = stored_name(uri, [root])
-    read_verified(uri, sha256, [root], ImageLimits())
+    read_verified(uri, sha256, [root], STORED_LIMITS)
     return Picture(sha256, root / name)

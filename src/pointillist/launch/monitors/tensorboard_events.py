@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pointillist.images import ImageLimits, read_header
+from pointillist.images import read_header
+from pointillist.images.decode import STORED_LIMITS
 from pointillist.launch.monitors.interface import Picture, Row
 
 
@@ -52,7 +53,7 @@ class TensorboardMonitor:
 
     def _image(self, picture: Picture) -> Any:
         data = picture.path.read_bytes()
-        header = read_header(data, ImageLimits())
+        header = read_header(data, STORED_LIMITS)
         image = self._summary.Image(width=header.width, height=header.height, colorspace=3, encoded_image_string=data)
         return self._summary.Value(tag=f"pictures/{_short(picture)}", image=image)
 

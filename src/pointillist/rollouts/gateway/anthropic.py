@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from pointillist.config.sampling import MAX_VOCABULARY
 from pointillist.render.raw import Message
 from pointillist.rollouts.gateway.call import Call, common, optional, positive, required_list, stop_texts
 from pointillist.rollouts.gateway.errors import ApiError
@@ -34,7 +35,7 @@ def parse(body: dict[str, Any]) -> Call:
         tools=[] if choice.get("type") == "none" else tools,
         stop=stop_texts(body, "stop_sequences"),
         max_tokens=positive(body, "max_tokens"),
-        top_k=positive(body, "top_k"),
+        top_k=positive(body, "top_k", MAX_VOCABULARY),
     )
 
 

@@ -5,11 +5,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
+from pointillist.config.sampling import MAX_SEQUENCE, MIN_TEMPERATURE
 from pointillist.render.raw import Message
 from pointillist.rollouts.gateway.errors import ApiError
 from pointillist.rollouts.session import Sampling
 
 T = TypeVar("T")
+
+MAX_STOP_TEXTS: Final = 64
+MAX_STOP_CHARACTERS: Final = 4096
+"""Of all stop texts of a request together."""
+_MAX_TOOLS: Final = 1024
+_MIN_TOP_P: Final = 1e-6
+"""Below it a float32 sum of probabilities may leave no token at all."""
+_LONG_BITS: Final = 128
+_KINDS: Final = {str: "a text", int: "an integer", bool: "true or false", list: "a list", dict: "an object"}
+_SHOWN: Final = 80
+"""Characters of a value that an error repeats."""
 
 # Fields that change what is sampled, and the values of theirs that change nothing.
 _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
@@ -78,15 +90,17 @@ def common(body: Mapping[str, Any], messages: list[Message], **fields: Any) -> C
     for name, values in _NEUTRAL.items():
         value = body.get(name)
         if value is not None and value not in values:
-            raise ApiError(f"{name} = {str(value)[:80]} is not supported", param=name, code="unsupported_parameter")
+            raise ApiError(f"{name} = {shown(value)} is not supported", param=name, code="unsupported_parameter")
     _refuse_forced_tools(body.get("tool_choice"))
+    if len(tools := fields.get("tools", [])) > _MAX_TOOLS:
+        raise ApiError(f"tools has {len(tools)} entries, expected at most {_MAX_TOOLS}", param="tools")
     return Call(
         messages=messages,
         model=optional(body, "model", str) or "",
         session=optional(body, "pointillist_session", str) or "",
         stream=optional(body, "stream", bool) or False,
-        temperature=number(body, "temperature", 0, 2),
-        top_p=number(body, "top_p", 1e-6, 1),
+        temperature=_temperature(body),
+        top_p=number(body, "top_p", _MIN_TOP_P, 1),
         **fields,
     )
 
@@ -101,7 +115,7 @@ def optional(body: Mapping[str, Any], name: str, kind: type[T]) -> T | None:
     if value is None:
         return None
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ApiError(f"{name} is {str(value)[:40]!r}, expected {kind.__name__}", param=name)
+        raise ApiError(f"{name} is {shown(value)}, expected {_KINDS[kind]}", param=name)
     return value
 
 
@@ -127,19 +141,32 @@ def number(body: Mapping[str, Any], name: str, low: float, high: float) -> float
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ApiError(f"{name} is {str(value)[:40]}, expected a number from {low:g} to {high:g}", param=name)
+        raise ApiError(f"{name} is {shown(value)}, expected a number from {low:g} to {high:g}", param=name)
     return float(value)
 
 
-def positive(body: Mapping[str, Any], name: str) -> int | None:
+def _temperature(body: Mapping[str, Any]) -> float | None:
+    """0 or a temperature that logits can be divided by (`config.sampling`)."""
+    value = number(body, "temperature", 0, 2)
+    if value is not None and 0 < value < MIN_TEMPERATURE:
+        raise ApiError(f"temperature is {value:g}, expected 0 or {MIN_TEMPERATURE:g} to 2", param="temperature")
+    return value
+
+
+def positive(body: Mapping[str, Any], name: str, high: int = MAX_SEQUENCE) -> int | None:
     """A count that may be absent or null.
 
+    Args:
+        body: Of the request.
+        name: Of the field.
+        high: Largest value.
+
     Raises:
-        ApiError: 400: not an integer above 0.
+        ApiError: 400: not an integer from 1 to `high`.
     """
     value = optional(body, name, int)
-    if value is not None and value < 1:
-        raise ApiError(f"{name} is {value}, expected at least 1", param=name)
+    if value is not None and not 1 <= value <= high:
+        raise ApiError(f"{name} is {shown(value)}, expected an integer from 1 to {high}", param=name)
     return value
 
 
@@ -147,20 +174,37 @@ def stop_texts(body: Mapping[str, Any], name: str) -> list[str]:
     """Texts that end an answer: a string or a list of them.
 
     Raises:
-        ApiError: 400: something else, or an empty text.
+        ApiError: 400: something else, an empty text, or more of them than are looked for.
     """
     value = body.get(name)
     texts = [value] if isinstance(value, str) else value or []
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
         raise ApiError(f"{name} must be a text or a list of texts, none of them empty", param=name)
+    if len(texts) > MAX_STOP_TEXTS or sum(map(len, texts)) > MAX_STOP_CHARACTERS:
+        raise ApiError(
+            f"{name} has {len(texts)} texts of {sum(map(len, texts))} characters together, expected at most "
+            f"{MAX_STOP_TEXTS} of {MAX_STOP_CHARACTERS}",
+            param=name,
+        )
     return texts
+
+
+def shown(value: Any) -> str:
+    """The beginning of a value, for an error; it costs little, whatever the value is."""
+    if isinstance(value, str):
+        return repr(value[:_SHOWN])
+    if isinstance(value, int) and value.bit_length() > _LONG_BITS:
+        return f"an integer of {value.bit_length()} bits"  # Python refuses to print one of 5,000 digits
+    if isinstance(value, dict | list):
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
+    return str(value)
 
 
 def _refuse_forced_tools(choice: Any) -> None:
     kind = choice.get("type") if isinstance(choice, Mapping) else choice
     if kind not in (None, "auto", "none"):
         raise ApiError(
-            f"tool_choice {str(choice)[:80]} is not supported, expected 'auto' or 'none': nothing forces the policy",
+            f"tool_choice {shown(choice)} is not supported, expected 'auto' or 'none': nothing forces the policy",
             param="tool_choice",
             code="unsupported_parameter",
         )

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from pointillist.config.sampling import MAX_CHOICES
 from pointillist.rollouts.gateway.call import Call, common, optional, positive, required_list, stop_texts
 from pointillist.rollouts.gateway.errors import ApiError
 from pointillist.rollouts.session import Turn
@@ -17,7 +18,7 @@ def parse(body: dict[str, Any]) -> Call:
     """
     tools = optional(body, "tools", list) or []
     for index, tool in enumerate(tools):
-        if not isinstance(tool, dict) or tool.get("type") != "function" or "name" not in (tool.get("function") or {}):
+        if not isinstance(tool, dict) or tool.get("type") != "function" or not _is_function(tool.get("function")):
             raise ApiError(
                 f"tools[{index}] is not {{type: 'function', function: {{name, ...}}}}", param=f"tools[{index}]"
             )
@@ -30,12 +31,16 @@ def parse(body: dict[str, Any]) -> Call:
         body,
         messages,
         tools=[] if body.get("tool_choice") == "none" else tools,
-        n=positive(body, "n") or 1,
+        n=positive(body, "n", MAX_CHOICES) or 1,
         stop=stop_texts(body, "stop"),
         include_usage=bool(stream_options.get("include_usage")),
         logprobs=optional(body, "logprobs", bool) or False,
         max_tokens=positive(body, "max_completion_tokens") or positive(body, "max_tokens"),
     )
+
+
+def _is_function(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("name"), str)
 
 
 def answer(call: Call, turns: Sequence[Turn], name: str, created: int, decode: Any) -> dict[str, Any]:

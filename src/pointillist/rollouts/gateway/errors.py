@@ -11,12 +11,14 @@ from pointillist.errors import (
     LayoutError,
     PointillistError,
     RenderError,
+    RequestRefusedError,
     SourceError,
+    StorageError,
     UnsupportedContentError,
 )
 
 
-class ApiError(Exception):
+class ApiError(PointillistError):
     """A request that is answered with an error."""
 
     def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
@@ -56,8 +58,12 @@ _CODES: tuple[tuple[type[PointillistError], str], ...] = (
 
 def api_error(error: PointillistError) -> ApiError:
     """What a client is told of an error."""
+    if isinstance(error, RequestRefusedError):
+        return ApiError(str(error), code="refused_by_server")
     if isinstance(error, InferenceError):
         return ApiError(str(error), status=502, code="inference_failed")
+    if isinstance(error, StorageError):
+        return ApiError(str(error), status=503, code="storage_unavailable")
     for kind, code in _CODES:
         if isinstance(error, kind):
             return ApiError(str(error), param="messages", code=code)

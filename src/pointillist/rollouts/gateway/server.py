@@ -10,19 +10,21 @@
 | `POST /sessions`, `GET` and `DELETE /sessions/<session>` | open, look at, close (a gateway by itself) |
 | `GET /health` | |
 
-A request's pictures are stored, and its body forgotten, before anything is sampled; how many bytes of bodies are held
-at once is bounded. Work on bodies runs in threads, never on the event loop. A streamed answer comes as the events of
-its API, all at once when it is sampled.
+A request's pictures are stored, and its body is dropped, before anything is sampled. `http_guard` bounds bodies,
+headers and connections; the numbers that a request may ask for are bounded in `call`. Work on bodies and long answers
+runs in threads of the gateway's own (`pools`), never on the event loop. A streamed answer comes as the events of its
+API, all at once when it is sampled.
 """
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import socket
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -32,9 +34,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from pointillist.budget import ByteBudget
 from pointillist.config import GatewayConfig
 from pointillist.errors import ConfigError, PointillistError
+from pointillist.http_guard import Guard, HttpLimits, HttpRefusal, check_address, release_body, uvicorn_config
+from pointillist.pools import READING, WRITING
 from pointillist.rollouts.client import api_key
 from pointillist.rollouts.gateway import anthropic, chat, responses
 from pointillist.rollouts.gateway.call import Call
@@ -42,9 +45,18 @@ from pointillist.rollouts.gateway.errors import ApiError, api_error
 from pointillist.rollouts.session import Conversation, Session, Turn
 from pointillist.system import http_url
 
+logger = logging.getLogger(__name__)
+
 _APIS: Final = {"chat/completions": chat, "responses": responses, "messages": anthropic}
 _CLOSED_REMEMBERED: Final = 10_000
+_RESPONSES_REMEMBERED: Final = 1000
+"""Of one session: what `previous_response_id` may name."""
 _CLIENT_GONE: Final = 499
+_MAX_VALUES: Final = 2_000_000
+"""Values in a body: a list takes 2 bytes of it and 56 of memory."""
+_MAX_DEPTH: Final = 100
+_LONG_ANSWER: Final = 1000
+"""Tokens of an answer from which on it is encoded in a thread."""
 
 
 class _Entry:
@@ -52,8 +64,14 @@ class _Entry:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self.responses: dict[str, Conversation] = {}
+        self.responses: OrderedDict[str, Conversation] = OrderedDict()
         """What `previous_response_id` may name."""
+
+    def remember(self, name: str, conversation: Conversation) -> None:
+        """Keeps a response for those that follow it; the oldest are dropped."""
+        self.responses[name] = conversation
+        if len(self.responses) > _RESPONSES_REMEMBERED:
+            self.responses.popitem(last=False)
 
 
 class Gateway:
@@ -76,7 +94,6 @@ class Gateway:
         self._model_name = model_name
         self._open_session = open_session
         self._key = api_key(config.api_key_var) if config.api_key_var else None
-        self._budget = ByteBudget(config.inflight_bytes)
         self._entries: dict[str, _Entry] = {}
         self._closed: OrderedDict[str, None] = OrderedDict()
         self._server: _Server | None = None
@@ -94,10 +111,14 @@ class Gateway:
         port = listener.getsockname()[1]
         host = "127.0.0.1" if self._config.host in ("0.0.0.0", "::") else self._config.host  # noqa: S104 - asks, does not bind
         self.url = http_url(host, port)
-        # A connection may stay idle while its agent thinks; closing it under a request that is being sent loses it.
-        self._server = _Server(
-            uvicorn.Config(self.app(), log_level="warning", lifespan="off", timeout_keep_alive=600, backlog=4096)
+        limits = HttpLimits(
+            body_bytes=self._config.max_request_bytes,
+            inflight_bytes=self._config.inflight_bytes,
+            # An agent thinks between two requests; a connection that is closed under a request loses it.
+            idle_seconds=600,
         )
+        app = Guard(self.app(), limits, check=self._check, answer=_refuse)
+        self._server = _Server(uvicorn_config(app, limits, host=self._config.host, port=port, lifespan="off"))
         self._task = asyncio.get_running_loop().create_task(self._server.serve(sockets=[listener]))
         await self._server.listening.wait()
 
@@ -126,36 +147,46 @@ class Gateway:
         """The web application."""
         routes = [Route(f"/s/{{key}}/v1/{path}", self._endpoint(api), methods=["POST"]) for path, api in _APIS.items()]
         routes += [Route("/v1/chat/completions", self._endpoint(chat), methods=["POST"])]
-        routes += [Route("/s/{key}/v1/models", self._guarded(self._models)), Route("/health", _health)]
+        routes += [Route("/s/{key}/v1/models", self._models), Route("/health", _health)]
         if self._open_session is not None:
             routes += [
-                Route("/sessions", self._guarded(self._open), methods=["POST"]),
-                Route("/sessions/{key}", self._guarded(self._look)),
-                Route("/sessions/{key}", self._guarded(self._end), methods=["DELETE"]),
+                Route("/sessions", self._open, methods=["POST"]),
+                Route("/sessions/{key}", self._look),
+                Route("/sessions/{key}", self._end, methods=["DELETE"]),
             ]
-        return Starlette(routes=routes, exception_handlers={404: _no_route, 405: _no_route, 500: _failed})
+        handlers: dict[Any, Any] = {404: _no_route, 405: _no_route, 500: _failed, ApiError: _refuse}
+        return Starlette(routes=routes, exception_handlers=handlers)
+
+    def _check(self, request: Request) -> None:
+        """Looks at a request before its body is read.
+
+        Raises:
+            ApiError: 401, 404 or 410.
+            HttpRefusal: It was sent by a page of another site.
+        """
+        if request.url.path == "/health":
+            return
+        if self._key is not None:
+            given = request.headers.get("x-api-key") or _bearer(request.headers.get("authorization", ""))
+            if not secrets.compare_digest(given.encode(), self._key.encode()):
+                raise ApiError(
+                    "expected Authorization: Bearer <API key> or x-api-key", status=401, code="invalid_api_key"
+                )
+        elif request.url.path.startswith("/sessions"):
+            # Whoever may open sessions needs no key on loopback, so at least no page of the web may.
+            check_address(request, loopback=self._config.is_loopback)
+        _, *place = request.url.path.split("/", 4)  # /s/<session>/v1/<route>
+        if place[0] == "s" and place[-1] in _APIS:
+            self._entry(place[1])
 
     def _endpoint(self, api: Any) -> Callable[[Request], Awaitable[Response]]:
         async def serve(request: Request) -> Response:
             try:
-                self._check_key(request)
                 return await self._serve(api, request)
-            except (ApiError, PointillistError) as error:
-                refusal = error if isinstance(error, ApiError) else api_error(error)
-                body = refusal.anthropic() if api is anthropic else refusal.openai()
-                return JSONResponse(body, status_code=refusal.status)
+            except PointillistError as error:
+                return _refuse(request, error)
             except ClientDisconnect:
                 return Response(status_code=_CLIENT_GONE)
-
-        return serve
-
-    def _guarded(self, handler: Callable[[Request], Response]) -> Callable[[Request], Awaitable[Response]]:
-        async def serve(request: Request) -> Response:
-            try:
-                self._check_key(request)
-                return handler(request)
-            except ApiError as error:
-                return JSONResponse(error.openai(), status_code=error.status)
 
         return serve
 
@@ -175,30 +206,30 @@ class Gateway:
         name, created = uuid.uuid4().hex, int(time.time())
         call.model = call.model or self._model_name
         if api is responses:
-            entry.responses[f"resp_{name}"] = conversation.followed_by(Conversation([turns[0].message], []))
-        decode = session.decode
+            entry.remember(f"resp_{name}", conversation.followed_by(Conversation([turns[0].message], [])))
+
+        def written() -> list[bytes]:
+            if call.stream:
+                return list(api.events(call, turns, name, created, session.decode))
+            return [msgspec.json.encode(api.answer(call, turns, name, created, session.decode))]
+
+        long = sum(len(turn.completion.token_ids) for turn in turns) > _LONG_ANSWER
+        chunks = await WRITING.run(written) if long else written()
         if call.stream:
-            stream: Iterator[bytes] = api.events(call, turns, name, created, decode)
-            return StreamingResponse(_all(stream), media_type="text/event-stream")
-        return Response(
-            msgspec.json.encode(api.answer(call, turns, name, created, decode)), media_type="application/json"
-        )
+            return StreamingResponse(_all(chunks), media_type="text/event-stream")
+        return Response(chunks[0], media_type="application/json")
 
     async def _receive(self, api: Any, request: Request) -> tuple[_Entry, Call, Conversation]:
         """Reads a request and stores its pictures; nothing of its body is held afterwards."""
-        named = request.path_params.get("key")
-        if named is not None:
-            self._entry(named)  # before the body is read
-        limit = self._config.max_request_bytes
-        length = int(request.headers.get("content-length", limit))
-        if length > limit:
-            raise ApiError(f"request has {length} bytes, at most {limit} are accepted", status=413)
-        share = await self._budget.take(length)
+        body = b"".join([chunk async for chunk in request.stream()])  # not by request.body(), which keeps it
         try:
-            body = await _body(request, limit)
-            call, entry, conversation = await asyncio.to_thread(self._taken_in, api, body, named)
+            call, entry = await READING.run(self._taken_in, api, body, request.path_params.get("key"))
+            del body
+            messages, call.messages = call.messages, []
+            conversation = await entry.session.read(messages, from_client=True)
+            del messages
         finally:
-            share.release()
+            release_body(request)
         before = entry.responses.get(call.previous or "")
         if call.previous is not None and before is None:
             raise ApiError(
@@ -207,22 +238,12 @@ class Gateway:
             )  # fmt: skip
         return entry, call, _joined(before, conversation)
 
-    def _taken_in(self, api: Any, body: bytes, named: str | None) -> tuple[Call, _Entry, Conversation]:
+    def _taken_in(self, api: Any, body: bytes, named: str | None) -> tuple[Call, _Entry]:
         """What a body says; runs in a thread."""
         call = _parsed(api, body)
-        entry = self._entry(call.session if named is None else named)
-        messages, call.messages = call.messages, []
-        try:
-            return call, entry, entry.session.read_now(messages, from_client=True)
-        except RecursionError:
-            raise ApiError("messages are nested too deeply", param="messages") from None
-
-    def _check_key(self, request: Request) -> None:
-        if self._key is None:
-            return
-        given = request.headers.get("x-api-key") or request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not secrets.compare_digest(given.encode(), self._key.encode()):
-            raise ApiError("expected Authorization: Bearer <API key> or x-api-key", status=401, code="invalid_api_key")
+        if call.n > self._config.max_choices:
+            raise ApiError(f"n is {call.n}, expected an integer from 1 to {self._config.max_choices}", param="n")
+        return call, self._entry(call.session if named is None else named)
 
     def _entry(self, key: str) -> _Entry:
         if key in self._entries:
@@ -231,26 +252,32 @@ class Gateway:
             raise ApiError("session is closed", status=410, code="session_closed")
         raise ApiError("no such session", status=404, code="session_not_found")
 
-    def _models(self, request: Request) -> Response:
+    async def _models(self, request: Request) -> Response:
         self._entry(request.path_params["key"])
         card = {"id": self._model_name, "object": "model", "created": 0, "owned_by": "pointillist"}
         return JSONResponse({"object": "list", "data": [card]})
 
-    def _open(self, _: Request) -> Response:
+    async def _open(self, _: Request) -> Response:
         if self._open_session is None:
             raise ApiError("sessions belong to rollouts here", status=404)
+        if len(self._entries) >= self._config.max_sessions:
+            raise ApiError(
+                f"{len(self._entries)} sessions are open, gateway.max_sessions is {self._config.max_sessions}: close "
+                "those that are over", status=429, code="too_many_sessions",
+            )  # fmt: skip
         session = self._open_session()
         key = self.add(session)
         return JSONResponse({"id": key, "base_url": session.base_url}, status_code=201)
 
-    def _look(self, request: Request) -> Response:
-        return Response(_state(self._entry(request.path_params["key"]).session), media_type="application/json")
+    async def _look(self, request: Request) -> Response:
+        session = self._entry(request.path_params["key"]).session
+        return Response(await WRITING.run(_state, session), media_type="application/json")
 
-    def _end(self, request: Request) -> Response:
+    async def _end(self, request: Request) -> Response:
         key = request.path_params["key"]
-        state = _state(self._entry(key).session)
+        session = self._entry(key).session
         self.close(key)
-        return Response(state, media_type="application/json")
+        return Response(await WRITING.run(_state, session), media_type="application/json")
 
 
 class _Server(uvicorn.Server):
@@ -297,26 +324,68 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _parsed(api: Any, body: bytes) -> Call:
+    """What a body asks for; runs in a thread.
+
+    Raises:
+        ApiError: 400: not JSON, not this API's, or more than is taken.
+    """
+    # Before it is decoded: 20 MB of empty lists are 560 MB of memory. What stands in texts is counted too, so the
+    # bound is generous.
+    values = body.count(b",") + body.count(b"[") + body.count(b"{")
+    if values > _MAX_VALUES:
+        raise ApiError(f"body has about {values} values, at most {_MAX_VALUES} are accepted")
     try:
         data = msgspec.json.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise ApiError(f"body is not JSON ({error})") from None
+        raise ApiError(f"body is not JSON that can be read ({error})") from None
     if not isinstance(data, dict):
         raise ApiError("body is not a JSON object")
-    call: Call = api.parse(data)
+    _check_depth(data)
+    try:
+        call: Call = api.parse(data)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        # A shape that a parser does not expect is its sender's fault, and costs this request only.
+        logger.warning("a request of an unexpected shape was refused", exc_info=error)
+        raise ApiError("a field of the request has a shape that this API does not have") from None
     return call
 
 
-async def _body(request: Request, limit: int) -> bytes:
-    """Not by `request.body()`, which keeps it."""
-    chunks: list[bytes] = []
-    size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise ApiError(f"request is longer than the {limit} bytes that are accepted", status=413)
-        chunks.append(chunk)
-    return b"".join(chunks)
+def _check_depth(data: Any) -> None:
+    """Refuses what is nested so deeply that code which walks through it might fail.
+
+    Raises:
+        ApiError: 400.
+    """
+    level = [data]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            inner
+            for value in level
+            for inner in (value.values() if isinstance(value, dict) else value)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return
+    raise ApiError(f"body is nested more than {_MAX_DEPTH} levels deep")
+
+
+def _bearer(header: str) -> str:
+    scheme, _, key = header.partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else header
+
+
+def _refuse(request: Request, error: Exception) -> Response:
+    """The answer to a request that is not served, in the shape of its API."""
+    if isinstance(error, HttpRefusal):
+        refusal = ApiError(str(error), status=error.status)
+    elif isinstance(error, ApiError):
+        refusal = error
+    elif isinstance(error, PointillistError):
+        refusal = api_error(error)
+    else:
+        refusal = ApiError("internal error", status=500)
+    anthropic_api = request.url.path.endswith("/messages")
+    return JSONResponse(refusal.anthropic() if anthropic_api else refusal.openai(), status_code=refusal.status)
 
 
 async def _unless_client_leaves(answering: "asyncio.Future[list[Turn]]", request: Request) -> list[Turn]:
@@ -338,7 +407,7 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _all(chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
+async def _all(chunks: Sequence[bytes]) -> AsyncIterator[bytes]:
     for chunk in chunks:
         yield chunk
 

@@ -16,6 +16,7 @@ import zmq.asyncio
 
 from pointillist.config import EnvWorkerConfig, OrchestratorConfig, RunPaths, write_toml
 from pointillist.errors import EnvironmentLoadError, TransportError
+from pointillist.pools import READING
 from pointillist.rollouts.executor import RolloutFailure, RolloutRequest, RolloutResult, Split
 from pointillist.rollouts.workers.protocol import (
     TOKEN_VARIABLE,
@@ -165,7 +166,7 @@ class WorkerPool:
     async def _count_failed_start(self, log: Path) -> None:
         self._failed_starts += 1
         if self._failed_starts >= _FAILED_STARTS * self._config.workers.count:
-            text = await asyncio.to_thread(log.read_text, encoding="utf-8", errors="replace")
+            text = await READING.run(log.read_text, encoding="utf-8", errors="replace")
             lines = text.splitlines()[-_LOG_LINES:]
             async with self._changed:
                 self._failure = EnvironmentLoadError("no environment worker starts; the last said: " + "\n".join(lines))

@@ -1,0 +1,81 @@
+"""Refuses files that consist of millions of tiny pieces, before Pillow walks through them one by one.
+
+A picture's file of 32 MB can be millions of empty chunks or markers around eight pixels; it decodes to a good picture
+after ten seconds of Python. Real files have pieces of hundreds of bytes. The walks here stop at the bound.
+"""
+
+from typing import Final
+
+from pointillist.errors import ImageError
+from pointillist.images.sniff import ImageFormat
+
+_PIECES: Final = 10_000
+_BYTES_A_PIECE: Final = 128
+"""A file may have `_PIECES`, and one more for each of these bytes."""
+
+_BARE_MARKERS: Final = frozenset({0x00, 0x01, *range(0xD0, 0xD9)})
+"""JPEG's markers without a length."""
+
+
+def check_structure(name: ImageFormat, data: bytes) -> None:
+    """Checks the number of pieces of a PNG, JPEG or GIF file; other formats are walked in C, or have few by design.
+
+    Raises:
+        ImageError: It has too many.
+    """
+    walk = {"png": _png_pieces, "jpg": _jpeg_pieces, "gif": _gif_pieces}.get(name)
+    most = _PIECES + len(data) // _BYTES_A_PIECE
+    if walk is not None and walk(data, most) > most:
+        raise ImageError(f"image consists of more than {most} pieces, as no program writes it")
+
+
+def _png_pieces(data: bytes, most: int) -> int:
+    """Chunks."""
+    position, pieces = 8, 0
+    while position + 8 <= len(data) and pieces <= most:
+        position += 12 + int.from_bytes(data[position : position + 4], "big")
+        pieces += 1
+    return pieces
+
+
+def _jpeg_pieces(data: bytes, most: int) -> int:
+    """Markers and fill bytes before the first scan."""
+    position, pieces = 2, 0
+    while position + 4 <= len(data) and pieces <= most:
+        pieces += 1
+        if data[position] != 0xFF or data[position + 1] == 0xFF:
+            position += 1
+        elif data[position + 1] in _BARE_MARKERS:
+            position += 2
+        elif data[position + 1] in (0xD9, 0xDA):  # the end, or the pixels
+            break
+        else:
+            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return pieces
+
+
+def _gif_pieces(data: bytes, most: int) -> int:
+    """Blocks, their sub-blocks, and bytes between blocks."""
+    flags = data[10] if len(data) > 10 else 0
+    position, pieces = 13 + _colour_table(flags), 0
+    while position < len(data) and pieces <= most:
+        pieces += 1
+        kind = data[position]
+        if kind == 0x3B:
+            break
+        if kind == 0x2C and position + 10 <= len(data):
+            position += 11 + _colour_table(data[position + 9])
+        elif kind == 0x21:
+            position += 2
+        else:
+            position += 1
+            continue
+        while position < len(data) and data[position] and pieces <= most:
+            position += 1 + data[position]
+            pieces += 1
+        position += 1
+    return pieces
+
+
+def _colour_table(flags: int) -> int:
+    return 3 * 2 ** (1 + (flags & 7)) if flags & 0x80 else 0
