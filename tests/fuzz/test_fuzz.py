@@ -302,7 +302,7 @@ def test_request_bodies(store: ImageStore, reader: RawImageMaterializer, family:
             request = decode_body(body, GenerateRequest)
             prompt = check_prompt(request, reader, 4)
             params = request.sampling_params
-            check_sizes(prompt.token_ids, params.max_tokens, params.n, bounds)
+            check_sizes(prompt.token_ids, params.max_tokens, params.n, params.logprobs, bounds)
         except RequestError as error:
             assert error.status == 400 and "root:" not in str(error) and len(str(error)) < 2000
             return
