@@ -174,6 +174,21 @@ async def test_a_page_of_another_site_opens_no_session(gateway: Gateway) -> None
             assert answer.status_code in (400, 403), headers
 
 
+async def test_the_key_is_asked_for_whatever_host_says(
+    renderer: RawRenderer, sources: Sources, policy: Answering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GATEWAY_KEY", "secret")
+    made = Gateway(GatewayConfig(api_key_var="GATEWAY_KEY"), "policy", lambda: None)  # type: ignore[arg-type, return-value]
+    await made.start()
+    async with httpx.AsyncClient() as client:
+        for host in ("127.0.0.1", "x/health?", "x/health#", "127.0.0.1/health?"):
+            answer = await client.post(f"{made.url}/sessions", headers={"Host": host})
+            assert answer.status_code in (400, 401), host
+        answer = await client.get(f"{made.url}/s/x/v1/models", headers={"Authorization": "bearer secret"})
+        assert answer.status_code == 404
+    await made.aclose()
+
+
 async def test_more_synchronous_agents_than_threads_of_a_pool_go_on(gateway: Gateway) -> None:
     """Each holds a thread of the loop's own pool while it waits for the gateway."""
     agents = 3 * ((os.cpu_count() or 1) + 4)

@@ -164,7 +164,8 @@ class Gateway:
             ApiError: 401, 404 or 410.
             HttpRefusal: It was sent by a page of another site.
         """
-        if request.url.path == "/health":
+        # Not `request.url`, which is made from what the client says in Host.
+        if request.scope["path"] == "/health":
             return
         if self._key is not None:
             given = request.headers.get("x-api-key") or _bearer(request.headers.get("authorization", ""))
@@ -172,10 +173,10 @@ class Gateway:
                 raise ApiError(
                     "expected Authorization: Bearer <API key> or x-api-key", status=401, code="invalid_api_key"
                 )
-        elif request.url.path.startswith("/sessions"):
+        elif request.scope["path"].startswith("/sessions"):
             # Whoever may open sessions needs no key on loopback, so at least no page of the web may.
             check_address(request, loopback=self._config.is_loopback)
-        _, *place = request.url.path.split("/", 4)  # /s/<session>/v1/<route>
+        _, *place = request.scope["path"].split("/", 4)  # /s/<session>/v1/<route>
         if place[0] == "s" and place[-1] in _APIS:
             self._entry(place[1])
 
@@ -384,7 +385,7 @@ def _refuse(request: Request, error: Exception) -> Response:
         refusal = api_error(error)
     else:
         refusal = ApiError("internal error", status=500)
-    anthropic_api = request.url.path.endswith("/messages")
+    anthropic_api = request.scope["path"].endswith("/messages")
     return JSONResponse(refusal.anthropic() if anthropic_api else refusal.openai(), status_code=refusal.status)
 
 
@@ -417,7 +418,7 @@ async def _health(_: Request) -> Response:
 
 
 async def _no_route(request: Request, _: Exception) -> Response:
-    error = ApiError(f"no route {request.method} {request.url.path}", status=404, code="unknown_route")
+    error = ApiError(f"no route {request.method} {request.scope['path']}", status=404, code="unknown_route")
     return JSONResponse(error.openai(), status_code=404)
 
 
