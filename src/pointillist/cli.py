@@ -4,6 +4,7 @@ Every command takes `@ file.toml` and dotted overrides, such as `--trainer.optim
 """
 
 import asyncio
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -233,12 +234,24 @@ def _guarded(function: Callable[[list[str]], int], arguments: list[str]) -> int:
         return function(arguments)
     except PointillistError as error:
         click.echo(f"error: {error}", err=True)
+    except OSError as error:  # a full disk, a folder that may not be written, a path that the system does not take
+        if error.errno is None:
+            raise
+        click.echo(f"error: {error.strerror}: {_printable(error.filename)}", err=True)
+    except KeyboardInterrupt:
+        click.echo("stopped by SIGINT", err=True)
+        return 130
     except BaseExceptionGroup as group:  # from a TaskGroup
         expected, unexpected = group.split(PointillistError)
         if unexpected is not None:
             raise
         click.echo(f"error: {_first(expected)}", err=True)
     return 1
+
+
+def _printable(filename: Any) -> str:
+    """A path for people, whatever its encoding."""
+    return "no file" if filename is None else os.fsencode(filename).decode(errors="backslashreplace")
 
 
 def _first(error: Any) -> BaseException:

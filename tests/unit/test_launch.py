@@ -1,7 +1,6 @@
 """Who runs what and where, scripts of jobs, and the supervision of processes."""
 
 import os
-import stat
 import sys
 import threading
 from pathlib import Path
@@ -250,17 +249,18 @@ def test_a_server_that_never_worked_is_not_started_again(tmp_path: Path) -> None
     assert said == []
 
 
-def test_a_jobs_key_is_for_its_user_only(tmp_path: Path) -> None:
-    from pointillist.launch.slurm import _read_key, _write_key
+def test_a_jobs_secrets_are_for_its_user_only(tmp_path: Path) -> None:
+    from pointillist.launch.slurm import _read_environment, _read_key, _write_secrets
 
-    _write_key(tmp_path / "key")
-    assert stat.S_IMODE((tmp_path / "key").stat().st_mode) == 0o600
-    key = _read_key(tmp_path / "key")
-    _write_key(tmp_path / "key")
-    assert _read_key(tmp_path / "key") == key
+    _write_secrets(tmp_path, {"TOKEN": "secret"})
+    key = _read_key(tmp_path / ".run_key")
     assert len(key) == 32
+    _write_secrets(tmp_path, {"TOKEN": "other"})
+    assert _read_key(tmp_path / ".run_key") == key
+    assert _read_environment(tmp_path / ".run_env") == {"TOKEN": "other"}
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
     with pytest.raises(LaunchError, match="submit runs with"):
-        _read_key(tmp_path / "none")
+        _read_key(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from pointillist.config import OrchestratorConfig, RunPaths
 from pointillist.config.run_paths import ORCHESTRATOR_STATE, append_jsonl, read_jsonl
 from pointillist.errors import InferenceError, PointillistError
 from pointillist.families import load_family, resolve_model_dir
+from pointillist.heartbeat import SERVERS, beating, enter
 from pointillist.orchestrator.advantages import group_advantages
 from pointillist.orchestrator.packing import OverlongMultimodalSample, pack
 from pointillist.orchestrator.records import Outcome, RolloutRecorder, write_records
@@ -49,13 +50,15 @@ async def orchestrate(config: OrchestratorConfig) -> None:
         EnvironmentLoadError: The environment can not be had.
         InferenceError: The server refused weights, or no group could be rolled out.
     """
-    orchestrator = Orchestrator(config)
-    try:
-        await orchestrator.run()
-    finally:
-        await orchestrator.host.aclose()
-        orchestrator.sender.close()
-        await orchestrator.client.aclose()
+    with beating(RunPaths(config.output_dir.resolve()).state, "orchestrator"):
+        enter("start_environment")
+        orchestrator = Orchestrator(config)
+        try:
+            await orchestrator.run()
+        finally:
+            await orchestrator.host.aclose()
+            orchestrator.sender.close()
+            await orchestrator.client.aclose()
 
 
 class Orchestrator:
@@ -81,6 +84,7 @@ class Orchestrator:
         await self.host.start()
         self.tasks = TaskOrder(len(await self.host.task_ids("train")), config.seed, self._resume_position())
         self.eval_tasks = (await self.host.task_ids("eval"))[: config.eval.max_tasks]
+        enter("wait_for_servers", waits_for=SERVERS)
         await self.client.wait_until_ready(config.client.startup_timeout)
         async with asyncio.TaskGroup() as group:
             follower = group.create_task(self.weights.follow())
@@ -89,19 +93,20 @@ class Orchestrator:
 
     async def _run_steps(self) -> None:
         config = self.config
-        await self.weights.wait_for(self.start)
+        await self._wait_for_weights(self.start)
         if self._owes_evaluation():
             await self._evaluate(self.start)
         for step in range(self.start + 1, config.max_steps + 1):
             await self._step(step)
             if step % config.eval.interval == 0 or step == config.max_steps:
-                await self.weights.wait_for(step)
+                await self._wait_for_weights(step)
                 await self._evaluate(step)
 
     async def _step(self, step: int) -> None:
         started = time.perf_counter()
-        await self.weights.wait_for(step - 1 - self.config.max_off_policy_steps)
+        await self._wait_for_weights(step - 1 - self.config.max_off_policy_steps, step)
         waited = time.perf_counter() - started
+        enter("rollouts", step=step)
         batch = await self._collect(step)
         packing = time.perf_counter()
         ranks = pack(batch.samples, seq_len=self.config.seq_len, num_workers=self.config.num_train_workers)
@@ -112,6 +117,7 @@ class Orchestrator:
             RankBatch(step=step, micro_batches=rows, num_tokens=batch.num_tokens, orchestrator_state=state)
             for rows in ranks
         ]
+        enter("pack_and_send", step=step, waits_for="the trainer to take earlier batches")
         await SENDING.run(self.sender.send, packed)
         ended = time.perf_counter()
         errors, self.runner.errors = self.runner.errors, RolloutErrors()
@@ -163,9 +169,14 @@ class Orchestrator:
         """Writes the rollouts of a step that can not be trained: they say why."""
         write_records(self.paths.rollouts_file(step), batch.records)
 
+    async def _wait_for_weights(self, version: int, step: int | None = None) -> None:
+        enter("wait_for_weights", step=step, waits_for=f"weights of version {version} of the trainer")
+        await self.weights.wait_for(version)
+
     async def _evaluate(self, version: int) -> None:
         if not self.eval_tasks:
             return
+        enter("evaluate", step=version)
         started = time.perf_counter()
         rollouts = await self.runner.run_greedy(self.eval_tasks, version)
         write_records(

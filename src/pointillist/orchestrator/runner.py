@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import msgspec
 
 from pointillist.config import OrchestratorConfig
+from pointillist.heartbeat import progress
 from pointillist.rollouts import Sampling
 from pointillist.rollouts.executor import RolloutFailure, RolloutHost, RolloutRequest, RolloutResult
 from pointillist.rollouts.policy import sampling_of
@@ -83,6 +84,7 @@ class RolloutRunner:
         async with self._slots:
             while True:
                 result = await self._host.run(msgspec.structs.replace(request, seed=request.seed + attempt * 2**32))
+                progress()
                 if result.failure is None:
                     result = _fresh(result, oldest)
                 if result.failure is None:

@@ -25,6 +25,7 @@ from pointillist.config.run_paths import append_jsonl, steps_in
 from pointillist.config.trainer import SchedulerConfig
 from pointillist.errors import TrainingError
 from pointillist.families import RawImageMaterializer, resolve_model_dir
+from pointillist.heartbeat import beating, enter, progress
 from pointillist.models import LoadedModel, load_model, pick_device, write_weights
 from pointillist.system import die_with_parent, resident_mb
 from pointillist.trainer.checkpoint import Checkpoints
@@ -57,11 +58,13 @@ def train(config: TrainerConfig) -> None:
     torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
     torch.use_deterministic_algorithms(config.deterministic)
-    trainer = Trainer(config)
-    try:
-        trainer.run()
-    finally:
-        trainer.ranks.close()
+    with beating(RunPaths(config.output_dir.resolve()).state, "trainer", int(os.environ.get("RANK", "0"))):
+        enter("load")
+        trainer = Trainer(config)
+        try:
+            trainer.run()
+        finally:
+            trainer.ranks.close()
 
 
 class Trainer:
@@ -95,6 +98,7 @@ class Trainer:
         )
         self.receiver = make_receiver(config.transport, self.paths, self.ranks.rank)
         self.phases: dict[str, float] = {}
+        self.step = 0
 
     def run(self) -> None:
         """The loop of this module's docstring."""
@@ -102,6 +106,7 @@ class Trainer:
         if start:
             self.checkpoints.load(start, self.policy, self.optimizer, self.scheduler)
             logger.info("resumed from step %d", start)
+        enter("packing_check")
         with self._autocast():
             proof = check_packing(self.policy, self.loaded)
         self.loader.packed = proof.can_pack
@@ -110,16 +115,19 @@ class Trainer:
             "packed" if proof.can_pack else "padded, this model can not keep packed ones apart",
             proof.packed, proof.padded, proof.leaking,
         )  # fmt: skip
+        enter("broadcast_weights")
         self._broadcast(start)
         steps = range(start + 1, self.config.max_steps + 1)
         feed = RowFeed(self.receiver, self.loader, steps, self.config.multimodal.inflight_bytes)
         for step in steps:
             self._step(step, feed)
+        enter("export")
         self._export()
         self.ranks.barrier()  # a rank that leaves early takes the others' connections with it
 
     def _step(self, step: int, feed: RowFeed) -> None:
         self.phases = dict.fromkeys(("mm_wait", "mm_materialize"), 0.0)
+        self.step = step
         started = time.perf_counter()
         with self._phase("wait_for_batch"):
             batch = feed.batch()
@@ -147,6 +155,7 @@ class Trainer:
         largest = {"ratio": 0.0, "stale": 0.0}
         counts = ImageCounts()
         for micro_batch in batch.micro_batches:
+            progress()
             started = time.perf_counter()
             ready = feed.row()
             self.phases["mm_wait"] += time.perf_counter() - started
@@ -295,6 +304,7 @@ class Trainer:
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
+        enter(name, step=self.step, waits_for="a batch of the orchestrator" if name == "wait_for_batch" else None)
         started = time.perf_counter()
         yield
         self.phases[name] = time.perf_counter() - started
