@@ -193,7 +193,7 @@ def read_beats(folder: Path) -> list[Beat]:
     """The last beats of all processes of a run, by file name; what cannot be read is left out."""
     found = []
     for path in sorted(folder.glob("*.json")):
-        with suppress(OSError, ValueError, TypeError):
+        with suppress(OSError, ValueError, TypeError, RecursionError):
             said = json.loads(path.read_bytes())
             found.append(Beat(**{name: said[name] for name in Beat.__dataclass_fields__ if name in said}))
     return found

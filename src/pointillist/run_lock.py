@@ -320,7 +320,7 @@ def _read(path: Path) -> Holder | None:
     """
     for _ in range(3):  # a reader may come into the middle of a write
         data = path.read_bytes()[: 4 * _RECORD_BYTES]
-        with suppress(ValueError, TypeError):
+        with suppress(ValueError, TypeError, RecursionError):
             said = json.loads(data)
             return Holder(**{name: said[name] for name in Holder.__dataclass_fields__ if name in said})
         if not data.strip():

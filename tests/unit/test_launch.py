@@ -249,6 +249,45 @@ def test_a_server_that_never_worked_is_not_started_again(tmp_path: Path) -> None
     assert said == []
 
 
+BEATING = """
+import os, signal, sys
+from pathlib import Path
+from pointillist.heartbeat import beating, enter
+with beating(Path(sys.argv[1]), "trainer"):
+    enter("forward_backward", step=3)
+    if sys.argv[2] == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if sys.argv[2] == "exit":
+        os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "cause"),
+    [
+        ("finish", None),
+        ("exit", "trainer ended with exit code 0 before its work was done"),
+        ("stop", "trainer was killed because it has given no sign of life"),
+    ],
+)
+def test_work_is_done_only_when_its_heartbeat_says_so(tmp_path: Path, what: str, cause: str | None) -> None:
+    """A process that ends early is dead whatever its code, and one that is stopped does not hold the run for ever."""
+    command = [sys.executable, "-c", BEATING, str(tmp_path / "state"), what]
+    spec = Spec("trainer", command, dict(os.environ), tmp_path / "log", state=tmp_path / "state")
+    said: list[str] = []
+    supervisor = Supervisor([spec], SupervisionConfig(phase_timeout=5), said.append)
+    supervisor.start()
+    dead = supervisor.run(lambda: True, lambda: None)
+    supervisor.stop()
+    if cause is None:
+        assert dead is None
+    else:
+        assert dead is not None
+        assert dead.cause().startswith(cause)
+    if what == "stop":
+        assert "(supervision.phase_timeout): killing it" in said[0]
+
+
 def test_a_jobs_secrets_are_for_its_user_only(tmp_path: Path) -> None:
     from pointillist.launch.slurm import _read_environment, _read_key, _write_secrets
 
