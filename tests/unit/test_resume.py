@@ -42,7 +42,6 @@ def _begun(config: RLConfig) -> RunPaths:
 
 MEANING = [
     ({"seed": 5}, "seed: 0 -> 5"),
-    ({"max_steps": 5}, "max_steps: 100 -> 5"),
     ({"env": {"id": "digits", "blank_images": True}}, "env.blank_images: False -> True"),
     ({"env": {"id": "hunt"}}, "env.id: 'digits' -> 'hunt'"),
     ({"env": {"id": "digits", "args": {"data_dir": "x"}}}, "env.args"),
@@ -56,6 +55,7 @@ MEANING = [
 ]
 FREE = [
     {"max_steps": 500},
+    {"max_steps": 5},
     {"log_level": "debug"},
     {"num_servers": 2},
     {"supervision": {"max_resumes": 3}},

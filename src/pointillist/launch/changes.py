@@ -22,7 +22,8 @@ from pointillist.images.inventory import add_user
 # Keys that decide where and how fast a run runs, what is shown of it, and what happens when something dies.
 _FREE: Final = (
     "dry_run", "env_vars", "inference.engine.admission_window", "inference.engine.device",
-    "inference.engine.max_batch_size", "inference.engine.num_threads", "inference.server", "log_level", "metrics",
+    "inference.engine.max_batch_size", "inference.engine.num_threads", "inference.server", "log_level", "max_steps",
+    "metrics",
     "monitors", "num_servers", "orchestrator.client", "orchestrator.eval", "orchestrator.gateway",
     "orchestrator.max_concurrent", "orchestrator.max_retries", "orchestrator.num_train_workers",
     "orchestrator.resume_step", "orchestrator.workers", "output_dir", "resume", "resume_with_changes", "slurm",
@@ -31,7 +32,7 @@ _FREE: Final = (
 )  # fmt: skip
 # Of every component: its own log, and how it reads images.
 _FREE_ANYWHERE: Final = (
-    "log_level", "multimodal.assets", "multimodal.cache_bytes", "multimodal.inflight_bytes",
+    "log_level", "max_steps", "multimodal.assets", "multimodal.cache_bytes", "multimodal.inflight_bytes",
     "multimodal.materialize_threads", "multimodal.missing_image_retries", "output_dir", "transport",
 )  # fmt: skip
 _COMPONENTS: Final = ("trainer", "orchestrator", "inference")
@@ -66,8 +67,6 @@ def config_changes(config: RLConfig, paths: RunPaths) -> list[str]:
         before, after = old.get(key, defaults.get(key)), new.get(key)
         if before == after or _is_free(key) or _is_same_place(key, before, after, old, config):
             continue
-        if key.endswith("max_steps") and isinstance(before, int) and isinstance(after, int) and after > before:
-            continue  # more steps are the same run
         changes.append(f"{key}: {_short(before)} -> {_short(after)}")
     return changes
 
