@@ -242,6 +242,34 @@ def test_resume_goes_on_after_the_last_checkpoint(digits_run: Digits) -> None:
     assert max(mismatches) < 1e-5
 
 
+def test_a_rival_is_refused_and_a_stopped_run_loses_no_step(digits_run: Digits) -> None:
+    """A second launcher changes nothing in a live run's folder; one that is hung up on saves its last step."""
+    paths = RunPaths(digits_run.output_dir)
+    process = digits_run.start("--max-steps", 500)  # no checkpoint for ten minutes by itself
+    wait_for(lambda: len(_steps(paths, "trainer")) >= 2, process, seconds=300)
+    for again in ([], ["--resume"]):
+        code, output = digits_run.run("--max-steps", 500, *again)
+        _assert_clear(code, output, f"is in use by process {process.pid} on ")
+    process.send_signal(signal.SIGHUP)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGHUP, output
+    last = _steps(paths, "trainer")[-1]
+    assert last >= 2
+    assert f"stopped by SIGHUP; --resume goes on after step {last}" in output.replace("\n", " ")
+    code, output = digits_run.run("--max-steps", last + 1, "--resume")
+    assert code == 0, output
+    assert _steps(paths, "trainer") == _steps(paths, "orchestrator") == list(range(1, last + 2))
+
+
+def test_another_seed_is_not_resumed(digits_run: Digits) -> None:
+    code, output = digits_run.run("--max-steps", 1)
+    assert code == 0, output
+    code, output = digits_run.run("--max-steps", 2, "--seed", 5, "--resume")
+    _assert_clear(code, output, "seed: 0 -> 5", "--resume-with-changes")
+    code, output = digits_run.run("--max-steps", 2, "--seed", 5, "--resume-with-changes")
+    assert code == 0, output
+
+
 def test_overlapping_rollouts_stay_within_their_bound(digits_run: Digits) -> None:
     code, output = digits_run.run("--orchestrator.max_off_policy_steps", 2, "--max-steps", 6)
     assert code == 0, output

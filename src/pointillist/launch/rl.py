@@ -98,8 +98,9 @@ def run_on_one_node(config: RLConfig, paths: RunPaths, environ: Mapping[str, str
     check_model(config)
     with RunLock.take(paths.output_dir, job=job, say=_say) as lock, interruptible() as signals:
         if config.resume:
+            step = resume_step(paths)
             refuse_changes(config, paths)
-            go_back(config, paths, resume_step(paths))
+            go_back(config, paths, step)
         elif job is None:  # a job's folder was checked when it was submitted
             make_fresh(paths, _say)
         nodes = _settled(config, layout, paths)
