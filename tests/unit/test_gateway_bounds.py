@@ -150,6 +150,27 @@ async def test_slow_uploads_do_not_stop_other_sessions(gateway: Gateway) -> None
         writer.close()
 
 
+async def test_text_that_no_context_holds_is_refused_before_it_is_tokenised(
+    gateway: Gateway, renderer: RawRenderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 MB of text became 3.6 GB of tokens."""
+    base = await _session(gateway)
+    monkeypatch.setattr(renderer, "render", lambda *_, **__: pytest.fail("it was rendered"))
+    messages = [{"role": "user", "content": "a" * 16_000_000}]
+    answer = await _post(gateway, base + "chat/completions", json.dumps(_body("chat", messages=messages)).encode())
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+@pytest.mark.parametrize("target", ["*", "/", "//", "/s/", "/s", "/s/x/v1/", "/%00", "/s/%ff/v1/models"])
+async def test_odd_paths_are_unknown_routes(gateway: Gateway, target: str) -> None:
+    host, port = gateway.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(f"GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+    answer = await asyncio.wait_for(reader.read(), 120)
+    assert answer.split(b" ")[1] in (b"404", b"405", b"400"), answer
+    writer.close()
+
+
 async def test_a_refusal_of_the_server_is_the_agents(gateway: Gateway, policy: Answering) -> None:
     base = await _session(gateway)
     for error, status in ((RequestRefusedError("n is 100"), 400), (InferenceError("it died"), 502)):

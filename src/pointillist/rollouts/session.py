@@ -34,6 +34,8 @@ _SEEDS_PER_TURN: Final = 1_000_003
 _LONG_CHARACTERS: Final = 50_000
 """Text of a conversation from which on it is rendered in a thread: about 10 ms. Below it a thread would only spread the
 requests of a group, which are sent as one if they are made within a moment."""
+_NORMALIZED: Final = 4
+"""Characters that a tokenizer's normalisation may make one of."""
 _MESSAGE_CHARACTERS: Final = 100
 """What a message costs beside its text, in characters."""
 _LONG_ANSWER: Final = 2_000
@@ -296,6 +298,7 @@ class Session:
         history = conversation.messages
         if not history or history[-1]["role"] == "assistant":
             raise HistoryError("messages must end with a user or tool message for the policy to answer")
+        self._refuse_hopeless(history)
         prepared = await _in_thread_if(_is_long(history), self._prepare, conversation, tools)
         prompt = prepared.prompt
         room = self._seq_len - len(prompt.token_ids)
@@ -326,6 +329,18 @@ class Session:
             turns.append(Turn(message, completion, len(prompt.token_ids), stopped_by))
         self.turns += turns
         return turns
+
+    def _refuse_hopeless(self, messages: Sequence[Message]) -> None:
+        """Refuses what is too long whatever its tokens are, before it is turned into tokens.
+
+        That takes 200 bytes of memory for each byte of text.
+
+        Raises:
+            ContextLengthError: The text has more bytes than `seq_len` of the longest tokens.
+        """
+        longest = self._seq_len * self._renderer.tokenizer.longest_token * _NORMALIZED
+        if sum(_characters(message) for message in messages) > longest:
+            raise ContextLengthError(f"conversation has more text than seq_len = {self._seq_len} tokens can hold")
 
     def _prepare(self, conversation: Conversation, tools: Tools | None) -> "_Prepared":
         """Finds a conversation in the record and renders it; long ones in a thread.
@@ -426,15 +441,14 @@ class Session:
 
 def _is_long(messages: Sequence[Message]) -> bool:
     """Whether rendering takes so long that other rollouts of the event loop would notice."""
-    characters = 0
-    for message in messages:
-        content = message["content"]
-        parts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
-        characters += _MESSAGE_CHARACTERS + sum(map(len, parts))
-        characters += sum(len(call["function"]["arguments"]) for call in message.get("tool_calls", []))
-        if characters > _LONG_CHARACTERS:
-            return True
-    return False
+    return sum(_MESSAGE_CHARACTERS + _characters(message) for message in messages) > _LONG_CHARACTERS
+
+
+def _characters(message: Message) -> int:
+    """Characters of a message's text and calls."""
+    content = message["content"]
+    parts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
+    return sum(map(len, parts)) + sum(len(call["function"]["arguments"]) for call in message.get("tool_calls", []))
 
 
 async def _in_thread_if(long: bool, function: Callable[..., T], *args: Any) -> T:

@@ -176,9 +176,10 @@ class Gateway:
         elif request.scope["path"].startswith("/sessions"):
             # Whoever may open sessions needs no key on loopback, so at least no page of the web may.
             check_address(request, loopback=self._config.is_loopback)
-        _, *place = request.scope["path"].split("/", 4)  # /s/<session>/v1/<route>
-        if place[0] == "s" and place[-1] in _APIS:
-            self._entry(place[1])
+        if request.scope["path"].startswith("/s/"):
+            session, _, route = request.scope["path"][len("/s/") :].partition("/v1/")
+            if route in _APIS:
+                self._entry(session)
 
     def _endpoint(self, api: Any) -> Callable[[Request], Awaitable[Response]]:
         async def serve(request: Request) -> Response:
