@@ -129,6 +129,8 @@ class Session:
         """What the gateway knows this session by."""
         self.api_key = "none"
         """What the gateway asks for."""
+        self.outgrown = False
+        """Whether the last conversation that was to be answered had no room left in `seq_len`."""
         self.turns: list[Turn] = []
         """All answers, of all conversations, in the order in which they were sampled."""
 
@@ -267,7 +269,8 @@ class Session:
         parent, seen = self._trace.find(keys)
         prompt = self._prompt(parent, conversation, seen, tools)
         room = self._seq_len - len(prompt.token_ids)
-        if room < 1:
+        self.outgrown = room < 1
+        if self.outgrown:
             raise ContextLengthError(f"conversation has {len(prompt.token_ids)} tokens, seq_len is {self._seq_len}")
         parameters = self._sampling_params(sampling, room)
         seed = self._seed + _SEEDS_PER_TURN * self._requests
