@@ -190,16 +190,18 @@ def inference(config: InferenceConfig) -> None:
 def orchestrator(config: OrchestratorConfig) -> None:
     """Rolls out and ships."""
     from pointillist.orchestrator.orchestrator import orchestrate
+    from pointillist.rollouts.loop import run_process
 
-    asyncio.run(orchestrate(config))
+    run_process(orchestrate(config))
 
 
 @_process("env-worker", EnvWorkerConfig, "Run an environment for an orchestrator, which starts this by itself.")
 def env_worker(config: EnvWorkerConfig) -> None:
     """Runs an environment."""
+    from pointillist.rollouts.loop import run_process
     from pointillist.rollouts.workers.worker import serve
 
-    asyncio.run(serve(config))
+    run_process(serve(config))
 
 
 @_process(

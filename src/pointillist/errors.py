@@ -65,6 +65,14 @@ class EnvironmentLoadError(PointillistError):
     """An environment that can not be found, imported or built."""
 
 
+class RewardError(PointillistError):
+    """A rollout's reward that is not a real number, not finite, or out of bounds."""
+
+
+class RolloutTimeoutError(PointillistError):
+    """A rollout that took longer than `rollout_timeout`."""
+
+
 class TransportError(PointillistError):
     """A message between processes that is malformed or not allowed on the wire."""
 

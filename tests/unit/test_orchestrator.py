@@ -17,7 +17,8 @@ from pointillist.orchestrator.samples import make_sample
 from pointillist.orchestrator.tasks import TaskOrder
 from pointillist.render import FolderTokenizer, RawRenderer
 from pointillist.rollouts import Branch, Completion, load_environment
-from pointillist.rollouts.executor import RolloutFailure, RolloutRequest, RolloutResult
+from pointillist.rollouts.executor import RolloutRequest, RolloutResult
+from pointillist.rollouts.failures import RolloutFailure
 from pointillist.rollouts.trace import Trace
 from tests.conftest import picture
 from tests.unit.test_transport import sample
@@ -68,7 +69,7 @@ async def test_no_token_is_older_than_the_bound(bound: int, versions: list[int],
     (result,) = await runner.run_group(0, step=10, index=0, size=1)
     assert result.branches[0].weight_versions[-1] == versions[-1] >= 9 - bound
     assert len(set(host.seeds)) == tries
-    assert runner.errors.retried == tries - 1
+    assert runner.retried == tries - 1
 
 
 async def test_a_rollout_that_stays_stale_is_dropped() -> None:
@@ -77,7 +78,6 @@ async def test_a_rollout_that_stays_stale_is_dropped() -> None:
     (result,) = await runner.run_group(0, step=10, index=0, size=1)
     assert result.failure is not None
     assert result.failure.kind == "StaleRollout"
-    assert runner.errors.counts == {"StaleRollout": 1}
 
 
 def test_task_order_is_a_function_of_seed_and_position() -> None:
@@ -151,23 +151,30 @@ def recorder(model_dir: Path) -> RolloutRecorder:
     return RolloutRecorder("oranges", FolderTokenizer(model_dir))
 
 
+def _batch(recorder: RolloutRecorder, seq_len: int = 64, policy: str = "drop", failed_reward: float = 0.0) -> _Batch:
+    return _Batch(
+        recorder=recorder, image_token_id=7, seq_len=seq_len, overlong_policy=policy, normalize_std=True,  # type: ignore[arg-type]
+        failed_reward=failed_reward,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("seq_len", [8, 9])
 def test_overlong_samples_are_dropped_and_counted_or_stop_the_run(recorder: RolloutRecorder, seq_len: int) -> None:
-    batch = _Batch(recorder, 7, seq_len, "drop")  # a sample of nine tokens
-    batch.add_group(_rollouts([0.0, 1.0]), normalize_std=True)
+    batch = _batch(recorder, seq_len, "drop")  # a sample of nine tokens
+    batch.add_group(_rollouts([0.0, 1.0]))
     assert batch.metrics()["mm/samples_overlong"] == (2 if seq_len == 8 else 0)
     assert len(batch.samples) == (0 if seq_len == 8 else 2)
     assert [record["branches"][0]["overlong"] for record in batch.records] == [seq_len == 8] * 2
     if seq_len == 8:
         with pytest.raises(OverlongMultimodalSample, match="9 tokens and 1 images, seq_len is 8"):
-            _Batch(recorder, 7, seq_len, "error").add_group(_rollouts([0.0, 1.0]), normalize_std=True)
+            _batch(recorder, seq_len, "error").add_group(_rollouts([0.0, 1.0]))
 
 
 def test_groups_that_agree_train_nothing_but_count_in_the_denominator(recorder: RolloutRecorder) -> None:
-    batch = _Batch(recorder, 7, 64, "drop")
-    batch.add_group(_rollouts([1.0, 1.0]), normalize_std=True)
-    batch.add_group(_rollouts([1.0]), normalize_std=True)
-    batch.add_group(_rollouts([0.0, 1.0]), normalize_std=True)
+    batch = _batch(recorder, 64, "drop")
+    batch.add_group(_rollouts([1.0, 1.0]))
+    batch.add_group(_rollouts([1.0]))
+    batch.add_group(_rollouts([0.0, 1.0]))
     assert batch.metrics()["groups/dropped_zero_variance"] == 2
     assert len(batch.samples) == 2
     assert batch.num_tokens == 5 * 3
@@ -184,11 +191,11 @@ def test_a_record_tells_what_was_sampled_and_what_failed(recorder: RolloutRecord
     rollout.branches[0].logprobs = [0.0, 0.0] + [-0.123456] * len(said) + [0.0]
     failure = RolloutFailure(kind="ValueError", message="<b>", permanent=True)
     failed = RolloutResult(id="1.0.1", task_id="t", failure=failure)
-    batch = _Batch(recorder, 7, 64, "drop")
-    batch.add_group([failed], normalize_std=True)
+    batch = _batch(recorder, 64, "drop")
+    batch.add_group([failed])
     (record,) = batch.records
     assert (record["outcome"], record["error"], record["reward"]) == (
-        "failed", {"kind": "ValueError", "message": "<b>"}, None,
+        "failed", {"kind": "ValueError", "message": "<b>", "traceback": ""}, None,
     )  # fmt: skip
     record = recorder.record(rollout, group="eval.t")
     assert (record["split"], record["env"], record["outcome"]) == ("eval", "oranges", "evaluated")

@@ -190,7 +190,7 @@ def test_what_the_trainer_did_is_told(client: TestClient, made: MadeRun) -> None
     ):  # fmt: skip
         page = client.get("/runs/0/rollout", params={"id": rollout_id}).text
         assert f'">{word}</span>' in page, rollout_id
-    assert "failed after all retries: ValueError" in client.get("/runs/0/rollout?id=2.1.1").text
+    assert "failed for good: ValueError" in client.get("/runs/0/rollout?id=2.1.1").text
 
 
 def test_a_conversation_has_its_pictures_and_sampled_tokens_in_place(made: MadeRun) -> None:

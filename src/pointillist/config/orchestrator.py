@@ -182,6 +182,14 @@ class OrchestratorConfig(RolloutsConfig):
     max_retries: int = Field(2, ge=0)
     """How often a failed rollout is tried again before it is dropped."""
 
+    failed_reward: float = Field(0.0, ge=-1e9, le=1e9)
+    """Reward of a training rollout that failed by what the policy did: its conversation has outgrown `seq_len` after at
+    least one answer. Without one, only those that stay short would be compared."""
+
+    solved_reward: float = Field(1.0, allow_inf_nan=False)
+    """Reward of a task that is solved. If all rollouts have at least this, round after round, there is nothing left to
+    learn and the run ends, as a success."""
+
     workers: WorkersConfig = WorkersConfig()
     transport: TransportConfig = TransportConfig()
     max_off_policy_steps: int = Field(0, ge=0)

@@ -151,6 +151,8 @@ class Session:
         """What the gateway knows this session by."""
         self.api_key = "none"
         """What the gateway asks for."""
+        self.outgrown = False
+        """Whether the last conversation that was to be answered had no room left in `seq_len`."""
         self.turns: list[Turn] = []
         """All answers, of all conversations, in the order in which they were sampled."""
 
@@ -302,7 +304,8 @@ class Session:
         prepared = await _in_thread_if(_is_long(history), self._prepare, conversation, tools)
         prompt = prepared.prompt
         room = self._seq_len - len(prompt.token_ids)
-        if room < 1:
+        self.outgrown = room < 1
+        if self.outgrown:
             raise ContextLengthError(f"conversation has {len(prompt.token_ids)} tokens, seq_len is {self._seq_len}")
         parameters = self._sampling_params(sampling, room)
         seed = self._seed + _SEEDS_PER_TURN * self._requests

@@ -44,7 +44,7 @@ _BROADCASTS_KEPT = 2
 
 
 def train(config: TrainerConfig) -> None:
-    """Trains until `max_steps`.
+    """Trains until `max_steps`, or until a batch is the last.
 
     Raises:
         ConfigError: The model can not be loaded.
@@ -120,12 +120,14 @@ class Trainer:
         steps = range(start + 1, self.config.max_steps + 1)
         feed = RowFeed(self.receiver, self.loader, steps, self.config.multimodal.inflight_bytes)
         for step in steps:
-            self._step(step, feed)
+            if self._step(step, feed):
+                break
         enter("export")
         self._export()
         self.ranks.barrier()  # a rank that leaves early takes the others' connections with it
 
-    def _step(self, step: int, feed: RowFeed) -> None:
+    def _step(self, step: int, feed: RowFeed) -> bool:
+        """Trains one step; returns whether it is the last."""
         self.phases = dict.fromkeys(("mm_wait", "mm_materialize"), 0.0)
         self.step = step
         started = time.perf_counter()
@@ -136,15 +138,17 @@ class Trainer:
             sums, largest = self.ranks.sum(sums), self.ranks.max(largest)
         self._stop_if_too_many_faults(step, sums)
         with self._phase("optimizer"):
-            grad_norm = self._update()
+            grad_norm = self._update() if batch.micro_batches else 0.0  # AdamW would move weights without a gradient
         with self._phase("broadcast_weights"):
             self._broadcast(step)
-        if step == self.config.max_steps or (self.config.ckpt.interval and step % self.config.ckpt.interval == 0):
+        is_last = batch.is_last or step == self.config.max_steps
+        if is_last or (self.config.ckpt.interval and step % self.config.ckpt.interval == 0):
             with self._phase("checkpoint"):
                 self.checkpoints.save(step, self.policy, self.optimizer, self.scheduler, batch.orchestrator_state)
         self.phases["step"] = time.perf_counter() - started
         self._report(step, sums, largest, grad_norm)
         self.receiver.discard_before(step)
+        return is_last
 
     def _accumulate(self, batch: RankBatch, feed: RowFeed) -> tuple[dict[str, float], dict[str, float]]:
         """Gradients of all rows; returns sums and largest values over this rank's trained tokens."""
