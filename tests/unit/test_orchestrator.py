@@ -1,6 +1,7 @@
 import statistics
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,6 +9,8 @@ from hypothesis import strategies as st
 from pointillist.config import EnvConfig, ModelConfig, OrchestratorConfig
 from pointillist.errors import EnvironmentLoadError, RefError
 from pointillist.images import Sources, normalize_images
+from pointillist.launch.progress import _status
+from pointillist.launch.summary import build_summary
 from pointillist.orchestrator.advantages import group_advantages
 from pointillist.orchestrator.orchestrator import _Batch
 from pointillist.orchestrator.packing import OverlongMultimodalSample
@@ -211,3 +214,72 @@ def test_token_texts_add_up_even_inside_a_character(model_dir: Path) -> None:
     assert "".join(tokenizer.pieces(token_ids)) == "é😀 a"
     assert len(tokenizer.pieces(token_ids)) == len(token_ids)
     assert tokenizer.pieces(token_ids[:1]) in (["é"], ["\N{REPLACEMENT CHARACTER}"])
+
+
+def _failed(result: RolloutResult, kind: str, *, by_policy: bool = False) -> RolloutResult:
+    failure = RolloutFailure(kind=kind, message="", permanent=True, by_policy=by_policy, traceback="trace")
+    return msgspec.structs.replace(result, failure=failure)
+
+
+def test_a_rollout_that_fails_by_the_policys_doing_counts_and_is_trained(recorder: RolloutRecorder) -> None:
+    """Silence is no absence: the group compares with it. What fails by itself is absent, and counted."""
+    one, two, three = _rollouts([1.0, 5.0, 7.0])
+    batch = _batch(recorder, failed_reward=-1.0)
+    batch.add_group([one, _failed(two, "ContextLengthError", by_policy=True), _failed(three, "WorkerDied")])
+    assert [sample.sample_id for sample in batch.samples] == ["0.0", "1.0"]
+    assert batch.samples[0].advantages[-1] == -batch.samples[1].advantages[-1] > 0.5
+    metrics = batch.metrics()
+    assert (metrics["reward/mean"], metrics["rollouts/total"]) == (0.0, 2)
+    assert (metrics["errors/dropped"], metrics["errors/by_policy"]) == (1, 1)
+    assert (metrics["errors/ContextLengthError"], metrics["errors/WorkerDied"]) == (1, 1)
+    records = {record["id"]: record for record in batch.records}
+    assert [records[name]["outcome"] for name in "012"] == ["sent", "sent", "failed"]
+    assert [records[name]["reward"] for name in "012"] == [1.0, -1.0, None]
+    assert records["1"]["error"] == {"kind": "ContextLengthError", "message": "", "traceback": "trace"}
+    assert all(len(records[name]["branches"]) == 1 for name in "012")
+    # In an evaluation nothing is compared: it is a failure.
+    record = recorder.record(_failed(two, "ContextLengthError", by_policy=True), group="eval.t")
+    assert (record["outcome"], record["reward"]) == ("failed", None)
+
+
+def test_a_record_that_can_not_be_trained_fails_its_rollout(recorder: RolloutRecorder) -> None:
+    damaged, *others = _rollouts([1.0, 0.0, 1.0])
+    (branch,) = damaged.branches
+    damaged = msgspec.structs.replace(damaged, branches=[msgspec.structs.replace(branch, images=[])])
+    batch = _batch(recorder)
+    batch.add_group([damaged, *others])
+    assert batch.metrics()["errors/RefError"] == batch.metrics()["errors/dropped"] == 1
+    assert len(batch.samples) == 2
+
+
+@pytest.mark.parametrize(
+    ("rewards", "dropped", "solved"),
+    [([1.0] * 8, 0, True), ([1.0, 2.0] * 4, 0, True), ([0.9] * 8, 0, False), ([1.0] * 7 + [0.9], 0, False),
+     ([1.0] * 99, 1, True), ([1.0] * 8, 2, False)],
+)  # fmt: skip
+def test_solved_is_every_reward_at_its_best_and_hardly_any_missing(
+    recorder: RolloutRecorder, rewards: list[float], dropped: int, solved: bool
+) -> None:
+    batch = _batch(recorder)
+    for number, result in enumerate(_rollouts(rewards + [0.0] * dropped)):
+        batch.add_group([result if number < len(rewards) else _failed(result, "OSError")])
+    assert batch.is_solved(1.0) == solved
+
+
+def test_failed_rollouts_are_in_summary_and_progress() -> None:
+    evals = [{"step": 3, "eval/accuracy": 0.5, "eval/tasks": 4, "eval/failed": 2, "eval/failed/OSError": 2,
+              "torch_imported": False}]  # fmt: skip
+    steps = [
+        {"step": step, "mm/images": 0, "rollouts/total": 8, "errors/dropped": 1, "errors/by_policy": 1,
+         "errors/retried": 9, "errors/OSError": 1, "errors/ContextLengthError": 1, "reward/mean": 1.0,
+         "rollouts/per_second": 2.0, "groups/total": 4, "groups/dropped_zero_variance": 3, "solved": int(step == 2)}
+        for step in (1, 2)
+    ]  # fmt: skip
+    summary = build_summary([], steps, evals)
+    assert summary["rollouts_failed"] == {"OSError": 2, "ContextLengthError": 2}
+    assert (summary["final_eval_tasks"], summary["final_eval_failed"]) == (4, {"OSError": 2})
+    assert (summary["solved_at_step"], summary["rollouts_dropped"]) == (2, 2)
+    _, status = _status([], steps[-1:], evals)
+    assert "held-out 0.500 (step 3, 2 of 4 failed)" in status
+    assert "1 rollouts dropped" in status
+    assert "3 of 4 groups taught nothing" in status

@@ -3,8 +3,10 @@
 import asyncio
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from pointillist.render import FolderTokenizer
 from pointillist.rollouts import Completion, Sampling, Session, Task
 from pointillist.rollouts.executor import LARGEST_REWARD, Executor, RolloutRequest, RolloutResult
 from pointillist.rollouts.failures import answer_text, printable
+from pointillist.rollouts.loop import LoopWatch
 from tests.conftest import ROOT
 
 BAD_TEXT = "x" * 5_000_000 + "\x1b[2J\ud800"
@@ -263,6 +266,37 @@ async def test_a_rollout_that_takes_too_long_is_given_up(
     assert ("may_end.wait()" in result.failure.traceback) != stubborn
     assert (result.turns, len(result.branches)) == (1, 1)
     may_end.set()
+
+
+@pytest.mark.parametrize("way", ["sleep", "spin", "task"])
+async def test_a_rollout_that_blocks_the_loop_is_interrupted(
+    executor: Executor, way: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def block(_: Any) -> float:
+        while way == "spin":
+            pass
+        time.sleep(1000)  # noqa: ASYNC251 - on purpose
+        return 1.0
+
+    async def spawn(_: Any) -> float:
+        return await asyncio.create_task(block(_))
+
+    monkeypatch.setattr("pointillist.rollouts.loop._SAY_SECONDS", 0.2)
+    monkeypatch.setattr(Stranger, "behaviour", staticmethod(spawn if way == "task" else block))
+    executor._timeout = 1.0
+    executor._watch = LoopWatch(1.0)
+    before = signal.getsignal(signal.SIGUSR1)
+    await executor.start()
+    try:
+        failure = (await executor.run(request())).failure
+        assert failure is not None
+        assert failure.kind == "RolloutTimeoutError"
+        assert "blocked the event loop for longer than rollout_timeout = 1 s" in failure.message
+        assert "in block" in failure.traceback
+        assert "the event loop is blocked for" in caplog.text
+    finally:
+        await executor.aclose()
+    assert signal.getsignal(signal.SIGUSR1) == before
 
 
 async def test_the_runs_own_cancellation_is_one(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> None:

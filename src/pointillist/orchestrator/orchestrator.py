@@ -188,7 +188,7 @@ class Orchestrator:
                 self._keep_for_the_eye(step, batch)
                 raise InferenceError(f"step {step}: no rollout succeeded; the last failed on {batch.last_failure}")
             logger.warning(
-                "step %d: nothing to learn from in round %d of %d: %s; rolling out other tasks", step, attempt + 1,
+                "step %d: nothing to learn from in round %d of %d: %s", step, attempt + 1,
                 _EMPTY_ROUNDS, batch.in_words(),
             )  # fmt: skip
         if batch.is_solved(config.solved_reward):
@@ -197,8 +197,8 @@ class Orchestrator:
         rewards = sorted({f"{rollout.reward:g}" for rollout in batch.rollouts})
         raise PointillistError(
             f"step {step}: {_EMPTY_ROUNDS} rounds of groups without any difference in reward (rewards were "
-            f"{', '.join(rewards[:4])}; orchestrator.solved_reward is {config.solved_reward:g}): nothing to learn "
-            f"from; see what was said: pointillist view {self.paths.output_dir}"
+            f"{', '.join(rewards[:4])}): nothing to learn from, and less than orchestrator.solved_reward = "
+            f"{config.solved_reward:g}; see what was said: pointillist view {self.paths.output_dir}"
         )
 
     def _keep_for_the_eye(self, step: int, batch: "_Batch") -> None:

@@ -2,7 +2,8 @@
 
 The environment's code runs in tasks of its own that hand back whatever it returns or raises, so nothing that it does
 to its task reaches the loop: a `SystemExit` is a failed rollout like any other, and so is a `CancelledError` that is
-not of our making. What it does to the process (it blocks the event loop, or calls `os._exit`) is what workers are for.
+not of our making. A rollout that blocks the loop is interrupted after its time (`loop.LoopWatch`), where Python code
+or a system call blocks; what ends or stops the process itself is what workers are for.
 """
 
 import asyncio
@@ -30,6 +31,7 @@ from pointillist.pools import give_threads_to_environments
 from pointillist.rollouts.environment import Task, load_environment, load_tasks
 from pointillist.rollouts.failures import RolloutFailure, answer_text, failure_of
 from pointillist.rollouts.gateway import Gateway
+from pointillist.rollouts.loop import LoopWatch, in_environment
 from pointillist.rollouts.policy import Policy
 from pointillist.rollouts.session import Sampling, Session
 from pointillist.rollouts.trace import Branch
@@ -112,6 +114,7 @@ class Executor:
             "eval": load_tasks(self._environment, "eval"),
         }
         self._running: set[asyncio.Task[_Ended]] = set()
+        self._watch = LoopWatch(self._timeout)
         self._policy = Policy.from_config(config, blank_images=config.env.blank_images)
         # For whatever writes images on its own here or is started from here: one folder, told in one way, and limits.
         os.environ[CARRIER] = str(self._policy.sources.store_root)
@@ -122,6 +125,7 @@ class Executor:
         """Starts the gateway."""
         give_threads_to_environments(self._max_concurrent)
         await self._gateway.start()
+        self._watch.start()
 
     async def task_ids(self, split: Split) -> list[str]:
         """Ids of the environment's tasks."""
@@ -154,6 +158,7 @@ class Executor:
             logger.warning(
                 "closing the environment failed: %s: %s\n%s", failure.kind, failure.message, failure.traceback
             )
+        self._watch.stop()
         await self._gateway.aclose()
         await self._policy.client.aclose()
 
@@ -201,6 +206,7 @@ class _Ended:
 
 
 async def _caught(call: Callable[[], Any]) -> _Ended:
+    in_environment.set(True)
     try:
         return _Ended(await call())
     except BaseException as error:  # out of a task, SystemExit would end the process

@@ -77,9 +77,11 @@ def summary(run: ViewedRun) -> list[tuple[str, str]]:
 def _last_failed(run: ViewedRun) -> str:
     """Of the newest evaluation, by kind; a kind that it does not name has not occurred in it."""
     newest = run.column("eval", "step").last
-    kinds = {name.removeprefix("eval/failed/"): column for name, column in run.columns("eval").items()
-             if name.startswith("eval/failed/") and column.steps[-1:] == [newest]}  # fmt: skip
-    return ", ".join(f"{number(column.last)} {kind}" for kind, column in kinds.items())
+    return ", ".join(
+        f"{column.values[-1]:.0f} {name.removeprefix('eval/failed/')}"
+        for name, column in run.columns("eval").items()
+        if name.startswith("eval/failed/") and column.steps[-1] == newest
+    )
 
 
 def side_by_side(runs: Sequence[ViewedRun]) -> list[tuple[str, list[str]]]:
