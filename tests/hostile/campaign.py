@@ -2,8 +2,11 @@
 
 import asyncio
 import contextlib
+import importlib
+import importlib.util
 import itertools
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -19,10 +22,11 @@ from typing import Any, Final
 
 import zmq
 
+from pointillist.config import RUN_KEY
 from tests.conftest import ROOT
 from tests.hostile import gateway_inputs, generate_inputs, http_inputs, peer_inputs, prober, reader_inputs
 from tests.hostile.peer_inputs import Peer
-from tests.hostile.services import Services
+from tests.hostile.services import Service, Services
 from tests.hostile.wire import SESSION, Connection, Http, request
 
 SHARES: Final = {
@@ -44,7 +48,9 @@ _SILENT_SECONDS: Final = 20.0
 _MOST_DEATHS: Final = 12
 _SHOWN: Final = 5
 _PEERS_AT_ONCE: Final = 25
-_SESSION_ASKS: Final = 40
+_BESIDE: Final = 64
+_WAITING_SECONDS: Final = 3.0
+"""How long an input that is not whole is left waiting for an answer, beside what it drips."""
 
 
 @dataclass
@@ -162,34 +168,32 @@ class Attack:
         self._recent.append(number)
         self.result.sent += 1
 
-    def silence(self) -> float:
-        """Seconds for which the honest client has been waiting."""
-        return self.service.probes(time.time() - 3600)[1]
-
     def look_after(self) -> None:
-        """Brings the process back if it has died, or answers nobody any more."""
+        """Brings back what has died, or answers nobody any more: the process, or one that it asks."""
         with self._lock:
-            # A process that ends may still hold its socket for a moment.
-            for _ in range(20):
-                if not self.service.alive():
-                    break
-                time.sleep(0.05)
-            if self.service.alive() and self.silence() < _SILENT_SECONDS * self._patience:
-                return
-            suspects = list(self._recent)
-            self._recent.clear()
-            self._note_death(suspects)
-            if not self.given_up:
-                self.service.start()
-                self._find_culprit(suspects)
+            for each in (*self.service.needs, self.service):
+                # A process that ends may still hold its socket for a moment.
+                for _ in range(20):
+                    if not each.alive():
+                        break
+                    time.sleep(0.05)
+                if not each.alive() or each.silence() > _SILENT_SECONDS * self._patience:
+                    self._bring_back(each)
+                    return
 
-    def _note_death(self, suspects: list[int]) -> None:
-        silent = self.service.alive()
-        code = self.service.stop()
-        how = "answers nobody" if silent else f"ended with code {code}"
-        self.result.deaths.append({"how": how, "said": self.service.last_words(), "suspects": suspects, "culprits": []})
+    def _bring_back(self, service: Service) -> None:
+        """Notes a death, starts the process again, and finds out which input it was."""
+        suspects = list(self._recent)
+        self._recent.clear()
+        silent = service.alive()
+        code = service.stop()
+        how = f"{service.name} {'answers nobody' if silent else f'ended with code {code}'}"
+        self.result.deaths.append({"how": how, "said": service.last_words(), "suspects": suspects, "culprits": []})
+        if not self.given_up:
+            service.start()
+            self._find_culprit(suspects, service)
 
-    def _find_culprit(self, suspects: list[int]) -> None:
+    def _find_culprit(self, suspects: list[int], service: Service) -> None:
         """Sends the suspects again, one by one."""
         if len(self.result.deaths) > _SHOWN:
             return
@@ -198,14 +202,15 @@ class Attack:
             self.send_alone(number)
             if not self._answers():
                 death["culprits"].append({"input": number, "data": repr(self.make(number))[:400]})
-                self.service.stop()
-                self.service.start()
+                service.stop()
+                service.start()
                 break
 
     def _answers(self) -> bool:
         """Whether the honest client is answered from now on."""
         since = time.time()
-        while time.time() < since + _SILENT_SECONDS * self._patience and self.service.alive():
+        everybody = (*self.service.needs, self.service)
+        while time.time() < since + _SILENT_SECONDS * self._patience and all(each.alive() for each in everybody):
             done, _ = self.service.probes(since)
             # The second one began after the input.
             if len(done) >= 2:
@@ -220,7 +225,9 @@ class Attack:
 
     def _watch(self) -> None:
         while not self._over.wait(1.0):
-            if not self.given_up and self.silence() > _SILENT_SECONDS * self._patience:
+            limit = _SILENT_SECONDS * self._patience
+            everybody = (*self.service.needs, self.service)
+            if not self.given_up and any(not each.alive() or each.silence() > limit for each in everybody):
                 self.look_after()
 
 
@@ -246,10 +253,19 @@ class HttpAttack(Attack):
         asyncio.run(self._send_from_all(advance))
 
     async def _send_from_all(self, advance: Callable[[], None]) -> None:
-        # Inputs that drip are sent beside the others, which do not wait for them.
-        self._beside: set[asyncio.Task[None]] = set()
+        # Inputs that are not whole may never be answered: the others do not wait for them.
+        self._beside = asyncio.Semaphore(_BESIDE)
+        self._tasks: set[asyncio.Task[None]] = set()
         await asyncio.gather(*(self._sender(advance) for _ in range(SENDERS)))
-        await asyncio.gather(*self._beside)
+        await asyncio.gather(*self._tasks)
+
+    async def _send_beside(self, number: int, given: Http, data: bytes) -> None:
+        connection = Connection(self.service.port)
+        try:
+            await self._send(connection, number, given, data)
+        finally:
+            connection.close()
+            self._beside.release()
 
     async def _sender(self, advance: Callable[[], None]) -> None:
         connection = Connection(self.service.port)
@@ -260,17 +276,16 @@ class HttpAttack(Attack):
                 continue
             given = self.make(number)
             self.took(number)
-            if given.drip and len(self._beside) < 4 * SENDERS:
-                task = asyncio.create_task(self._send(Connection(self.service.port), number, given, given.data))
-                self._beside.add(task)
-                task.add_done_callback(self._beside.discard)
-                continue
             try:
                 data = await asyncio.to_thread(self._aimed, given.data, sessions) if sessions else given.data
             except (OSError, ValueError, KeyError, prober.http.client.HTTPException):
                 await asyncio.to_thread(self.look_after)
                 continue
-            await self._send(connection, number, given, data)
+            if given.due:
+                await self._send(connection, number, given, data)
+            else:
+                await self._beside.acquire()
+                self._tasks.add(asyncio.create_task(self._send_beside(number, given, data)))
         connection.close()
 
     @staticmethod
@@ -278,7 +293,7 @@ class HttpAttack(Attack):
         return data.replace(SESSION.encode(), sessions.key().encode())
 
     async def _send(self, connection: Connection, number: int, given: Http, data: bytes) -> None:
-        seconds = _ANSWER_SECONDS * self._patience if given.due else 15.0
+        seconds = _ANSWER_SECONDS * self._patience if given.due else _WAITING_SECONDS + 10 * given.drip
         try:
             answer = await connection.send(given, data, seconds)
         except OSError:
@@ -303,10 +318,12 @@ class HttpAttack(Attack):
 class PeerAttack(Attack):
     """Hostile peers of a ZMQ socket; after every few of them the honest one must still be served."""
 
-    def __init__(self, maker: Callable[[Random], Peer], address: Callable[[], str], *rest: Any) -> None:
+    def __init__(
+        self, maker: Callable[[Random], Peer], address: Callable[[], str], key: Callable[[], str], *rest: Any
+    ) -> None:
         super().__init__(*rest)
         self.maker = maker
-        self._address = address
+        self._address, self._key = address, key
         self._context = zmq.Context()
 
     def send_alone(self, number: int) -> None:
@@ -331,16 +348,11 @@ class PeerAttack(Attack):
 
     def _recovered(self) -> bool:
         """Whether somebody else brought it back meanwhile."""
-        return self.service.alive() and self.silence() < 1.0 and not self._recent
+        return self.service.alive() and self.service.silence() < 1.0 and not self._recent
 
     def _end_silent(self) -> None:
         with self._lock:
-            suspects = list(self._recent)
-            self._recent.clear()
-            self._note_death(suspects)
-            if not self.given_up:
-                self.service.start()
-                self._find_culprit(suspects)
+            self._bring_back(self.service)
 
     def _knock(self, peer: Peer) -> str:
         address = self._address()
@@ -356,6 +368,8 @@ class PeerAttack(Attack):
         wire.linger = 300
         if peer.identity:
             wire.setsockopt(zmq.IDENTITY, peer.identity)
+        if peer.keyed:
+            _secure(wire, "secure_client", self._key())
         wire.connect(address)
         wire.send_multipart(list(peer.frames))
         # Time to arrive: a message of a socket that closes may be lost.
@@ -396,9 +410,12 @@ class RecordsAttack(Attack):
 
     def _blame(self, batch: list[int]) -> None:
         with self._lock:
-            self._note_death(batch)
+            silent = self.service.alive()
+            how = "the index shows nothing new" if silent else f"ended with code {self.service.stop()}"
+            self.result.deaths.append({"how": how, "said": self.service.last_words(), "suspects": [], "culprits": []})
             # The lines stay in their file, which would end the next viewer as well.
             self._forget()
+            self.service.stop()
             self.service.start()
             for number in batch:
                 step = self._write([number])
@@ -535,6 +552,13 @@ class ArchivesAttack(Attack):
         return answer
 
 
+def _secure(wire: Any, side: str, key: str) -> None:
+    """Gives a socket the run's key, as the run's own have it."""
+    if importlib.util.find_spec("pointillist.channel") is not None:
+        channel = importlib.import_module("pointillist.channel")
+        getattr(channel, side)(wire, key, max_bytes=2**31)
+
+
 def _honest_peers(services: Services) -> dict[str, list[bytes]]:
     """Messages of honest peers, caught by sockets of our own."""
     from pointillist.rollouts.executor import RolloutResult
@@ -543,8 +567,10 @@ def _honest_peers(services: Services) -> dict[str, list[bytes]]:
 
     context = zmq.Context()
     wire = context.socket(zmq.ROUTER)
+    _secure(wire, "secure_listener", os.environ[RUN_KEY])
     port = wire.bind_to_random_port("tcp://127.0.0.1")
-    receiver = ZmqReceiver(f"tcp://127.0.0.1:{port}", 0)
+    # Of a rank that the run does not have, so that it takes nothing from the honest one.
+    receiver = ZmqReceiver(f"tcp://127.0.0.1:{port}", 99)
     receiver.discard_before(1)
     threading.Thread(target=receiver.receive, args=(1,), daemon=True).start()
     ranks = [wire.recv_multipart()[-1] for _ in range(2) if wire.poll(5000)]
@@ -583,7 +609,8 @@ def attack(services: Services, target: str, seed: int, patience: float, hold: fl
         address = (
             services.pool_address if target == "workers" else lambda: f"tcp://127.0.0.1:{services.get(target).port}"
         )
-        return PeerAttack(maker, address, services, target, *rest)
+        key = services.pool_key if target == "workers" else lambda: os.environ[RUN_KEY]
+        return PeerAttack(maker, address, key, services, target, *rest)
     return ArchivesAttack(services, *rest)
 
 

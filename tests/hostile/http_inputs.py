@@ -52,7 +52,7 @@ def inputs(routes: list[str], *, hold: float) -> Callable[[Random], Http]:
             origin = chance.choice([{}, {"Origin": "http://example.org"}, {"Origin": "null"}, {"Origin": "\0"}])
             return Http(kind, request(chance.choice(["GET", "POST"]), path, body, origin, host=host))
         if kind == "headers":
-            return Http(kind, _headers(path, body, chance))
+            return Http(kind, _headers(path, body, chance), due=False)
         if kind == "length":
             length = chance.choice([*_LENGTHS, str(len(body) - 1)])
             return Http(kind, request("POST", path, body, {"Content-Length": length}), due=False)

@@ -22,6 +22,8 @@ class Peer:
     identity: bytes = b""
     """Of the socket; empty lets ZMQ choose."""
     tcp: bytes = b""
+    keyed: bool = False
+    """Whether it has the run's key: a process of the run that has gone wrong."""
 
 
 _HONEST_GREETING = b"\xff" + b"\0" * 8 + b"\x7f\x03\0NULL" + b"\0" * 16 + b"\0" * 32
@@ -56,13 +58,16 @@ def inputs(honest: list[bytes], *, compressed: bool) -> Callable[[Random], Peer]
             return Peer(kind, tuple(chance.choice([b"", b"a", chance.choice(honest)]) for _ in range(count)) or (b"",))
         if kind == "large":
             return Peer(kind, (_bomb() if compressed else b"\0" * chance.choice([1_000_000, 20_000_000]),))
+        keyed = chance.random() < 0.5
+        if keyed and kind == "mutated":
+            kind = "garbled"  # with the key and good values it would be the honest peer itself
         data = _message(kind, chance.choice(plain), chance)
         if compressed and chance.random() < 0.8:
             data = zlib.compress(data, 1)
             if chance.random() < 0.1:
                 data = odd.garbled(data, chance)
         identity = chance.choice([b""] * 12 + [b"\x01", b"a" * 255, b"rank0", b"\0a", chance.randbytes(5)])
-        return Peer(kind, (data,), identity if not identity.startswith(b"\0") else b"")
+        return Peer(kind, (data,), identity if not identity.startswith(b"\0") else b"", keyed=keyed)
 
     return make
 

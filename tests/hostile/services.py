@@ -64,6 +64,8 @@ class Service:
     """Whether it says `ready`; else it answers `/health`."""
     hidden: Path | None = None
     """A folder that is not there while it starts: a server that starts loads the newest weights, and these are none."""
+    needs: "list[Service]" = field(default_factory=list)
+    """Services that it asks."""
     process: subprocess.Popen[bytes] | None = None
     memory: Memory = field(default_factory=Memory)
     _prober: subprocess.Popen[bytes] | None = None
@@ -120,6 +122,10 @@ class Service:
         """The last lines of its output that say something."""
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
         return " | ".join([line.strip() for line in lines if line.strip()][-3:])[-500:]
+
+    def silence(self) -> float:
+        """Seconds for which its honest client has been waiting."""
+        return self.probes(time.time() - 3600)[1]
 
     def resident(self) -> float:
         """MiB."""
@@ -195,8 +201,10 @@ class Services:
         if name not in self._all:
             self._all[name] = getattr(self, f"_{name}")()
         service = self._all[name]
-        if not service.alive():
-            service.start()
+        for each in (*service.needs, service):
+            if not each.alive():
+                each.stop()
+                each.start()
         return service
 
     def stop(self) -> None:
@@ -227,7 +235,9 @@ class Services:
             "--client.timeout", 60, "--client.unreachable_timeout", 60,
         ]  # fmt: skip
         good = request("POST", f"/s/{SESSION}/v1/chat/completions", write(GOOD["chat"][1]))
-        return self._service("gateway", arguments, good, port=port, session=SESSION)
+        service = self._service("gateway", arguments, good, port=port, session=SESSION)
+        service.needs = [inference]
+        return service
 
     def _viewer(self) -> Service:
         port = free_port()
@@ -264,10 +274,21 @@ class Services:
         write_toml(config, path)
         notes = self.root / "workers.probes.jsonl"
         command = [sys.executable, "-m", "tests.hostile.rollout_pool", str(notes), str(path)]
-        return Service("workers", command, self.root, 0, ready_word=True)
+        return Service("workers", command, self.root, 0, ready_word=True, needs=[self.get("inference")])
 
     def pool_address(self) -> str:
         """Where the pool of environment workers listens now."""
         from pointillist.config import EnvWorkerConfig
 
         return load_toml(EnvWorkerConfig, self.root / "pool" / "configs" / "env_worker.toml").address
+
+    def pool_key(self) -> str:
+        """What the workers of the pool are told to identify themselves with."""
+        from pointillist.rollouts.workers.protocol import TOKEN_VARIABLE
+
+        config = str(self.root / "pool" / "configs" / "env_worker.toml")
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if config in process.cmdline():
+                    return process.environ().get(TOKEN_VARIABLE, "x")
+        return "x"
