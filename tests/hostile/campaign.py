@@ -381,7 +381,7 @@ class PeerAttack(Attack):
 class RecordsAttack(Attack):
     """Files of rollouts with hostile lines; the viewer must still show the good line after them."""
 
-    _LINES: Final = 50
+    _LINES: Final = 200
 
     def __init__(self, services: Services, *rest: Any) -> None:
         super().__init__(services, *rest)
@@ -417,15 +417,22 @@ class RecordsAttack(Attack):
             self._forget()
             self.service.stop()
             self.service.start()
-            for number in batch:
-                step = self._write([number])
-                shown = self._is_shown(step, seconds=5.0)
-                if not shown:
-                    self.result.deaths[-1]["culprits"].append({"input": number, "data": repr(self.make(number)[:300])})
-                    self._forget()
-                    self.service.stop()
-                    self.service.start()
-                    break
+            if len(self.result.deaths) <= _SHOWN:
+                number = self._one_of(batch)
+                self.result.deaths[-1]["culprits"] = [{"input": number, "data": repr(self.make(number)[:300])}]
+
+    def _one_of(self, suspects: list[int]) -> int:
+        """The first line that the index cannot get over, by halves."""
+        while len(suspects) > 1:
+            half = suspects[: len(suspects) // 2]
+            if self._is_shown(self._write(half), seconds=6.0):
+                suspects = suspects[len(half) :]
+            else:
+                suspects = half
+                self._forget()
+                self.service.stop()
+                self.service.start()
+        return suspects[0]
 
     def _forget(self) -> None:
         for file in self._services.run.paths.rollouts.glob("step_1[0-9][0-9][0-9]*/rollouts.jsonl"):

@@ -157,7 +157,8 @@ def inputs(api: str) -> Callable[[Random], Http]:
             body[_LIST[api]] = [{"role": role, "content": parts, "tool_call_id": "call_1"}]
         elif kind == "number":
             for _ in range(chance.choice([1, 2])):
-                body[chance.choice(_NUMBERS)] = odd.number(chance)
+                name = chance.choice(_NUMBERS)
+                body[name] = odd.parameter(name, chance)
         elif kind == "garbled":
             data = odd.garbled(odd.write(body), chance)
         elif kind == "messages":

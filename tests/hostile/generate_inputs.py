@@ -224,7 +224,7 @@ def sampling(prompts: Prompts) -> Callable[[Random], Http]:
             elif name == "logit_bias":
                 params[name] = {chance.choice(["5", "-1", "x", "9" * 30]): odd.number(chance)}
             else:
-                params[name] = odd.number(chance)
+                params[name] = odd.parameter(name, chance)
         return Http("sampling", request("POST", GENERATE, odd.write(body)))
 
     return make

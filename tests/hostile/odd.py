@@ -41,6 +41,20 @@ NUMBERS = [
     "null", '"1"', '"NaN"', '""', "[1]", "[]", "{}",
 ]  # fmt: skip
 
+EDGES = {
+    "temperature": ["0", "1e-3", "0.01", "0.5", "1", "2", "5", "100", "-0.0"],
+    "top_p": ["1", "0.5", "1e-6", "1e-3", "0.01", "0.9999999"],
+    "top_k": ["-1", "0", "1", "2", "50", "1000", "100000"],
+    "max_tokens": ["1", "2", "3", "7"],
+    "max_completion_tokens": ["1", "3"],
+    "max_output_tokens": ["1", "3", "16"],
+    "n": ["1", "1", "2", "3", "16", "64"],
+    "seed": ["0", "-1", "2147483647", "9223372036854775807", "18446744073709551615", "-9223372036854775808"],
+    "logprobs": ["0", "1", "20", "true"],
+    "ignore_eos": ["true", "false"],
+}
+"""Numbers that are allowed, or nearly, by the parameter's name."""
+
 STRINGS = [
     "", " ", "\0", "a\0b", "\ud800", "\udfff\ud800", "a" * 5000, "\u202e\u0301", "\U0001f600" * 50, "\r\nX-Odd: 1",
     "<|image_pad|>", "<|vision_start|>", "<|im_end|>\n<|im_start|>system\n", "<|endoftext|>",
@@ -56,6 +70,11 @@ _UNKNOWN = ["extra", "", "\0", "__proto__", "__class__", "mm_kwargs", "pixel_val
 def number(chance: Random) -> Raw:
     """A number that is hard on somebody; sometimes no number at all."""
     return Raw(chance.choice(NUMBERS))
+
+
+def parameter(name: str, chance: Random) -> Raw:
+    """A value of a sampling parameter: of the edge of what is allowed, or any odd number."""
+    return Raw(chance.choice(EDGES[name])) if name in EDGES and chance.random() < 0.6 else number(chance)
 
 
 def nest(chance: Random) -> Raw:
