@@ -179,12 +179,15 @@ class Tormentor:
         self._kill(self._chance.choice(VICTIMS), "random")
 
     def _kill_in_checkpoint(self) -> None:
-        if self._appears(self.run.paths.checkpoints, ".step_*.tmp"):
+        # Not always the next one: the run is to get on.
+        times = self._chance.choice([1, 1, 2, 3, 4])
+        if all(self._appears(self.run.paths.checkpoints, ".step_*.tmp") for _ in range(times)):
             time.sleep(self._chance.choice([0.0, 0.005, 0.02]))
             self._kill(self._chance.choice(["trainer", "trainer", "orchestrator"]), "checkpoint")
 
     def _kill_in_broadcast(self) -> None:
-        if self._appears(self.run.paths.broadcasts, "step_*/.*.tmp"):
+        times = self._chance.choice([1, 2, 4, 7])
+        if all(self._appears(self.run.paths.broadcasts, "step_*/.*.tmp") for _ in range(times)):
             self._kill(self._chance.choice(["trainer", "trainer", "inference"]), "broadcast")
 
     def _appears(self, folder: Path, pattern: str) -> bool:

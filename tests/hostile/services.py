@@ -265,7 +265,7 @@ class Services:
         config = OrchestratorConfig(
             model=ModelConfig(name=str(self.model)),
             env=EnvConfig(id="digits", args={"data_dir": str(self.data)}),
-            output_dir=self.root / "pool",
+            output_dir=self.prompts.paths.output_dir,
             seq_len=SEQ_LEN,
             client=ClientConfig(base_url=[f"http://127.0.0.1:{self.get('inference').port}"]),
             workers=WorkersConfig(count=1),
@@ -280,13 +280,13 @@ class Services:
         """Where the pool of environment workers listens now."""
         from pointillist.config import EnvWorkerConfig
 
-        return load_toml(EnvWorkerConfig, self.root / "pool" / "configs" / "env_worker.toml").address
+        return load_toml(EnvWorkerConfig, self.prompts.paths.configs / "env_worker.toml").address
 
     def pool_key(self) -> str:
         """What the workers of the pool are told to identify themselves with."""
         from pointillist.rollouts.workers.protocol import TOKEN_VARIABLE
 
-        config = str(self.root / "pool" / "configs" / "env_worker.toml")
+        config = str(self.prompts.paths.configs / "env_worker.toml")
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if config in process.cmdline():
