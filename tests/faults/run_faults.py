@@ -155,12 +155,24 @@ class Tormentor:
                 self._rival()
             if self._chance.random() < 0.1:
                 self._stop_and_damage()
-        while self._goes_on():
-            time.sleep(0.2)
+        self._await_end()
         self._over.set()
         collector.join()
         assert self.run.launcher is not None
         return self.run.launcher.returncode
+
+    def _await_end(self) -> None:
+        """Waits until the run is done, or stands still for minutes."""
+        step, since = -1, time.monotonic()
+        while self._goes_on():
+            if self.run.last_step != step:
+                step, since = self.run.last_step, time.monotonic()
+            if time.monotonic() - since > _START_SECONDS:
+                self.told.unexpected_ends.append(f"stands still at step {step}: {self.run.last_words()}")
+                assert self.run.launcher is not None
+                _end_group(self.run.launcher)
+                return
+            time.sleep(0.2)
 
     def _goes_on(self) -> bool:
         """Whether the run is not done; one that ended as it should not is resumed, and that is told."""
@@ -422,7 +434,11 @@ def main() -> int:
         return 1
     print(f"undisturbed: {time.monotonic() - started:.0f} s", flush=True)
     tormentor = Tormentor(runs[1], options.kills, options.seconds, options.seed)
-    code = tormentor.torment()
+    try:
+        code = tormentor.torment()
+    finally:
+        if runs[1].launcher is not None:
+            _end_group(runs[1].launcher)
     report: dict[str, Any] = {
         "exit_code": code, "seconds": round(time.monotonic() - started), **asdict(tormentor.told),
         "undisturbed": outcome(runs[0].paths, options.max_steps),

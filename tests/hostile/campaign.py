@@ -113,6 +113,7 @@ class Attack:
         self.service = services.get(service)
         self._lock = threading.RLock()
         self._recent: deque[int] = deque(maxlen=2 * SENDERS)
+        self._unanswered: set[int] = set()
         self._numbers: Iterator[int] = iter(())
         self._deaths_before = 0
 
@@ -183,7 +184,7 @@ class Attack:
 
     def _bring_back(self, service: Service) -> None:
         """Notes a death, starts the process again, and finds out which input it was."""
-        suspects = list(self._recent)
+        suspects = list(dict.fromkeys([*sorted(self._unanswered), *self._recent]))[: 4 * SENDERS]
         self._recent.clear()
         silent = service.alive()
         code = service.stop()
@@ -294,12 +295,15 @@ class HttpAttack(Attack):
 
     async def _send(self, connection: Connection, number: int, given: Http, data: bytes) -> None:
         seconds = _ANSWER_SECONDS * self._patience if given.due else _WAITING_SECONDS + 10 * given.drip
+        self._unanswered.add(number)
         try:
             answer = await connection.send(given, data, seconds)
         except OSError:
             self.result.statuses["no connection"] += 1
             await asyncio.to_thread(self.look_after)
             return
+        finally:
+            self._unanswered.discard(number)
         statuses = self.result.statuses
         statuses[f"{answer.status // 100}xx" if answer.status else answer.note or "closed"] += 1
         if answer.status >= 500 and answer.status not in (503, 505):
