@@ -58,7 +58,15 @@ class InferenceError(PointillistError):
 
 
 class RequestRefusedError(InferenceError):
-    """The inference server refused what a request asks for; asking again gives the same."""
+    """The inference server refused what a request asks for; asking again gives the same.
+
+    Attributes:
+        param: The field that it named, if any.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class EnvironmentLoadError(PointillistError):

@@ -6,7 +6,6 @@ what the Hugging Face fast tokenizers are made of.
 
 import json
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +35,6 @@ class FolderTokenizer:
         settings = _settings(folder / "tokenizer_config.json")
         self.eos_token_id = self._named(settings, "eos_token")
         self.unk_token_id = self._named(settings, "unk_token")
-
-    @cached_property
-    def longest_token(self) -> int:
-        """Bytes that one token stands for at most."""
-        return max((len(token.encode()) for token in self._tokenizer.get_vocab(with_added_tokens=True)), default=1)
 
     def __len__(self) -> int:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pointillist.render.raw import Message
-from pointillist.rollouts.gateway.call import Call, common, optional, positive
+from pointillist.rollouts.gateway.call import MAX_MESSAGES, Call, check_count, common, optional, positive
 from pointillist.rollouts.gateway.errors import ApiError
 from pointillist.rollouts.session import Turn
 
@@ -20,6 +20,7 @@ def parse(body: dict[str, Any]) -> Call:
     items = [{"role": "user", "content": given}] if isinstance(given, str) else given
     if not isinstance(items, list):
         raise ApiError("input must be a text or a list of items", param="input")
+    check_count(items, "input", MAX_MESSAGES)
     messages: list[Message] = []
     if instructions := optional(body, "instructions", str):
         messages.append({"role": "system", "content": instructions})
