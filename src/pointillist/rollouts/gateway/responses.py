@@ -27,7 +27,7 @@ def parse(body: dict[str, Any]) -> Call:
     for index, item in enumerate(items):
         _add(messages, item, f"input[{index}]")
     text_format = (optional(body, "text", dict) or {}).get("format") or {}
-    if text_format.get("type", "text") != "text":
+    if not isinstance(text_format, dict) or text_format.get("type", "text") != "text":
         raise ApiError("text.format other than text is not supported", param="text", code="unsupported_parameter")
     tools = [_tool(tool, index) for index, tool in enumerate(optional(body, "tools", list) or [])]
     return common(
