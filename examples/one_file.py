@@ -35,7 +35,7 @@ from pointillist.environments.digits import QUESTION
 from pointillist.environments.tasks import read_tasks
 from pointillist.families import RawImageMaterializer
 from pointillist.images import ImageLimits, ImageStore, Sources, normalize_images
-from pointillist.inference.embedded.sampling import sample
+from pointillist.inference.embedded.sampling import draw_noise, sample
 from pointillist.inference.protocol import SamplingParams
 from pointillist.models import LoadedModel, PixelNormalizer, as_tensors, load_model
 from pointillist.orchestrator.advantages import group_advantages
@@ -113,7 +113,9 @@ class OneFile:
         chosen: list[list[int]] = [[] for _ in seeds]
         logprobs: list[list[float]] = [[] for _ in seeds]
         for _ in range(params.max_tokens or 1):
-            step = sample(self.logits(prompt, ids)[:, -1], self.loaded.unsampleable, [params] * len(seeds), generators)
+            step = sample(
+                self.logits(prompt, ids)[:, -1], self.loaded.unsampleable, [params] * len(seeds), draw_noise(generators)
+            )
             for row, token in enumerate(step.token_ids.tolist()):
                 if not chosen[row] or chosen[row][-1] not in self.renderer.stop_token_ids:
                     chosen[row].append(token)

@@ -135,9 +135,9 @@ MUTANTS = [
     ),
     Mutant(
         "gathered answers are in the wrong order",
-        "rollouts/client.py",
-        'sorted(answer["choices"], key=lambda c: c["index"])',
-        'answer["choices"]',
+        "rollouts/answers.py",
+        "return [_completion(choice, expected) for choice in choices]",
+        "return [_completion(choice, expected) for choice in answer.choices]",
         "test_client.py",
     ),
     Mutant(
@@ -160,7 +160,7 @@ MUTANTS = [
 def run_tests(copy: Path, names: list[str]) -> bool:
     """Whether tests pass in the copy."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *(f"tests/unit/{name}" for name in names)],
+        [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", *(f"tests/unit/{name}" for name in names)],
         cwd=copy, env={**os.environ, "PYTHONPATH": str(copy / "src")}, capture_output=True, text=True,
         timeout=TIMEOUT_SECONDS, check=False,
     )  # fmt: skip

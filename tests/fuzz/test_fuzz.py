@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -25,6 +26,9 @@ from pointillist.errors import PointillistError, SourceError
 from pointillist.families import Family, RawImageMaterializer
 from pointillist.images import ImageLimits, ImageStore, Sources, decode_rgb, normalize_images, read_header
 from pointillist.images.remote import RemoteImages, public_address
+from pointillist.inference.embedded.sampling import draw_noise, sample
+from pointillist.inference.prompt import ServerBounds, check_prompt, check_sizes
+from pointillist.inference.protocol import GenerateRequest, RequestError, SamplingParams, decode_body
 from pointillist.refs import ImageRef, build_mm_refs, decode_ref, encode_ref, parse_descriptor
 from tests.conftest import encoded, picture
 
@@ -259,5 +263,52 @@ def test_data_urls_and_addresses(store: ImageStore, monkeypatch: pytest.MonkeyPa
         with pytest.raises(PointillistError) as raised:
             remote.fetch(url)
         assert len(str(raised.value)) < 300
+
+    check()
+
+
+def test_request_bodies(store: ImageStore, reader: RawImageMaterializer, family: Family) -> None:
+    """Whatever bytes come, they are a request that the server can serve or an error that names what was wrong."""
+    ref = _good_ref(store, family)
+    length = family.layout(64, 64).num_tokens
+    good = {
+        "token_ids": [20, *[family.image_token_id] * length, 21],
+        "features": {
+            "mm_hashes": {"image": [ref.hash]},
+            "mm_placeholders": {"image": [{"offset": 1, "length": length}]},
+            "kwargs_data": {"image": [encode_ref(ref)]},
+        },
+        "sampling_params": {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "max_tokens": 4, "n": 2, "seed": 7},
+        "request_id": "a",
+    }
+    numbers = st.sampled_from([0, -1, 1e-46, 1e-38, 1e39, 2**31, 2**63, 2**64, 10**30, 0.5, True, "1", None])
+    parameters = [*SamplingParams.__struct_fields__, "else"]
+    sampling = st.dictionaries(st.sampled_from(parameters), numbers | json_values, max_size=4)
+    changes = st.dictionaries(st.sampled_from([*good, "content_parts", "stream", "model", "priority"]), json_values)
+    bodies = st.one_of(
+        mangled(json.dumps(good)).map(lambda text: text.encode(errors="surrogatepass")),
+        st.builds(lambda change, params: json.dumps({**good, "sampling_params": params, **change}).encode(),
+                  changes, sampling),
+        st.binary(max_size=100),
+    )  # fmt: skip
+    bounds = ServerBounds(seq_len=512, vocab_size=320, max_batch_size=32)
+    logits = torch.randn(1, 320, generator=torch.Generator().manual_seed(0)) * 50
+    masked = torch.tensor(sorted(family.vision_token_ids))
+
+    @fuzzed
+    @given(bodies)
+    def check(body: bytes) -> None:
+        try:
+            request = decode_body(body, GenerateRequest)
+            prompt = check_prompt(request, reader, 4)
+            params = request.sampling_params
+            check_sizes(prompt.token_ids, params.max_tokens, params.n, params.logprobs, bounds)
+        except RequestError as error:
+            assert error.status == 400 and "root:" not in str(error) and len(str(error)) < 2000
+            return
+        noise = draw_noise([torch.Generator().manual_seed(params.seed or 0)])
+        sampled = sample(logits, masked, [params], noise)
+        assert sampled.usable == [True] and 0 <= int(sampled.token_ids) < 320
+        assert int(sampled.token_ids) not in family.vision_token_ids
 
     check()

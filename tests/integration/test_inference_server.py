@@ -334,12 +334,17 @@ def test_new_weights_while_requests_run(server: RunningServer, model_dir: Path) 
         client = InferenceClient([server.url])
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
             long = {**body, "sampling_params": {**body["sampling_params"], "max_tokens": 300}}
-            running = [asyncio.create_task(http.post(GENERATE, json=long)) for _ in range(4)]
             for version in (base + 1, base + 2, base + 3):
-                await asyncio.sleep(0.05)
                 scaled = {name: tensor * (1 + (version - base) / 100) for name, tensor in weights.items()}
                 write_weights(scaled, broadcasts / f"step_{version}")
+            await http.post("/pause")  # so that the requests are there still when the last version comes
+            running = [asyncio.create_task(http.post(GENERATE, json=long)) for _ in range(4)]
+            for version in (base + 1, base + 2, base + 3):
                 await update_weights(client.servers[0], str(broadcasts / f"step_{version}"), version)
+                assert (await http.get("/is_paused")).json() == {"is_paused": True}
+                await http.post("/resume")
+                if version < base + 3:
+                    await http.post("/pause")
             with pytest.raises(InferenceError, match="not below"):
                 await update_weights(client.servers[0], str(model_dir), base + 9)
             with pytest.raises(InferenceError, match=f"version {base + 3} serves on"):

@@ -9,10 +9,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from pointillist.config import RUN_KEY
 from pointillist.config.run_paths import WEIGHTS_FILE, RunPaths
 from pointillist.errors import InferenceError
 from pointillist.orchestrator.weights import WeightWatcher
 from pointillist.rollouts import InferenceClient
+from pointillist.rollouts.client import update_weights
 from pointillist.rollouts.servers import Servers, UnreachableError
 from tests.integration.conftest import free_port
 
@@ -29,6 +31,8 @@ class Stub:
         self.version = 0
         self.status = 200
         self.delay = 0.0
+        self.key: str | None = None
+        self.keys: list[str] = []
 
     async def start(self) -> None:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
@@ -50,12 +54,17 @@ class Stub:
             length = next((int(line[15:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-le")), 0)
             body = await reader.readexactly(length)
             await asyncio.sleep(self.delay)
-            if path == "/update_weights" and self.status == 200:
+            given = next((line[22:] for line in head.split(b"\r\n") if line.startswith(b"Authorization: Bearer ")), b"")
+            status = self.status
+            if path == "/update_weights":
+                self.keys.append(given.decode())
+                status = 401 if self.key is not None and given.decode() != self.key else status
+            if path == "/update_weights" and status == 200:
                 self.version = msgspec.json.decode(body)["weight_version"]
             if path != "/health":
                 self.asked.append(body.decode())
             answer = msgspec.json.encode({"weight_version": self.version})
-            writer.write(b"HTTP/1.1 %d x\r\nContent-Length: %d\r\n\r\n%s" % (self.status, len(answer), answer))
+            writer.write(b"HTTP/1.1 %d x\r\nContent-Length: %d\r\n\r\n%s" % (status, len(answer), answer))
 
 
 @pytest.fixture
@@ -148,6 +157,37 @@ async def test_every_server_gets_every_version(stubs: list[Stub], tmp_path: Path
     _broadcast(paths, 2)
     with pytest.raises(InferenceError, match="/update_weights answered 400"):
         await asyncio.wait_for(watcher.wait_for(2), 10)
+    following.cancel()
+    await client.aclose()
+
+
+async def test_admin_requests_bring_the_runs_own_key(
+    stubs: list[Stub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server from outside of the run, which knows another one, is asked with the client's API key."""
+    monkeypatch.setenv(RUN_KEY, "run")
+    monkeypatch.setenv("API_KEY", "api")
+    stubs[0].key, stubs[1].key = "run", "api"
+    client = InferenceClient([stub.url for stub in stubs], api_key_var="API_KEY")
+    for server in client.servers:
+        await update_weights(server, str(tmp_path), 3)
+    assert [stub.keys for stub in stubs] == [["run"], ["run", "api"]]
+    assert [stub.version for stub in stubs] == [3, 3]
+    stubs[1].key = "another"
+    with pytest.raises(InferenceError, match="answered 401"):
+        await update_weights(client.servers[1], str(tmp_path), 4)
+    await client.aclose()
+
+
+async def test_a_server_that_has_newer_weights_already_ends_nothing(stubs: list[Stub], tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    client = InferenceClient([stub.url for stub in stubs])
+    watcher = WeightWatcher(paths, client, 0)
+    following = asyncio.create_task(watcher.follow())
+    stubs[0].version, stubs[0].status = 5, 409
+    _broadcast(paths, 4)
+    await asyncio.wait_for(watcher.wait_for(4), 60)
+    assert stubs[1].version == 4
     following.cancel()
     await client.aclose()
 

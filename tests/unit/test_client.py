@@ -19,7 +19,7 @@ class Answering:
         self.requests: list[dict[str, Any]] = []
         self.all: list[Any] = []
 
-    async def post(self, path: str, body: bytes, affinity: str) -> tuple[int, bytes]:
+    async def post(self, path: str, body: bytes, *_: Any, **__: Any) -> tuple[int, bytes]:
         request = msgspec.json.decode(body)
         self.requests.append(request)
         params = request["sampling_params"]
@@ -86,7 +86,7 @@ async def test_a_step_waits_until_every_server_has_the_weights(tmp_path: Any, mo
     async def health() -> None:
         return None
 
-    async def take(server: _Server, folder: str, version: int) -> None:
+    async def take(server: _Server, folder: str, version: int, *, rewind: bool) -> None:
         await server.may_take.wait()
         server.taken.set()
 

@@ -9,7 +9,7 @@ from starlette.requests import Request
 
 from pointillist.http_guard import HttpRefusal
 from pointillist.inference.door import ADMIN_PATHS, OWN_PATHS, Door, http_limits
-from pointillist.inference.prompt import longest_body
+from pointillist.inference.prompt import ServerBounds, check_sizes, longest_body
 from pointillist.inference.protocol import GenerateRequest, RequestError, SamplingParams, decode_body
 
 JSON = {"content-type": "application/json", "content-length": "2"}
@@ -94,6 +94,15 @@ def test_the_longest_legal_request_is_not_too_long(seq_len: int, images: int, in
     data = json.dumps(body, indent=indent or None).encode()
     assert len(data) <= longest_body(seq_len, images) <= http_limits(seq_len, images).inflight_bytes
     assert len(decode_body(data, GenerateRequest).token_ids) == seq_len
+
+
+def test_an_answer_has_room_for_its_alternatives() -> None:
+    bounds = ServerBounds(seq_len=4096, vocab_size=320, max_batch_size=256)
+    check_sizes([1], 4000, 256, 0, bounds)  # what training asks for
+    check_sizes([1], 4000, 1, 20, bounds)
+    for max_tokens in (4000, None):
+        with pytest.raises(RequestError, match="alternatives"):
+            check_sizes([1], max_tokens, 256, 20, bounds)
 
 
 JSON_VALUES = st.recursive(

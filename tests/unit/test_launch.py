@@ -1,7 +1,6 @@
 """Who runs what and where, scripts of jobs, and the supervision of processes."""
 
 import os
-import stat
 import sys
 import threading
 from pathlib import Path
@@ -250,17 +249,57 @@ def test_a_server_that_never_worked_is_not_started_again(tmp_path: Path) -> None
     assert said == []
 
 
-def test_a_jobs_key_is_for_its_user_only(tmp_path: Path) -> None:
-    from pointillist.launch.slurm import _read_key, _write_key
+BEATING = """
+import os, signal, sys
+from pathlib import Path
+from pointillist.heartbeat import beating, enter
+with beating(Path(sys.argv[1]), "trainer"):
+    enter("forward_backward", step=3)
+    if sys.argv[2] == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if sys.argv[2] == "exit":
+        os._exit(0)
+"""
 
-    _write_key(tmp_path / "key")
-    assert stat.S_IMODE((tmp_path / "key").stat().st_mode) == 0o600
-    key = _read_key(tmp_path / "key")
-    _write_key(tmp_path / "key")
-    assert _read_key(tmp_path / "key") == key
+
+@pytest.mark.parametrize(
+    ("what", "cause"),
+    [
+        ("finish", None),
+        ("exit", "trainer ended with exit code 0 before its work was done"),
+        ("stop", "trainer was killed because it has given no sign of life"),
+    ],
+)
+def test_work_is_done_only_when_its_heartbeat_says_so(tmp_path: Path, what: str, cause: str | None) -> None:
+    """A process that ends early is dead whatever its code, and one that is stopped does not hold the run for ever."""
+    command = [sys.executable, "-c", BEATING, str(tmp_path / "state"), what]
+    spec = Spec("trainer", command, dict(os.environ), tmp_path / "log", state=tmp_path / "state")
+    said: list[str] = []
+    supervisor = Supervisor([spec], SupervisionConfig(phase_timeout=5), said.append)
+    supervisor.start()
+    dead = supervisor.run(lambda: True, lambda: None)
+    supervisor.stop()
+    if cause is None:
+        assert dead is None
+    else:
+        assert dead is not None
+        assert dead.cause().startswith(cause)
+    if what == "stop":
+        assert "(supervision.phase_timeout): killing it" in said[0]
+
+
+def test_a_jobs_secrets_are_for_its_user_only(tmp_path: Path) -> None:
+    from pointillist.launch.slurm import _read_environment, _read_key, _write_secrets
+
+    _write_secrets(tmp_path, {"TOKEN": "secret"})
+    key = _read_key(tmp_path / ".run_key")
     assert len(key) == 32
+    _write_secrets(tmp_path, {"TOKEN": "other"})
+    assert _read_key(tmp_path / ".run_key") == key
+    assert _read_environment(tmp_path / ".run_env") == {"TOKEN": "other"}
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
     with pytest.raises(LaunchError, match="submit runs with"):
-        _read_key(tmp_path / "none")
+        _read_key(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pointillist.config import RunPaths
-from pointillist.config.run_paths import read_jsonl
+from pointillist.config.run_paths import ORCHESTRATOR_STATE, WEIGHTS_FILE, latest_checkpoint, read_jsonl
 from pointillist.config.shared import ModelConfig
 from pointillist.config.trainer import LoRAConfig, TrainerConfig
 from pointillist.errors import ConfigError, TrainingError
@@ -76,6 +76,24 @@ def _row(trainer: Trainer, store: ImageStore, sizes: list[list[tuple[int, int]]]
 def _same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> set[str]:
     """Names of the weights that are equal bit for bit."""
     return {name for name, weight in one.items() if torch.equal(weight, two[name])}
+
+
+# --- The end of training
+
+
+def test_training_ends_with_the_batch_that_is_the_last(model_dir: Path, tmp_path: Path, store: ImageStore) -> None:
+    """It is empty: nothing moves, not even by weight decay; it is published, saved and exported like any last one."""
+    trainer = _trainer(model_dir, tmp_path, store, optim={"weight_decay": 0.1})
+    paths = RunPaths(tmp_path)
+    last = RankBatch(step=2, micro_batches=[], num_tokens=9, orchestrator_state=b'{"step": 2}', is_last=True)
+    FilesystemSender(paths).send([last])
+    trainer.run()
+    versions = [load_file(paths.broadcast_step(version) / WEIGHTS_FILE) for version in (1, 2)]
+    assert _same(*versions) == versions[0].keys()
+    assert latest_checkpoint(paths) == 2
+    assert (paths.checkpoint_step(2) / ORCHESTRATOR_STATE).read_bytes() == b'{"step": 2}'
+    assert (paths.model / WEIGHTS_FILE).is_file()
+    assert [record["tokens/trained"] for record in read_jsonl(paths.metrics / "trainer.jsonl")] == [15, 0]
 
 
 # --- LoRA

@@ -63,6 +63,8 @@ def batch(*samples: TrainingSample, seq_len: int = 64) -> RankBatch:
 def test_round_trip() -> None:
     original = batch(sample(), sample("t", images=0), sample("u", images=3))
     assert decode_rank_batch(encode_rank_batch(original)) == original
+    last = RankBatch(step=9, micro_batches=[], num_tokens=9, orchestrator_state=b"", is_last=True)
+    assert decode_rank_batch(encode_rank_batch(last)) == last
 
 
 def test_an_image_takes_few_bytes() -> None:

@@ -27,6 +27,21 @@ class RunPaths:
         return self.output_dir / "configs"
 
     @property
+    def history(self) -> Path:
+        """`rl.toml` of each start, by number."""
+        return self.configs / "history"
+
+    @property
+    def model_record(self) -> Path:
+        """Digests of the model folder's files, as the run was begun with them."""
+        return self.configs / "model.json"
+
+    @property
+    def state(self) -> Path:
+        """What each process is doing; see `pointillist.heartbeat`."""
+        return self.output_dir / "state"
+
+    @property
     def logs(self) -> Path:
         """One log a process."""
         return self.output_dir / "logs"
@@ -106,11 +121,24 @@ def evals_in(folder: Path) -> list[int]:
     return sorted(int(number) for number in numbers if number.isdecimal())
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file so that it appears whole or not at all."""
+def open_private(path: str, flags: int) -> int:
+    """An `opener` of files that may hold secrets: a new one is readable for its user only, whatever the umask."""
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
+def write_atomically(path: Path, data: bytes, *, private: bool = False) -> None:
+    """Writes a file so that it appears whole or not at all.
+
+    Args:
+        path: The file; its folder is made if it is not there.
+        data: Its bytes.
+        private: Whether it is readable for its user only, whatever the umask.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
+    if private:
+        temporary.unlink(missing_ok=True)
+    with open(temporary, "wb", opener=open_private if private else None) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -20,6 +20,8 @@ _TOKEN_BYTES: Final = 24
 _IMAGE_BYTES: Final = MAX_CHARACTERS + 1024
 """The longest reference, with its hash, its placeholder and white space."""
 _OTHER_BYTES: Final = 256 * 1024
+_MAX_ALTERNATIVES: Final = 2**20
+"""Likeliest tokens that one answer reports beside those that were sampled: about 100 MB while it is made."""
 
 
 def longest_body(seq_len: int, max_images: int) -> int:
@@ -113,7 +115,9 @@ def pixel_bytes(prompt: CheckedPrompt, materializer: RawImageMaterializer) -> in
         raise request_error(error, prompt.refs) from None
 
 
-def check_sizes(token_ids: Sequence[int], max_tokens: int | None, n: int, bounds: ServerBounds) -> None:
+def check_sizes(
+    token_ids: Sequence[int], max_tokens: int | None, n: int, logprobs: int | None, bounds: ServerBounds
+) -> None:
     """Checks what a request asks for against what a server can do.
 
     Raises:
@@ -130,4 +134,11 @@ def check_sizes(token_ids: Sequence[int], max_tokens: int | None, n: int, bounds
             f"prompt has {len(token_ids)} tokens, max_tokens is {max_tokens or 1}, together at most "
             f"{bounds.seq_len} are accepted",
             param="token_ids",
+        )
+    alternatives = n * (max_tokens or bounds.seq_len - len(token_ids)) * (logprobs or 0)
+    if alternatives > _MAX_ALTERNATIVES:
+        raise RequestError(
+            f"logprobs is {logprobs}, which makes {alternatives} alternatives in all completions, at most "
+            f"{_MAX_ALTERNATIVES} are reported",
+            param="sampling_params.logprobs",
         )

@@ -1,23 +1,30 @@
 """Where a server finds a weight version: in the run's folder, or, on a machine without it, at the asset endpoint."""
 
 import asyncio
-import json
 import logging
 import shutil
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
+
+import msgspec
 
 from pointillist.config import InferenceConfig, RunPaths
 from pointillist.config.run_paths import WEIGHTS_FILE, steps_in
 from pointillist.errors import InferenceError, MissingImageError
 from pointillist.families.fetching import asset_client
 from pointillist.images.fetched import AssetClient
-from pointillist.inference.protocol import RequestError, UpdateWeightsRequest
+from pointillist.inference.protocol import MAX_WEIGHT_VERSION, RequestError, UpdateWeightsRequest
 
 logger = logging.getLogger(__name__)
 
 _KEPT: Final = 2
+
+
+class _Newest(msgspec.Struct):
+    """What the asset endpoint says."""
+
+    version: Annotated[int, msgspec.Meta(ge=0, le=MAX_WEIGHT_VERSION)] | None
 
 
 class WeightFolders:
@@ -51,26 +58,27 @@ class WeightFolders:
     def newest_first(self) -> Iterator[tuple[str, int]]:
         """Folder and number of each version, for a server that starts in the middle of a run.
 
-        None where there is no version, or no endpoint that names one: the run has not begun, or its orchestrator will
-        notice that this server has old weights.
+        There are none where there is no version, or no endpoint that names one: the run has not begun, or its
+        orchestrator will notice that this server has old weights.
         """
         there = reversed(steps_in(self._paths.broadcasts))
         versions = [step for step in there if (self._paths.broadcast_step(step) / WEIGHTS_FILE).is_file()]
         if not versions and self._assets is not None:
             try:
-                versions = [json.loads(self._assets.fetch("/weights", max_bytes=1000))["version"]]
-            except MissingImageError as error:
+                newest = msgspec.json.decode(self._assets.fetch("/weights", max_bytes=1000), type=_Newest).version
+            except (MissingImageError, msgspec.MsgspecError) as error:
                 logger.warning("beginning with the weights of the model folder: %s", error)
+                newest = None
+            versions = [] if newest is None else [newest]
         for version in versions:
-            if version is not None:
-                yield str(self._paths.broadcast_step(version)), version
+            yield str(self._paths.broadcast_step(version)), version
 
     def _fetch(self, assets: AssetClient, version: int) -> Path:
         folder = self._paths.broadcast_step(version)
         try:
             assets.download(f"/weights/{version}", folder / WEIGHTS_FILE)
-        except MissingImageError as error:
-            raise InferenceError(str(error)) from None
+        except (MissingImageError, OSError) as error:
+            raise InferenceError(f"weight version {version} cannot be fetched ({error})") from None
         for old in steps_in(self._paths.broadcasts)[:-_KEPT]:
             shutil.rmtree(self._paths.broadcast_step(old), ignore_errors=True)
         return folder

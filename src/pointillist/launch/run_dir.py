@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from pointillist.config import own_image_dir
@@ -15,12 +16,24 @@ from pointillist.config.run_paths import (
 )
 from pointillist.errors import LaunchError
 from pointillist.images.inventory import collect_garbage
+from pointillist.run_lock import LOCK_FILE
 
 METRIC_FILES = ("trainer.jsonl", "orchestrator.jsonl", "eval.jsonl")
 
 
+# What a run puts into its folder beside images; the launcher may remove it if nothing was trained.
+_LEFT = (
+    "broadcasts", "configs", "faults.jsonl", "logs", "metrics", "monitors", "nodes", "quarantine.jsonl", "rollouts",
+    "state",
+)  # fmt: skip
+_KEPT = ("assets", LOCK_FILE, ".run_env", ".run_key", "rl.sbatch")
+
+
 def check_fresh(paths: RunPaths) -> None:
-    """Makes sure that nothing of an earlier run is overwritten.
+    """Makes sure that nothing of an earlier run would be overwritten.
+
+    A dry run leaves configs alone, and a run that failed before its first step leaves nothing that anyone needs: its
+    folder counts as fresh.
 
     Raises:
         LaunchError: The folder holds a run, or something that is none.
@@ -29,13 +42,30 @@ def check_fresh(paths: RunPaths) -> None:
         return
     if not paths.output_dir.is_dir():
         raise LaunchError(f"output_dir {paths.output_dir} is not a folder")
-    # A dry run leaves configs alone; they are written anew.
-    found = sorted(path.name for path in paths.output_dir.iterdir() if path != paths.configs)
-    if found:
+    found = sorted(path.name for path in paths.output_dir.iterdir())
+    foreign = [name for name in found if name not in (*_LEFT, *_KEPT)]
+    trained = read_jsonl(paths.metrics / "trainer.jsonl") or latest_checkpoint(paths) is not None
+    is_ours = (paths.configs / "rl.toml").is_file() or not [name for name in found if name not in _KEPT]
+    if foreign or trained or not is_ours:
         raise LaunchError(
-            f"output_dir {paths.output_dir} already holds {', '.join(found[:4])}: choose another output_dir, or "
-            "continue that run with --resume"
+            f"output_dir {paths.output_dir} already holds {', '.join(foreign[:4] or found[:4])}: choose another "
+            "output_dir, or continue that run with --resume"
         )
+
+
+def make_fresh(paths: RunPaths, say: Callable[[str], None]) -> None:
+    """Removes what a run left that failed before its first step; its pictures stay, as a cache.
+
+    Raises:
+        LaunchError: As `check_fresh`.
+    """
+    check_fresh(paths)
+    left = [name for name in _LEFT if (paths.output_dir / name).exists()]
+    if set(left) - {"configs"}:
+        say(f"an earlier start in {paths.output_dir} ended before its first step: beginning anew")
+    for name in left:
+        path = paths.output_dir / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def resume_step(paths: RunPaths) -> int:

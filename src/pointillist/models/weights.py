@@ -50,8 +50,10 @@ def write_weights(weights: Mapping[str, torch.Tensor], folder: Path) -> None:
 class OpenWeights:
     """A weight version in memory that is this process' own: whatever happens to its file does not reach it."""
 
-    def __init__(self, tensors: Any, sha256: str) -> None:
+    def __init__(self, tensors: Any, path: str, sha256: str) -> None:
         self._tensors = tensors
+        self.path = path
+        """Of the copy, for other processes on `this_machine`; `read_copy` maps it there without copying it again."""
         self.sha256 = sha256
         """Of the file's bytes, 64 hex digits."""
         self.shapes: dict[str, list[int]] = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
@@ -66,7 +68,7 @@ def open_weights(folder: Path, *, max_bytes: int | None = None) -> Iterator[Open
     """Reads the weights in a folder into memory and checks them against `digests.json`, if that lies beside them.
 
     The file is opened once, without following links, and copied: a mapped file that is rewritten or cut under its
-    reader kills the process. It takes the file's size in memory, in each process that reads it.
+    reader kills the process. It takes the file's size in memory.
 
     Args:
         folder: Holds a `model.safetensors`.
@@ -78,8 +80,7 @@ def open_weights(folder: Path, *, max_bytes: int | None = None) -> Iterator[Open
     """
     try:
         with _private_copy(folder, max_bytes) as (path, sha256), safe_open(path, framework="pt") as tensors:
-            opened = OpenWeights(tensors, sha256)
-            yield opened
+            yield OpenWeights(tensors, path, sha256)
     except (OSError, SafetensorError) as error:
         raise InferenceError(f"weights in {folder} cannot be read ({error})") from None
 
@@ -101,6 +102,25 @@ def read_weights(folder: Path, *, max_bytes: int | None = None, sha256: str | No
         return {name: weights.tensor(name) for name in weights.shapes}
 
 
+def read_copy(path: str) -> dict[str, torch.Tensor]:
+    """The state dict in `OpenWeights.path` of another process of this machine, which keeps it open meanwhile.
+
+    Raises:
+        InferenceError: It is gone.
+    """
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InferenceError(f"weights in {path} cannot be read ({error})") from None
+
+
+def this_machine() -> str:
+    """Name of this machine since its last start, and of the process numbers that are valid in it."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
+
+
 @contextmanager
 def _private_copy(folder: Path, max_bytes: int | None) -> Iterator[tuple[str, str]]:
     """Path of an anonymous file with the weights' bytes, and their sha256."""
@@ -119,7 +139,7 @@ def _private_copy(folder: Path, max_bytes: int | None) -> Iterator[tuple[str, st
                     raise InferenceError(f"weights in {folder} changed while they were read")
                 if expected is not None and (expected.bytes, expected.sha256) != (before.st_size, sha256):
                     raise InferenceError(f"weights in {folder} are not those of {DIGESTS_FILE}: the file is corrupt")
-                yield f"/proc/self/fd/{copy}", sha256
+                yield f"/proc/{os.getpid()}/fd/{copy}", sha256
             finally:
                 os.close(copy)
     finally:
@@ -207,8 +227,8 @@ def copy_weights(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
 
 
 def largest_file(shapes: Mapping[str, Sequence[int]]) -> int:
-    """Bytes that a weights file of such tensors has at most: float32, the widest type that is trained, and a header."""
-    return sum(math.prod(shape) * 4 for shape in shapes.values()) + _MAX_HEADER_BYTES
+    """Bytes that a weights file of such tensors has at most: all in float32, tied ones twice, and a header."""
+    return 2 * sum(math.prod(shape) * 4 for shape in shapes.values()) + _MAX_HEADER_BYTES
 
 
 def check_weights_fit(

@@ -92,6 +92,8 @@ class RowFeed:
                 for micro_batch in batch.micro_batches:
                     tensors = self._loader.load(micro_batch)
                     self._put(ReadyRow(tensors, *self._loader.take_counts()))
+                if batch.is_last:
+                    return
         except BaseException as error:  # the trainer raises it where it takes the row
             self._put(error)
 

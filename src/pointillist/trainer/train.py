@@ -25,6 +25,7 @@ from pointillist.config.run_paths import append_jsonl, steps_in
 from pointillist.config.trainer import SchedulerConfig
 from pointillist.errors import TrainingError
 from pointillist.families import RawImageMaterializer, resolve_model_dir
+from pointillist.heartbeat import beating, enter, progress
 from pointillist.models import LoadedModel, load_model, pick_device, write_weights
 from pointillist.system import die_with_parent, resident_mb
 from pointillist.trainer.checkpoint import Checkpoints
@@ -43,7 +44,7 @@ _BROADCASTS_KEPT = 2
 
 
 def train(config: TrainerConfig) -> None:
-    """Trains until `max_steps`.
+    """Trains until `max_steps`, or until a batch is the last.
 
     Raises:
         ConfigError: The model can not be loaded.
@@ -57,11 +58,13 @@ def train(config: TrainerConfig) -> None:
     torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
     torch.use_deterministic_algorithms(config.deterministic)
-    trainer = Trainer(config)
-    try:
-        trainer.run()
-    finally:
-        trainer.ranks.close()
+    with beating(RunPaths(config.output_dir.resolve()).state, "trainer", int(os.environ.get("RANK", "0"))):
+        enter("load")
+        trainer = Trainer(config)
+        try:
+            trainer.run()
+        finally:
+            trainer.ranks.close()
 
 
 class Trainer:
@@ -95,6 +98,7 @@ class Trainer:
         )
         self.receiver = make_receiver(config.transport, self.paths, self.ranks.rank)
         self.phases: dict[str, float] = {}
+        self.step = 0
 
     def run(self) -> None:
         """The loop of this module's docstring."""
@@ -102,6 +106,7 @@ class Trainer:
         if start:
             self.checkpoints.load(start, self.policy, self.optimizer, self.scheduler)
             logger.info("resumed from step %d", start)
+        enter("packing_check")
         with self._autocast():
             proof = check_packing(self.policy, self.loaded)
         self.loader.packed = proof.can_pack
@@ -110,16 +115,21 @@ class Trainer:
             "packed" if proof.can_pack else "padded, this model can not keep packed ones apart",
             proof.packed, proof.padded, proof.leaking,
         )  # fmt: skip
+        enter("broadcast_weights")
         self._broadcast(start)
         steps = range(start + 1, self.config.max_steps + 1)
         feed = RowFeed(self.receiver, self.loader, steps, self.config.multimodal.inflight_bytes)
         for step in steps:
-            self._step(step, feed)
+            if self._step(step, feed):
+                break
+        enter("export")
         self._export()
         self.ranks.barrier()  # a rank that leaves early takes the others' connections with it
 
-    def _step(self, step: int, feed: RowFeed) -> None:
+    def _step(self, step: int, feed: RowFeed) -> bool:
+        """Trains one step; returns whether it is the last."""
         self.phases = dict.fromkeys(("mm_wait", "mm_materialize"), 0.0)
+        self.step = step
         started = time.perf_counter()
         with self._phase("wait_for_batch"):
             batch = feed.batch()
@@ -128,15 +138,17 @@ class Trainer:
             sums, largest = self.ranks.sum(sums), self.ranks.max(largest)
         self._stop_if_too_many_faults(step, sums)
         with self._phase("optimizer"):
-            grad_norm = self._update()
+            grad_norm = self._update() if batch.micro_batches else 0.0  # AdamW would move weights without a gradient
         with self._phase("broadcast_weights"):
             self._broadcast(step)
-        if step == self.config.max_steps or (self.config.ckpt.interval and step % self.config.ckpt.interval == 0):
+        is_last = batch.is_last or step == self.config.max_steps
+        if is_last or (self.config.ckpt.interval and step % self.config.ckpt.interval == 0):
             with self._phase("checkpoint"):
                 self.checkpoints.save(step, self.policy, self.optimizer, self.scheduler, batch.orchestrator_state)
         self.phases["step"] = time.perf_counter() - started
         self._report(step, sums, largest, grad_norm)
         self.receiver.discard_before(step)
+        return is_last
 
     def _accumulate(self, batch: RankBatch, feed: RowFeed) -> tuple[dict[str, float], dict[str, float]]:
         """Gradients of all rows; returns sums and largest values over this rank's trained tokens."""
@@ -147,6 +159,7 @@ class Trainer:
         largest = {"ratio": 0.0, "stale": 0.0}
         counts = ImageCounts()
         for micro_batch in batch.micro_batches:
+            progress()
             started = time.perf_counter()
             ready = feed.row()
             self.phases["mm_wait"] += time.perf_counter() - started
@@ -295,6 +308,7 @@ class Trainer:
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
+        enter(name, step=self.step, waits_for="a batch of the orchestrator" if name == "wait_for_batch" else None)
         started = time.perf_counter()
         yield
         self.phases[name] = time.perf_counter() - started

@@ -31,8 +31,14 @@ def write_transcript(run: Path, rollout_id: str, page: Path) -> int:
     root = image_dir_of(RunPaths(run.resolve()))
     pictures = page.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
-    result = f"failed: {record['error']['kind']}" if record["reward"] is None else f"reward {record['reward']:g}"
+    error, answer = record.get("error"), record.get("answer")
+    result = "no reward" if record["reward"] is None else f"reward {record['reward']:g}"
     lines = [f"# Rollout `{record['id']}`", "", f"Task `{record['task']}`, {result}.", ""]
+    if answer is not None:
+        lines += ["**expected answer**", "", _FENCE, answer, _FENCE, ""]
+    if error is not None:
+        said = f"{error['kind']}: {error['message']}\n{error.get('traceback', '')}".rstrip()
+        lines += ["**failed**", "", _FENCE, said, _FENCE, ""]
     count = 0
     for number, branch in enumerate(record["branches"]):
         if len(record["branches"]) > 1:

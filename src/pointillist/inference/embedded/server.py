@@ -129,7 +129,8 @@ class Server:
             raise RequestError(f"model is {request.model!r}, this server has {self.config.model.name!r}", code=404)
         max_images = self.config.multimodal.limits.max_images_per_request
         prompt = check_prompt(request, self.materializer, max_images)
-        check_sizes(prompt.token_ids, request.sampling_params.max_tokens, request.sampling_params.n, self.bounds)
+        params = request.sampling_params
+        check_sizes(prompt.token_ids, params.max_tokens, params.n, params.logprobs, self.bounds)
         return request, prompt, mm_token_type_ids(prompt.token_ids, self.loaded.family.image_token_id)
 
     async def update_weights(self, request: UpdateWeightsRequest) -> None:

@@ -185,7 +185,7 @@ def _read(body: bytes, shared: _Shared) -> tuple[GenerateRequest, CheckedPrompt]
     request = _stock_request(given_body, prompt)
     params = request.sampling_params
     given = params.max_tokens if request.is_sampling_param_provided("max_tokens") else None
-    check_sizes(prompt.token_ids, given, params.n, shared.bounds)
+    check_sizes(prompt.token_ids, given, params.n, params.logprobs, shared.bounds)
     return request, prompt
 
 

@@ -14,7 +14,14 @@ from safetensors import SafetensorError, safe_open
 from pointillist.errors import InferenceError
 from pointillist.inference.protocol import RequestError, UpdateWeightsRequest
 from pointillist.inference.weight_folders import WeightFolders, check_order, load_newest_usable
-from pointillist.models.weights import check_values, check_weights_fit, largest_file, open_weights
+from pointillist.models.weights import (
+    OpenWeights,
+    check_values,
+    check_weights_fit,
+    largest_file,
+    open_weights,
+    this_machine,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +56,7 @@ class WeightUpdates:
         self._shapes = _shapes_of(self._first_files)
         # Of the weights that serve; those that the engine started with are read for it at the first update.
         self._encoder: str | None = None
-        self._loaded: tuple[Path, str] | None = None
-        """Folder and sha256 of the weights that serve; None for those that the engine started with."""
+        self._folder: Path | None = None
         self._lock = asyncio.Lock()
         self.version = 0
         self.encoder_resets = 0
@@ -65,28 +71,29 @@ class WeightUpdates:
         """
         async with self._lock:
             check_order(request, self.version)
-            try:
-                folder, sha256, encoder = await asyncio.to_thread(self._check, request)
-            except InferenceError as error:
-                raise RequestError(f"{error}; version {self.version} serves on", param="weight_dir") from None
-            paused_before = await self._engine.is_paused()
-            await self._engine.pause_generation(mode="keep", clear_cache=False)
-            try:
-                await self._load(folder, sha256, encoder != self._encoder)
-                await self._engine.update_weight_version(str(request.weight_version))
-            finally:
-                if not paused_before:
-                    await self._engine.resume_generation()
-            self._loaded, self._encoder, self.version = (folder, sha256), encoder, request.weight_version
+            with ExitStack() as held:
+                try:
+                    folder, weights, encoder = await asyncio.to_thread(self._check, request, held)
+                except InferenceError as error:
+                    raise RequestError(f"{error}; version {self.version} serves on", param="weight_dir") from None
+                paused_before = await self._engine.is_paused()
+                await self._engine.pause_generation(mode="keep", clear_cache=False)
+                try:
+                    await self._load(folder, weights, encoder != self._encoder)
+                    await self._engine.update_weight_version(str(request.weight_version))
+                finally:
+                    if not paused_before:
+                        await self._engine.resume_generation()
+            self._folder, self._encoder, self.version = folder, encoder, request.weight_version
             logger.info("weight version %d serves", self.version)
 
-    async def _load(self, folder: Path, sha256: str, encoder_changed: bool) -> None:
+    async def _load(self, folder: Path, weights: OpenWeights, encoder_changed: bool) -> None:
         try:
-            await self._engine.collective_rpc("pointillist_load_weights", args=(str(folder), sha256))
+            await self._load_in_workers(folder, weights)
         except Exception as error:
-            if self._loaded is not None:
-                before, its_sha256 = self._loaded
-                await self._engine.collective_rpc("pointillist_load_weights", args=(str(before), its_sha256))
+            if self._folder is not None:
+                with open_weights(self._folder) as before:
+                    await self._load_in_workers(self._folder, before)
             raise RequestError(
                 f"weights could not be loaded ({error}); version {self.version} serves on",
                 type="InternalServerError",
@@ -98,22 +105,26 @@ class WeightUpdates:
             self.encoder_resets += 1
             await self._engine.reset_encoder_cache()
 
+    async def _load_in_workers(self, folder: Path, weights: OpenWeights) -> None:
+        arguments = (str(folder), weights.sha256, weights.path, this_machine())
+        await self._engine.collective_rpc("pointillist_load_weights", args=arguments)
+
     async def load_latest(self) -> None:
         """Loads the run's newest weights that can serve: a server that is started again must not serve old ones."""
         await load_newest_usable(self._folders, self.apply)
 
-    def _check(self, request: UpdateWeightsRequest) -> tuple[Path, str, str]:
-        """The resolved folder, the file's sha256 and the digest of its encoder's weights; it must be this model's."""
+    def _check(self, request: UpdateWeightsRequest, held: ExitStack) -> tuple[Path, OpenWeights, str]:
+        """The resolved folder, the weights, which stay open as long as `held`, and the digest of their encoder."""
         folder = self._folders.folder(request.weight_dir, request.weight_version)
-        with open_weights(folder, max_bytes=largest_file(self._shapes)) as weights:
-            # Where it is tied to the embedding, an output layer that comes along is the embedding once more.
-            tied = {"lm_head.weight"} if self._tied else set()
-            check_weights_fit(self._shapes, weights.shapes, optional=tied)
-            for name in weights.shapes:
-                check_values(name, weights.tensor(name), self._dtype)
-            if self._encoder is None:
-                self._encoder = _encoder_of_files(self._first_files)
-            return folder, weights.sha256, _encoder_digest(weights.tensor, weights.shapes)
+        weights = held.enter_context(open_weights(folder, max_bytes=largest_file(self._shapes)))
+        # Where it is tied to the embedding, an output layer that comes along is the embedding once more.
+        tied = {"lm_head.weight"} if self._tied else set()
+        check_weights_fit(self._shapes, weights.shapes, optional=tied)
+        for name in weights.shapes:
+            check_values(name, weights.tensor(name), self._dtype)
+        if self._encoder is None:
+            self._encoder = _encoder_of_files(self._first_files)
+        return folder, weights, _encoder_digest(weights.tensor, weights.shapes)
 
 
 def _shapes_of(files: list[Path]) -> Mapping[str, list[int]]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from pointillist.models.weights import read_weights
+from pointillist.models.weights import read_copy, read_weights, this_machine
 
 
 class WeightsWorker:
@@ -12,7 +12,7 @@ class WeightsWorker:
     model_runner: Any
     vllm_config: Any
 
-    def pointillist_load_weights(self, folder: str, sha256: str) -> None:
+    def pointillist_load_weights(self, folder: str, sha256: str, copy: str, machine: str) -> None:
         """Loads a state dict in checkpoint names, in place; caches are the caller's to reset.
 
         Not `model_runner.reload_weights`: that would empty the workers' encoder cache behind the back of the scheduler,
@@ -21,6 +21,9 @@ class WeightsWorker:
         Args:
             folder: Holds a `model.safetensors`.
             sha256: Of that file, as it was checked.
+            copy: Path of what was checked, in the memory of the process that checked it: the workers of one machine map
+                it, where a copy in each of them might not fit.
+            machine: Where that process runs; a worker on another machine reads the folder.
 
         Raises:
             InferenceError: It has changed since then.
@@ -28,7 +31,8 @@ class WeightsWorker:
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
         from vllm.model_executor.model_loader.reload.inplace import reload_weights
 
-        weights, model = read_weights(Path(folder), sha256=sha256), self.model_runner.get_model()
+        weights = read_copy(copy) if machine == this_machine() else read_weights(Path(folder), sha256=sha256)
+        model = self.model_runner.get_model()
         reload_weights(
             self.vllm_config,
             model,

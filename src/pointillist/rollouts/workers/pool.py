@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import zmq
 import zmq.asyncio
 
 from pointillist.config import EnvWorkerConfig, OrchestratorConfig, RunPaths, write_toml
 from pointillist.errors import EnvironmentLoadError, TransportError
 from pointillist.pools import READING
-from pointillist.rollouts.executor import RolloutFailure, RolloutRequest, RolloutResult, Split
+from pointillist.rollouts.executor import RolloutRequest, RolloutResult, Split
+from pointillist.rollouts.failures import RolloutFailure
 from pointillist.rollouts.workers.protocol import (
     TOKEN_VARIABLE,
     Done,
@@ -102,7 +104,8 @@ class WorkerPool:
         worker.running[request.id] = (request.group, future)
         try:
             await self._send(worker, Run(request))
-            return await future
+            # Of a worker that died it is the pool that knows what it was at.
+            return msgspec.structs.replace(await future, task_id=self._tasks[request.split][request.index])
         finally:
             worker.running.pop(request.id, None)
 

@@ -9,7 +9,8 @@ import zmq
 import zmq.asyncio
 
 from pointillist.config import EnvWorkerConfig
-from pointillist.rollouts.executor import Executor, RolloutRequest
+from pointillist.rollouts.executor import Executor, RolloutRequest, RolloutResult
+from pointillist.rollouts.failures import failure_of
 from pointillist.rollouts.workers.protocol import (
     TOKEN_VARIABLE,
     Done,
@@ -48,7 +49,12 @@ async def serve(config: EnvWorkerConfig) -> None:
         await wire.send(encode(message))
 
     async def run(request: RolloutRequest) -> None:
-        await send(Done(await executor.run(request)))
+        result = await executor.run(request)
+        try:
+            await send(Done(result))
+        except Exception as error:  # the environment has put into the record what can not be sent
+            failure = failure_of(error, permanent=True)
+            await send(Done(RolloutResult(id=result.id, task_id=result.task_id, answer=result.answer, failure=failure)))
 
     try:
         token = os.environ.get(TOKEN_VARIABLE, "")
