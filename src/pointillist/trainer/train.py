@@ -21,11 +21,11 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from pointillist.config import RunPaths, TrainerConfig
-from pointillist.config.run_paths import append_jsonl, steps_in
+from pointillist.config.run_paths import append_jsonl, remove, steps_in
 from pointillist.config.trainer import SchedulerConfig
 from pointillist.errors import TrainingError
 from pointillist.families import RawImageMaterializer, resolve_model_dir
-from pointillist.models import LoadedModel, load_model, pick_device, write_weights
+from pointillist.models import LoadedModel, check_finite, load_model, pick_device, write_weights
 from pointillist.system import die_with_parent, resident_mb
 from pointillist.trainer.checkpoint import Checkpoints
 from pointillist.trainer.data import ImageCounts, ImageFault, RowLoader, RowTensors
@@ -128,7 +128,7 @@ class Trainer:
             sums, largest = self.ranks.sum(sums), self.ranks.max(largest)
         self._stop_if_too_many_faults(step, sums)
         with self._phase("optimizer"):
-            grad_norm = self._update()
+            grad_norm = self._update(batch)
         with self._phase("broadcast_weights"):
             self._broadcast(step)
         if step == self.config.max_steps or (self.config.ckpt.interval and step % self.config.ckpt.interval == 0):
@@ -153,6 +153,11 @@ class Trainer:
             counts.add(ready.counts)
             self._note_faults(batch.step, ready.faults)
             stats, terms, staleness = self._row(ready.tensors, batch)
+            if not bool(torch.isfinite(terms.loss)):
+                raise TrainingError(
+                    f"step {batch.step}: the loss is {float(terms.loss.detach())} on the row of samples "
+                    f"{', '.join(micro_batch.sample_ids)}; see their records in {self.paths.rollouts_file(batch.step)}"
+                )
             # FSDP averages gradients over the ranks; the loss is a sum over all of them.
             (terms.loss * self.ranks.world_size).backward()
             for name, value in (
@@ -212,11 +217,15 @@ class Trainer:
                     f"than multimodal.missing_image_max_fraction = {limit}"
                 )
 
-    def _update(self) -> float:
+    def _update(self, batch: RankBatch) -> float:
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.optim.max_grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if not bool(torch.isfinite(norm)):
-            raise TrainingError(f"gradient norm is {float(norm)}")
+            samples = [name for micro_batch in batch.micro_batches for name in micro_batch.sample_ids]
+            raise TrainingError(
+                f"step {batch.step}: the gradient norm is {float(norm)}; samples of rank {self.ranks.rank}: "
+                f"{', '.join(samples)}"
+            )
         self.optimizer.step()
         self.scheduler.step()
         return float(norm)
@@ -229,9 +238,13 @@ class Trainer:
     def _broadcast(self, version: int) -> None:
         weights = self._weights()
         if self.ranks.is_main:
+            try:
+                check_finite(weights)
+            except TrainingError as error:
+                raise TrainingError(f"weight version {version} is not broadcast: {error}") from None
             write_weights(weights, self.paths.broadcast_step(version))
             for old in steps_in(self.paths.broadcasts)[:-_BROADCASTS_KEPT]:
-                shutil.rmtree(self.paths.broadcast_step(old))
+                remove(self.paths.broadcast_step(old))
 
     def _export(self) -> None:
         """The trained model as a folder that `from_pretrained` loads."""
