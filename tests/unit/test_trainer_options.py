@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import hashlib
 import json
+import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from pointillist.trainer.data import RowLoader, RowTensors
 from pointillist.trainer.feed import RowFeed
 from pointillist.trainer.packing_check import check_packing
 from pointillist.trainer.policy import Policy
+from pointillist.trainer.stopping import Stop
 from pointillist.trainer.train import Trainer
 from pointillist.transport import FilesystemSender, RankBatch
 from tests.unit.test_trainer import _sample
@@ -43,7 +46,9 @@ def base(model_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(model_dir / "model.safetensors")
 
 
-def _trainer(model_dir: Path, run: Path, store: ImageStore, steps: int = 3, **extra: Any) -> Trainer:
+def _trainer(
+    model_dir: Path, run: Path, store: ImageStore, steps: int = 3, stop: Stop | None = None, **extra: Any
+) -> Trainer:
     """A trainer of one rank, and its batches: every step one row of samples with and without images."""
     config = TrainerConfig(
         model=ModelConfig(name=str(model_dir)), output_dir=run, seq_len=512, max_steps=steps, **extra
@@ -51,7 +56,7 @@ def _trainer(model_dir: Path, run: Path, store: ImageStore, steps: int = 3, **ex
     config.multimodal.offload_dir = str(store.root)
     config.optim.lr = 1e-2
     config.loss.ratio_low, config.loss.ratio_high = 0.0, 1e6  # the samples' logprobs are made up
-    trainer = Trainer(config)
+    trainer = Trainer(config, stop)
     for step in range(1, steps + 1):
         samples = [_sample(trainer.loaded.family, store, sizes, 100 * step + n) for n, sizes in enumerate(SIZES)]
         (rows,) = pack(samples, seq_len=512, num_workers=1)
@@ -146,6 +151,48 @@ def test_a_damaged_checkpoint_is_not_trained_on(model_dir: Path, tmp_path: Path,
         _trainer(model_dir, tmp_path, store, steps=2, resume_step=1).run()
     with pytest.raises(TrainingError, match=r"step_7: digests.json is not there"):
         _trainer(model_dir, tmp_path, store, steps=8, resume_step=7).run()
+
+
+def test_checkpoints_come_by_time(
+    model_dir: Path, tmp_path: Path, store: ImageStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = _trainer(model_dir, tmp_path, store, steps=4, ckpt={"interval_minutes": 10, "keep_last": 9})
+    now = [0.0]
+    monkeypatch.setattr("pointillist.trainer.train.time.monotonic", lambda: now[0])
+    receive = trainer._wait_for_batch
+
+    def wait(feed: RowFeed) -> bool:
+        now[0] += 301  # the second and the fourth step begin more than ten minutes after the last checkpoint
+        return receive(feed)
+
+    monkeypatch.setattr(trainer, "_wait_for_batch", wait)
+    trainer.run()
+    assert steps_in(RunPaths(tmp_path).checkpoints) == [2, 4]
+
+
+def test_a_trainer_that_is_told_to_stop_saves_its_last_finished_step(
+    model_dir: Path, tmp_path: Path, store: ImageStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = RunPaths(tmp_path)
+    stop = Stop()
+    trainer = _trainer(model_dir, tmp_path, store, steps=3, stop=stop)
+    report = trainer._report
+    monkeypatch.setattr(
+        trainer, "_report", lambda step, *a: (report(step, *a), stop._ask(15, None) if step == 2 else 0)
+    )
+    with pytest.raises(SystemExit) as ended:
+        trainer.run()
+    assert ended.value.code == 143
+    assert steps_in(paths.checkpoints) == [2]
+    assert len(read_jsonl(paths.metrics / "trainer.jsonl")) == 2
+    # One that has done nothing new has nothing to save, and one that waits for a batch does not wait any longer.
+    shutil.rmtree(paths.rollouts)
+    for start in (None, 2):
+        again = _trainer(model_dir, tmp_path, store, steps=3, resume_step=start, stop=stop)
+        shutil.rmtree(paths.rollouts)
+        with pytest.raises(SystemExit):
+            again.run()
+        assert steps_in(paths.checkpoints) == [2]
 
 
 def test_broadcast_weights_have_digests(tmp_path: Path) -> None:

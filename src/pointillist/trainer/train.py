@@ -35,11 +35,13 @@ from pointillist.trainer.options import merge_lora, prepare_model
 from pointillist.trainer.packing_check import check_packing
 from pointillist.trainer.parallel import Ranks
 from pointillist.trainer.policy import Policy, TokenStats
+from pointillist.trainer.stopping import STOPPED, Stop
 from pointillist.transport import RankBatch, make_receiver
 
 logger = logging.getLogger(__name__)
 
 _BROADCASTS_KEPT = 2
+_AGREE_SECONDS = 0.5
 
 
 def train(config: TrainerConfig) -> None:
@@ -51,24 +53,29 @@ def train(config: TrainerConfig) -> None:
         TransportError: A batch that must not be trained.
         RefError: A reference that does not fit its image.
         MissingImageError: A referenced image that is not there.
+        SystemExit: 143, after a checkpoint of the last finished step: SIGINT or SIGTERM came.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()  # torchrun gives its ranks sessions of their own: whoever kills it would leave them
     torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
     torch.use_deterministic_algorithms(config.deterministic)
-    trainer = Trainer(config)
-    try:
-        trainer.run()
-    finally:
-        trainer.ranks.close()
+    stop = Stop()
+    stop.at_once = True
+    with stop.listening():
+        trainer = Trainer(config, stop)
+        try:
+            trainer.run()
+        finally:
+            trainer.ranks.close()
 
 
 class Trainer:
     """One rank of the trainer."""
 
-    def __init__(self, config: TrainerConfig) -> None:
+    def __init__(self, config: TrainerConfig, stop: Stop | None = None) -> None:
         self.config = config
+        self.stop = stop or Stop()
         self.paths = RunPaths(config.output_dir.resolve())
         self.ranks = Ranks(pick_device(config.device))  # before loading: it chooses this rank's GPU
         # Weights and optimiser state are float32 whatever the activations are: small updates vanish in bfloat16.
@@ -95,6 +102,9 @@ class Trainer:
         )
         self.receiver = make_receiver(config.transport, self.paths, self.ranks.rank)
         self.phases: dict[str, float] = {}
+        self.finished: tuple[int, bytes] | None = None
+        """The last finished step that is in no checkpoint, and the orchestrator's state after it."""
+        self.saved_at = time.monotonic()
 
     def run(self) -> None:
         """The loop of this module's docstring."""
@@ -113,6 +123,8 @@ class Trainer:
         self._broadcast(start)
         steps = range(start + 1, self.config.max_steps + 1)
         feed = RowFeed(self.receiver, self.loader, steps, self.config.multimodal.inflight_bytes)
+        self.stop.at_once = False
+        self.saved_at = time.monotonic()
         for step in steps:
             self._step(step, feed)
         self._export()
@@ -122,6 +134,7 @@ class Trainer:
         self.phases = dict.fromkeys(("mm_wait", "mm_materialize"), 0.0)
         started = time.perf_counter()
         with self._phase("wait_for_batch"):
+            is_due = self._wait_for_batch(feed)
             batch = feed.batch()
         with self._phase("forward_backward"):
             sums, largest = self._accumulate(batch, feed)
@@ -131,12 +144,42 @@ class Trainer:
             grad_norm = self._update(batch)
         with self._phase("broadcast_weights"):
             self._broadcast(step)
-        if step == self.config.max_steps or (self.config.ckpt.interval and step % self.config.ckpt.interval == 0):
+        self.finished = step, batch.orchestrator_state
+        interval = self.config.ckpt.interval
+        if step == self.config.max_steps or is_due or (interval and step % interval == 0):
             with self._phase("checkpoint"):
-                self.checkpoints.save(step, self.policy, self.optimizer, self.scheduler, batch.orchestrator_state)
+                self._save()
         self.phases["step"] = time.perf_counter() - started
         self._report(step, sums, largest, grad_norm)
         self.receiver.discard_before(step)
+
+    def _wait_for_batch(self, feed: RowFeed) -> bool:
+        """Waits until every rank has its batch; returns whether a checkpoint is due by time after it.
+
+        The ranks decide together, again and again while one of them has no batch: none begins a step that another one
+        does not begin.
+
+        Raises:
+            SystemExit: 143: a rank was told to stop. What was finished is saved.
+        """
+        while True:
+            is_ready = feed.wait(_AGREE_SECONDS)
+            minutes = (time.monotonic() - self.saved_at) / 60
+            agreed = self.ranks.max({"waits": not is_ready, "stops": self.stop.asked, "minutes": minutes})
+            if agreed["stops"]:
+                self._save()
+                logger.info("told to stop: ending")
+                raise SystemExit(STOPPED)
+            if not agreed["waits"]:
+                return agreed["minutes"] >= (self.config.ckpt.interval_minutes or math.inf)
+
+    def _save(self) -> None:
+        """Writes a checkpoint of the last finished step, if there is none of it."""
+        if self.finished is not None:
+            step, orchestrator_state = self.finished
+            self.checkpoints.save(step, self.policy, self.optimizer, self.scheduler, orchestrator_state)
+            self.finished, self.saved_at = None, time.monotonic()
+            logger.info("saved the checkpoint of step %d", step)
 
     def _accumulate(self, batch: RankBatch, feed: RowFeed) -> tuple[dict[str, float], dict[str, float]]:
         """Gradients of all rows; returns sums and largest values over this rank's trained tokens."""
