@@ -1,18 +1,27 @@
 """Where a run keeps what below its output folder, and how a file appears there: whole or not at all."""
 
+import functools
 import json
+import logging
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from pointillist.digests import fault_in
+
+logger = logging.getLogger(__name__)
+
 ORCHESTRATOR_STATE: Final = "orchestrator.json"
-"""File of a checkpoint with the orchestrator's state; its being there says that the checkpoint is complete."""
+"""File of a checkpoint with the orchestrator's state."""
 
 
 WEIGHTS_FILE: Final = "model.safetensors"
 """File of a broadcast; it appears whole."""
+
+_NUMBER: Final = re.compile(r"0|[1-9][0-9]{0,17}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,22 +112,22 @@ class RunPaths:
 
 
 def step_of(path: Path) -> int | None:
-    """Number in a folder's name `step_<n>`; None for any other name."""
-    prefix, _, number = path.name.partition("_")
-    return int(number) if prefix == "step" and number.isdecimal() else None
+    """Number in a name `step_<n>` as we write it; None for any other name, such as `step_0007` or `step_²`."""
+    number = path.name.removeprefix("step_")
+    return int(number) if _NUMBER.fullmatch(number) and path.name == f"step_{number}" else None
 
 
 def steps_in(folder: Path) -> list[int]:
     """Numbers of all `step_<n>` folders in a folder, ascending."""
     if not folder.is_dir():
         return []
-    return sorted(step for path in folder.iterdir() if (step := step_of(path)) is not None)
+    return sorted(step for path in folder.iterdir() if (step := step_of(path)) is not None and path.is_dir())
 
 
 def evals_in(folder: Path) -> list[int]:
     """Weight versions of all `eval_<n>.jsonl` files in a folder, ascending."""
     numbers = (path.name[len("eval_") : -len(".jsonl")] for path in folder.glob("eval_*.jsonl"))
-    return sorted(int(number) for number in numbers if number.isdecimal())
+    return sorted(int(number) for number in numbers if _NUMBER.fullmatch(number))
 
 
 def open_private(path: str, flags: int) -> int:
@@ -146,10 +155,18 @@ def write_atomically(path: Path, data: bytes, *, private: bool = False) -> None:
 
 
 def remove_steps_after(folder: Path, step: int) -> None:
-    """Removes `step_<n>` folders with n > step: work that a resumed run does again."""
-    for later in steps_in(folder):
-        if later > step:
-            shutil.rmtree(folder / f"step_{later}")
+    """Removes what is named `step_<n>` with n > step: work that a resumed run does again."""
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        if (later := step_of(path)) is not None and later > step:
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Removes a folder with all that is in it, or a file; it need not be there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
@@ -160,17 +177,42 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a JSONL file that another process may be writing; none if it is not there."""
+    """All complete lines of a JSONL file that another process may be writing; none if it is not there.
+
+    A line that holds no JSON object (a disk that failed, a machine that lost power) is passed over, with a warning.
+    """
     if not path.is_file():
         return []
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines()]
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            record = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        else:
+            _warn_of_line(path, number)
+    return records
+
+
+@functools.lru_cache(maxsize=1000)
+def _warn_of_line(path: Path, number: int) -> None:
+    """Once a line: metrics are read every second."""
+    logger.warning("%s: line %d is not a JSON object and is passed over", path, number)
 
 
 def latest_checkpoint(paths: RunPaths) -> int | None:
-    """Step of the newest complete checkpoint; None if there is none."""
-    complete = [s for s in steps_in(paths.checkpoints) if (paths.checkpoint_step(s) / ORCHESTRATOR_STATE).is_file()]
-    return complete[-1] if complete else None
+    """Step of the newest checkpoint that is whole, all of its bytes read; None if there is none.
+
+    What is damaged is passed over, with a warning.
+    """
+    for step in reversed(steps_in(paths.checkpoints)):
+        fault = fault_in(paths.checkpoint_step(step))
+        if fault is None:
+            return step
+        logger.warning("checkpoint %s is damaged and is passed over: %s", paths.checkpoint_step(step), fault)
+    return None
 
 
 def latest_broadcast(paths: RunPaths) -> int | None:

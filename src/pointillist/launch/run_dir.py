@@ -1,9 +1,11 @@
 """The output folder before a run: refused if it holds another run, cleaned of undone steps on resume."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pointillist.config import own_image_dir
 from pointillist.config.run_paths import (
@@ -11,7 +13,9 @@ from pointillist.config.run_paths import (
     evals_in,
     latest_checkpoint,
     read_jsonl,
+    remove,
     remove_steps_after,
+    steps_in,
     write_atomically,
 )
 from pointillist.errors import LaunchError
@@ -69,14 +73,22 @@ def make_fresh(paths: RunPaths, say: Callable[[str], None]) -> None:
 
 
 def resume_step(paths: RunPaths) -> int:
-    """Step of a run's last complete checkpoint; 0, its beginning, if it died before the first.
+    """Step of a run's last whole checkpoint; 0, its beginning, if it died before the first.
+
+    Nothing is removed here: `rewind` cuts what comes after that step, once its checkpoint is known to be good.
 
     Raises:
-        LaunchError: There is no run.
+        LaunchError: There is no run, or all of its checkpoints are damaged.
     """
     if not (paths.configs / "rl.toml").is_file():
         raise LaunchError(f"nothing to resume: {paths.output_dir} holds no run")
-    return latest_checkpoint(paths) or 0
+    step = latest_checkpoint(paths)
+    if step is None and (found := steps_in(paths.checkpoints)):
+        raise LaunchError(
+            f"none of the checkpoints {found} in {paths.checkpoints} is whole, so this run cannot be continued; "
+            "nothing was removed. To begin it again from step 0, remove that folder"
+        )
+    return step or 0
 
 
 def rewind(paths: RunPaths, step: int) -> None:
@@ -90,7 +102,12 @@ def rewind(paths: RunPaths, step: int) -> None:
             paths.eval_file(version).unlink()
     remove_steps_after(paths.broadcasts, step - 1)  # the trainer broadcasts the resumed weights itself
     for half in paths.checkpoints.glob(".step_*.tmp"):
-        shutil.rmtree(half)
+        remove(half)
+    for later in steps_in(paths.checkpoints):
+        if later > step:  # damaged: kept for a look at it, under a name that no checkpoint has
+            aside = paths.checkpoint_step(later).with_suffix(".damaged")
+            remove(aside)
+            paths.checkpoint_step(later).rename(aside)
     for name in METRIC_FILES:
         _keep_until(paths.metrics / name, step)
     _keep_until(paths.quarantine, step)
@@ -99,5 +116,11 @@ def rewind(paths: RunPaths, step: int) -> None:
 
 def _keep_until(path: Path, step: int) -> None:
     if path.is_file():
-        kept = [record for record in read_jsonl(path) if record["step"] <= step]
+        kept = [record for record in read_jsonl(path) if _step_of(record) <= step]
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+
+
+def _step_of(record: dict[str, Any]) -> float:
+    """Of a record that has none, infinity: it is not kept."""
+    step = record.get("step")
+    return step if isinstance(step, int | float) else math.inf

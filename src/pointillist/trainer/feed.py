@@ -49,6 +49,11 @@ class RowFeed:
         self._changed = threading.Condition()
         threading.Thread(target=self._run, name="feed", daemon=True).start()
 
+    def wait(self, seconds: float) -> bool:
+        """Waits for what comes next, so long at most; returns whether it is there."""
+        with self._changed:
+            return bool(self._changed.wait_for(lambda: self._ready, seconds))
+
     def batch(self) -> RankBatch:
         """The next step's batch.
 

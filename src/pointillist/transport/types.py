@@ -97,7 +97,7 @@ def decode_rank_batch(data: bytes) -> RankBatch:
     """
     try:
         batch = _decoder.decode(data)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # the last of deep nesting
         hint = ": mm_kwargs is not None, processed tensors do not travel" if "null" in str(error) else ""
         raise TransportError(f"training batch is malformed ({error}){hint}") from None
     if batch.format != FORMAT:
