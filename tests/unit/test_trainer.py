@@ -245,5 +245,5 @@ def test_checkpoints_restore_everything(model_dir: Path, tmp_path: Path) -> None
     advance(*resumed, 2)
     for mine, theirs in zip(policy.parameters(), resumed[0].parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
-    with pytest.raises(TrainingError, match="no checkpoint"):
+    with pytest.raises(TrainingError, match="no whole checkpoint"):
         checkpoints.load(7, *resumed)
