@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 import shutil
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
