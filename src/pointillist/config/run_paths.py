@@ -1,11 +1,17 @@
 """Where a run keeps what below its output folder, and how a file appears there: whole or not at all."""
 
 import json
+import logging
 import os
+import re
 import shutil
+import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
+
+logger = logging.getLogger(__name__)
 
 ORCHESTRATOR_STATE: Final = "orchestrator.json"
 """File of a checkpoint with the orchestrator's state; its being there says that the checkpoint is complete."""
@@ -13,6 +19,10 @@ ORCHESTRATOR_STATE: Final = "orchestrator.json"
 
 WEIGHTS_FILE: Final = "model.safetensors"
 """File of a broadcast; it appears whole."""
+
+_NUMBER: Final = re.compile(r"0|[1-9][0-9]{0,14}")
+MAX_LINE_BYTES: Final = 64 * 1024**2
+"""Longest line of a JSONL file that is read. Images travel as references, so a rollout's record is far shorter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +70,11 @@ class RunPaths:
         return self.output_dir / "faults.jsonl"
 
     @property
+    def imported(self) -> Path:
+        """Says that the run came out of an archive together with checkpoints, which a resume would execute."""
+        return self.output_dir / "imported.json"
+
+    @property
     def broadcasts(self) -> Path:
         """Weights by version, for the inference server."""
         return self.output_dir / "broadcasts"
@@ -87,10 +102,19 @@ class RunPaths:
         return self.checkpoints / f"step_{step}"
 
 
+def number_of(text: str) -> int | None:
+    """A step or version as names and ids write it; None for anything else.
+
+    Only the digits 0 to 9, no leading zeros, and at most 15 of them: the number fits every reader, JavaScript and
+    SQLite among them, and each number is written in one way only.
+    """
+    return int(text) if _NUMBER.fullmatch(text) else None
+
+
 def step_of(path: Path) -> int | None:
     """Number in a folder's name `step_<n>`; None for any other name."""
     prefix, _, number = path.name.partition("_")
-    return int(number) if prefix == "step" and number.isdecimal() else None
+    return number_of(number) if prefix == "step" else None
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -102,8 +126,8 @@ def steps_in(folder: Path) -> list[int]:
 
 def evals_in(folder: Path) -> list[int]:
     """Weight versions of all `eval_<n>.jsonl` files in a folder, ascending."""
-    numbers = (path.name[len("eval_") : -len(".jsonl")] for path in folder.glob("eval_*.jsonl"))
-    return sorted(int(number) for number in numbers if number.isdecimal())
+    numbers = (number_of(path.name[len("eval_") : -len(".jsonl")]) for path in folder.glob("eval_*.jsonl"))
+    return sorted(number for number in numbers if number is not None)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -132,11 +156,60 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a JSONL file that another process may be writing; none if it is not there."""
+    """All complete lines of a JSONL file that another process may be writing; none if it is not there.
+
+    A line that is not a JSON object is left out, with a warning: a power failure may leave one behind.
+    """
     if not path.is_file():
         return []
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines()]
+    records = []
+    with open_regular(path) as file:
+        for number, line in enumerate(complete_lines(file), start=1):
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if isinstance(record, dict):
+                records.append(record)
+            else:
+                logger.warning("%s line %d is not a JSON object and is left out", path, number)
+    return records
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a regular file for reading; never waits, as a named pipe in its place would make it.
+
+    Raises:
+        OSError: It is not there, cannot be read, or is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"{path} is not a regular file")
+    except OSError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
+
+
+def complete_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Lines from where a file stands up to its last newline, each with its newline.
+
+    Of a line longer than `MAX_LINE_BYTES` only its first bytes are given, without a newline: it is read past, never
+    held. `file.tell()` is always where the line that was just given ends.
+    """
+    while line := file.readline(MAX_LINE_BYTES):
+        if not line.endswith(b"\n") and not _read_past_line(file):
+            return  # it is still being written
+        yield line
+
+
+def _read_past_line(file: BinaryIO) -> bool:
+    """Reads to the end of a line; whether it has one."""
+    while piece := file.readline(MAX_LINE_BYTES):
+        if piece.endswith(b"\n"):
+            return True
+    return False
 
 
 def latest_checkpoint(paths: RunPaths) -> int | None:

@@ -42,10 +42,12 @@ def resume_step(paths: RunPaths) -> int:
     """Step of a run's last complete checkpoint; 0, its beginning, if it died before the first.
 
     Raises:
-        LaunchError: There is no run.
+        LaunchError: There is no run, or its checkpoints came out of an archive.
     """
     if not (paths.configs / "rl.toml").is_file():
         raise LaunchError(f"nothing to resume: {paths.output_dir} holds no run")
+    if paths.imported.exists():
+        raise LaunchError(f"checkpoints of an imported run are programs; if you trust them, remove {paths.imported}")
     return latest_checkpoint(paths) or 0
 
 
