@@ -8,6 +8,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -19,6 +20,9 @@ ORCHESTRATOR_STATE: Final = "orchestrator.json"
 
 WEIGHTS_FILE: Final = "model.safetensors"
 """File of a broadcast; it appears whole."""
+
+DIGESTS_FILE: Final = "digests.json"
+"""Beside weights or a checkpoint: sha256 and bytes of each file."""
 
 _NUMBER: Final = re.compile(r"0|[1-9][0-9]{0,14}")
 MAX_LINE_BYTES: Final = 64 * 1024**2
@@ -176,7 +180,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Opens a regular file for reading; never waits, as a named pipe in its place would make it.
 
     Raises:

@@ -14,11 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from pointillist.config.run_paths import WEIGHTS_FILE, write_atomically
+from pointillist.config.run_paths import DIGESTS_FILE, WEIGHTS_FILE, write_atomically
 from pointillist.errors import InferenceError
-
-DIGESTS_FILE: Final = "digests.json"
-"""Beside the weights: sha256 and bytes of each file."""
 
 _TRAINED_TYPES: Final = (torch.float32, torch.bfloat16)
 _CHUNK_BYTES: Final = 4 * 1024 * 1024
