@@ -2,6 +2,8 @@
 
 import contextlib
 import hashlib
+import json
+import os
 import socket
 import threading
 import time
@@ -15,13 +17,14 @@ import numpy as np
 import pytest
 import uvicorn
 
-from pointillist.config import RunPaths
+from pointillist.config import InferenceConfig, RunPaths
 from pointillist.config.run_paths import WEIGHTS_FILE
 from pointillist.errors import ConfigError, MissingImageError, RefError
 from pointillist.families import Family, RawImageMaterializer
 from pointillist.families.base import describe_image
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.images.fetched import AssetClient, FetchedImages
+from pointillist.inference.weight_folders import WeightFolders
 from pointillist.refs import ImageRef
 from pointillist.rollouts.assets import create_app
 from tests.conftest import encoded, picture
@@ -94,7 +97,8 @@ def test_a_reader_without_the_folder_has_the_same_pixels(endpoint: Endpoint, fam
     [
         "/images/../configs/rl.toml", "/images/%2e%2e/secret", "/images/ab/notes.txt", "/images/",
         "/images//etc/passwd", "/configs/rl.toml", "/weights/7", "/weights/-1", "/weights/../x",
-        f"/images/00/{'0' * 64}.png",
+        f"/images/00/{'0' * 64}.png", f"/weights/{'9' * 5000}", "/weights/\u0661", "/weights/01", "/weights/3/x",
+        "/weights/%00", "/images/%00", "/images/%ed%a0%80", f"/images/{'a' * 5000}", "/weights/1e3",
     ],
 )  # fmt: skip
 def test_nothing_else_can_be_asked_for(endpoint: Endpoint, path: str) -> None:
@@ -124,6 +128,20 @@ def test_the_key_is_asked_for(endpoint: Endpoint, tmp_path: Path) -> None:
     reader = FetchedImages(tmp_path / "mine", 10**6, endpoint.client("another word"), LIMITS)
     with pytest.raises(MissingImageError, match="answered 401"):
         reader.read(name, stored.sha256)
+
+
+@pytest.mark.parametrize("host", ["x/health?", "x/health#", "127.0.0.1/health", "a@b/health", ""])
+def test_no_host_header_opens_a_route(endpoint: Endpoint, host: str) -> None:
+    stored = endpoint.store.put(encoded(picture(32, 32)))
+    for path in (f"/images/{_name(endpoint.store, stored.uri)}", "/weights", "/weights/1"):
+        assert httpx.get(f"{endpoint.url}{path}", headers={"Host": host}).status_code in (400, 401)
+
+
+@pytest.mark.parametrize("path", ["/health/", "//health", "/health/../weights", "/weights?/health", "/./health"])
+def test_only_health_needs_no_key(endpoint: Endpoint, path: str) -> None:
+    with socket.create_connection(("127.0.0.1", int(endpoint.url.rpartition(":")[2])), timeout=120) as wire:
+        wire.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        assert b" 401 " in wire.recv(100)
 
 
 def test_damage_on_the_way_is_found(endpoint: Endpoint, tmp_path: Path) -> None:
@@ -179,6 +197,84 @@ def test_weights_are_downloaded_whole(endpoint: Endpoint, tmp_path: Path) -> Non
     with pytest.raises(MissingImageError, match="answered 404"):
         endpoint.client().download("/weights/4", tmp_path / "there" / WEIGHTS_FILE)
     assert not (tmp_path / "there" / WEIGHTS_FILE).exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "folder link", "pipe", "folder"])
+def test_only_a_regular_file_is_weights(endpoint: Endpoint, tmp_path: Path, kind: str) -> None:
+    _made(tmp_path / "outside").joinpath(WEIGHTS_FILE).write_text("secret")
+    folder = endpoint.paths.broadcast_step(3)
+    _made(folder if kind != "folder link" else folder.parent)
+    if kind == "link":
+        (folder / WEIGHTS_FILE).symlink_to(tmp_path / "outside" / WEIGHTS_FILE)
+    elif kind == "folder link":
+        folder.symlink_to(tmp_path / "outside")
+    elif kind == "pipe":
+        os.mkfifo(folder / WEIGHTS_FILE)
+    else:
+        (folder / WEIGHTS_FILE).mkdir()
+    answer = httpx.get(f"{endpoint.url}/weights/3", headers={"Authorization": f"Bearer {KEY}"})
+    assert answer.status_code == 404
+
+
+def _digests(folder: Path, data: bytes) -> None:
+    digest = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    (folder / "digests.json").write_text(json.dumps({"files": {WEIGHTS_FILE: digest}}))
+
+
+def test_weights_by_parts_and_without_their_bytes(endpoint: Endpoint) -> None:
+    folder = _made(endpoint.paths.broadcast_step(3))
+    (folder / WEIGHTS_FILE).write_bytes(weights := bytes(range(256)) * 1000)
+    key = {"Authorization": f"Bearer {KEY}"}
+    url = f"{endpoint.url}/weights/3"
+    assert httpx.get(url, headers=key | {"Range": "bytes=10-19"}).content == weights[10:20]
+    head = httpx.head(url, headers=key)
+    assert (head.status_code, head.headers["content-length"], head.content) == (200, str(len(weights)), b"")
+    for odd in ("bytes=", "bytes=9-1", f"bytes={'9' * 5000}-", "x", "bytes=" + "0-1," * 2000):
+        assert httpx.get(url, headers=key | {"Range": odd}).status_code < 500
+    open_files = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(20):
+        httpx.head(url, headers=key)
+    assert len(list(Path("/proc/self/fd").iterdir())) < open_files + 10
+
+
+def test_corrupt_weights_are_not_taken(endpoint: Endpoint, tmp_path: Path) -> None:
+    folder, target = _made(endpoint.paths.broadcast_step(3)), tmp_path / "here" / WEIGHTS_FILE
+    _digests(folder, weights := b"weights" * 1000)
+    (folder / WEIGHTS_FILE).write_bytes(b"x" + weights[1:])
+    with pytest.raises(MissingImageError, match="another digest than it said"):
+        endpoint.client().download("/weights/3", target)
+    assert list(target.parent.iterdir()) == []
+    (folder / WEIGHTS_FILE).write_bytes(weights)
+    assert endpoint.client().download("/weights/3", target) == hashlib.sha256(weights).hexdigest()
+    for text in ("[" * 5000, "{}", '{"files": 5}', ""):  # nothing that could be used
+        (folder / "digests.json").write_text(text)
+        endpoint.client().download("/weights/3", target)
+
+
+def test_fetched_weights_that_rot_are_fetched_anew(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ASSETS", KEY)
+    _made(endpoint.paths.broadcast_step(3)).joinpath(WEIGHTS_FILE).write_bytes(weights := b"weights" * 1000)
+    config = InferenceConfig.model_validate(
+        {
+            "model": {"name": "m"},
+            "output_dir": str(tmp_path / "reader"),
+            "multimodal": {"assets": {"urls": [endpoint.url], "api_key_var": "ASSETS"}},
+        }
+    )
+    folders = WeightFolders(config)
+    here = RunPaths(tmp_path / "reader").broadcast_step(3)
+    for rotten in (None, b"rotten", weights[:-1], b""):
+        if rotten is not None:
+            (here / WEIGHTS_FILE).write_bytes(rotten)
+        assert folders.folder(str(here), 3) == here
+        assert (here / WEIGHTS_FILE).read_bytes() == weights
+
+
+def test_a_body_is_not_read(endpoint: Endpoint) -> None:
+    answer = httpx.request("GET", f"{endpoint.url}/health", content=b"x" * 10)
+    assert answer.status_code == 413
 
 
 class _Odd(BaseHTTPRequestHandler):

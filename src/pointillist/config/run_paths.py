@@ -6,9 +6,12 @@ import logging
 import os
 import re
 import shutil
+import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from pointillist.digests import fault_in
 
@@ -21,7 +24,9 @@ ORCHESTRATOR_STATE: Final = "orchestrator.json"
 WEIGHTS_FILE: Final = "model.safetensors"
 """File of a broadcast; it appears whole."""
 
-_NUMBER: Final = re.compile(r"0|[1-9][0-9]{0,17}")
+_NUMBER: Final = re.compile(r"0|[1-9][0-9]{0,14}")
+MAX_LINE_BYTES: Final = 64 * 1024**2
+"""Longest line of a JSONL file that is read. Images travel as references, so a rollout's record is far shorter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +89,11 @@ class RunPaths:
         return self.output_dir / "faults.jsonl"
 
     @property
+    def imported(self) -> Path:
+        """Says that the run came out of an archive together with checkpoints, which a resume would execute."""
+        return self.output_dir / "imported.json"
+
+    @property
     def broadcasts(self) -> Path:
         """Weights by version, for the inference server."""
         return self.output_dir / "broadcasts"
@@ -111,10 +121,19 @@ class RunPaths:
         return self.checkpoints / f"step_{step}"
 
 
+def number_of(text: str) -> int | None:
+    """A step or version as names and ids write it; None for anything else.
+
+    Only the digits 0 to 9, no leading zeros, and at most 15 of them: the number fits every reader, JavaScript and
+    SQLite among them, and each number is written in one way only.
+    """
+    return int(text) if _NUMBER.fullmatch(text) else None
+
+
 def step_of(path: Path) -> int | None:
     """Number in a name `step_<n>` as we write it; None for any other name, such as `step_0007` or `step_²`."""
-    number = path.name.removeprefix("step_")
-    return int(number) if _NUMBER.fullmatch(number) and path.name == f"step_{number}" else None
+    prefix, _, number = path.name.partition("_")
+    return number_of(number) if prefix == "step" else None
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -126,8 +145,8 @@ def steps_in(folder: Path) -> list[int]:
 
 def evals_in(folder: Path) -> list[int]:
     """Weight versions of all `eval_<n>.jsonl` files in a folder, ascending."""
-    numbers = (path.name[len("eval_") : -len(".jsonl")] for path in folder.glob("eval_*.jsonl"))
-    return sorted(int(number) for number in numbers if _NUMBER.fullmatch(number))
+    numbers = (number_of(path.name[len("eval_") : -len(".jsonl")]) for path in folder.glob("eval_*.jsonl"))
+    return sorted(number for number in numbers if number is not None)
 
 
 def open_private(path: str, flags: int) -> int:
@@ -184,15 +203,16 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     records = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        try:
-            record = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError):
-            record = None
-        if isinstance(record, dict):
-            records.append(record)
-        else:
-            _warn_of_line(path, number)
+    with open_regular(path) as file:
+        for number, line in enumerate(complete_lines(file), start=1):
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if isinstance(record, dict):
+                records.append(record)
+            else:
+                _warn_of_line(path, number)
     return records
 
 
@@ -200,6 +220,42 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def _warn_of_line(path: Path, number: int) -> None:
     """Once a line: metrics are read every second."""
     logger.warning("%s: line %d is not a JSON object and is passed over", path, number)
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Opens a regular file for reading; never waits, as a named pipe in its place would make it.
+
+    Raises:
+        OSError: It is not there, cannot be read, or is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"{path} is not a regular file")
+    except OSError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
+
+
+def complete_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Lines from where a file stands up to its last newline, each with its newline.
+
+    Of a line longer than `MAX_LINE_BYTES` only its first bytes are given, without a newline: it is read past, never
+    held. `file.tell()` is always where the line that was just given ends.
+    """
+    while line := file.readline(MAX_LINE_BYTES):
+        if not line.endswith(b"\n") and not _read_past_line(file):
+            return  # it is still being written
+        yield line
+
+
+def _read_past_line(file: BinaryIO) -> bool:
+    """Reads to the end of a line; whether it has one."""
+    while piece := file.readline(MAX_LINE_BYTES):
+        if piece.endswith(b"\n"):
+            return True
+    return False
 
 
 def latest_checkpoint(paths: RunPaths) -> int | None:

@@ -5,6 +5,7 @@ asset endpoint, verified, and kept in a store of the reader's own: same layout, 
 not used for longest go first.
 """
 
+import base64
 import hashlib
 import logging
 import os
@@ -52,7 +53,7 @@ class AssetClient:
         data = bytearray()
         deadline = 0.0
 
-        def begin() -> None:
+        def begin(_: httpx.Headers) -> None:
             nonlocal deadline
             data.clear()
             deadline = time.monotonic() + self._timeout
@@ -67,36 +68,71 @@ class AssetClient:
         self._stream(path, begin, take)
         return bytes(data)
 
-    def download(self, path: str, target: Path) -> None:
+    def download(self, path: str, target: Path) -> str:
         """Writes what is behind a path to a file, which appears whole.
+
+        An answer that says its digest (`Repr-Digest`) and has another one is as good as none: the next endpoint is
+        asked, and each of them once more.
+
+        Returns:
+            Sha256 of the file, 64 hex digits.
 
         Raises:
             MissingImageError: As `fetch`.
         """
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
-            self._stream(path, lambda: file.truncate(file.seek(0)), file.write)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
+        digest = hashlib.sha256()
+        expected = ""
+        try:
+            with temporary.open("wb") as file:
 
-    def _stream(self, path: str, begin: Callable[[], object], take: Callable[[bytes], object]) -> None:
+                def begin(headers: httpx.Headers) -> None:
+                    nonlocal digest, expected
+                    digest, expected = hashlib.sha256(), headers.get("repr-digest", "")
+                    file.truncate(file.seek(0))
+
+                def take(chunk: bytes) -> None:
+                    digest.update(chunk)
+                    file.write(chunk)
+
+                def is_good() -> bool:
+                    return expected in ("", f"sha-256=:{base64.b64encode(digest.digest()).decode()}:")
+
+                self._stream(path, begin, take, is_good, attempts=2)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return digest.hexdigest()
+
+    def _stream(
+        self,
+        path: str,
+        begin: Callable[[httpx.Headers], object],
+        take: Callable[[bytes], object],
+        is_good: Callable[[], bool] = lambda: True,
+        attempts: int = 1,
+    ) -> None:
         answers = []
-        for url in self._urls:
-            begin()
+        for url in [*self._urls] * attempts:
             try:
                 with self._http.stream("GET", f"{url}{path}") as response:
                     encoding = response.headers.get("content-encoding", "identity")
-                    if response.status_code == httpx.codes.OK and encoding == "identity":
-                        # Piece by piece as they come, so that the time is looked at even if they are small.
-                        for chunk in response.iter_raw():
-                            take(chunk)
+                    if response.status_code != httpx.codes.OK or encoding != "identity":
+                        answers.append(f"{url} answered {response.status_code} ({encoding[:32]})")
+                        continue
+                    begin(response.headers)
+                    # Piece by piece as they come, so that the time is looked at even if they are small.
+                    for chunk in response.iter_raw():
+                        take(chunk)
+                    if is_good():
                         return
-                    answers.append(f"{url} answered {response.status_code} ({encoding[:32]})")
+                    answers.append(f"{url} sent bytes of another digest than it said: the file is corrupt")
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 answers.append(f"{url} did not answer ({type(error).__name__})")
-        raise MissingImageError(f"{path} is not to be had: {'; '.join(answers)}")
+        raise MissingImageError(f"{path} is not to be had: {'; '.join(dict.fromkeys(answers))}")
 
 
 class FetchedImages:

@@ -211,7 +211,7 @@ def read_stored(root: Path, name: str, limits: ImageLimits) -> bytes:
     """
     sha256 = name[3:67]
     try:
-        descriptor = _open_without_links(root, name)
+        descriptor = open_without_links(root, name)
         try:
             status = os.fstat(descriptor)
             if stat.S_ISDIR(status.st_mode):
@@ -234,7 +234,12 @@ def read_stored(root: Path, name: str, limits: ImageLimits) -> bytes:
         raise MissingImageError(f"image {sha256} cannot be read ({reason})") from None
 
 
-def _open_without_links(root: Path, name: str) -> int:
+def open_without_links(root: Path, name: str) -> int:
+    """File descriptor of `<folder>/<file>` below a root, for reading; it may be that of anything but a link.
+
+    Raises:
+        OSError: It is not there, cannot be read, or one of the two is a link.
+    """
     folder_name, file_name = name.split("/")
     folder = os.open(root / folder_name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:

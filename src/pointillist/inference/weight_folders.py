@@ -1,6 +1,7 @@
 """Where a server finds a weight version: in the run's folder, or, on a machine without it, at the asset endpoint."""
 
 import asyncio
+import hashlib
 import logging
 import shutil
 from collections.abc import Awaitable, Callable, Iterator
@@ -10,7 +11,8 @@ from typing import Annotated, Final
 import msgspec
 
 from pointillist.config import InferenceConfig, RunPaths
-from pointillist.config.run_paths import WEIGHTS_FILE, steps_in
+from pointillist.config.run_paths import WEIGHTS_FILE, open_regular, steps_in, write_atomically
+from pointillist.digests import DIGESTS_FILE
 from pointillist.errors import InferenceError, MissingImageError
 from pointillist.families.fetching import asset_client
 from pointillist.images.fetched import AssetClient
@@ -51,7 +53,7 @@ class WeightFolders:
             raise InferenceError("weight_dir is not a path") from None
         if folder.parent != self._paths.broadcasts:
             raise InferenceError(f"weight_dir is not below {self._paths.broadcasts}")
-        if self._assets is not None and not (folder / WEIGHTS_FILE).is_file():
+        if self._assets is not None and not _is_whole(folder):
             return self._fetch(self._assets, version)
         return folder
 
@@ -76,12 +78,32 @@ class WeightFolders:
     def _fetch(self, assets: AssetClient, version: int) -> Path:
         folder = self._paths.broadcast_step(version)
         try:
-            assets.download(f"/weights/{version}", folder / WEIGHTS_FILE)
+            (folder / DIGESTS_FILE).unlink(missing_ok=True)
+            sha256 = assets.download(f"/weights/{version}", folder / WEIGHTS_FILE)
+            digest = {"sha256": sha256, "bytes": (folder / WEIGHTS_FILE).stat().st_size}
+            write_atomically(folder / DIGESTS_FILE, msgspec.json.encode({"files": {WEIGHTS_FILE: digest}}))
         except (MissingImageError, OSError) as error:
             raise InferenceError(f"weight version {version} cannot be fetched ({error})") from None
         for old in steps_in(self._paths.broadcasts)[:-_KEPT]:
             shutil.rmtree(self._paths.broadcast_step(old), ignore_errors=True)
         return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether weights are there, and are those that were fetched; a corrupt file is to be fetched anew."""
+    try:
+        with open_regular(folder / WEIGHTS_FILE) as file:
+            if not (folder / DIGESTS_FILE).exists():
+                return True
+            expected = msgspec.json.decode((folder / DIGESTS_FILE).read_bytes())["files"][WEIGHTS_FILE]["sha256"]
+            is_whole = bool(hashlib.file_digest(file, "sha256").hexdigest() == expected)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        is_whole = False
+    if not is_whole:
+        logger.warning("weights in %s are not those that were fetched: fetching them anew", folder)
+    return is_whole
 
 
 async def load_newest_usable(folders: WeightFolders, load: Callable[[UpdateWeightsRequest], Awaitable[None]]) -> None:

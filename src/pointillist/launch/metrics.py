@@ -6,7 +6,6 @@
 """
 
 import re
-import secrets
 import socket
 import threading
 import time
@@ -30,12 +29,15 @@ from starlette.routing import Route
 from pointillist.config import RunPaths
 from pointillist.config.run_paths import read_jsonl
 from pointillist.config.shared import ServerConfig
+from pointillist.http_guard import Guard, HttpLimits, check_bearer, uvicorn_config
 from pointillist.launch.supervisor import Supervisor
 from pointillist.rollouts.client import api_key
 from pointillist.system import http_url
 
 _ANSWER_SECONDS: Final = 2.0
 _STARTUP_SECONDS: Final = 10.0
+_LIMITS: Final = HttpLimits(body_bytes=0, connections=64)
+_FLOAT_BITS: Final = 1024
 _CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -57,8 +59,8 @@ class RunCollector(Collector):
         for component in ("trainer", "orchestrator", "eval"):
             for record in read_jsonl(self._paths.metrics / f"{component}.jsonl")[-1:]:
                 for name, value in record.items():
-                    if isinstance(value, (int, float)):
-                        metric = re.sub(r"[^a-zA-Z0-9_]", "_", f"pointillist_{component}_{name}")
+                    metric = re.sub(r"[^a-zA-Z0-9_]", "_", f"pointillist_{component}_{name}")
+                    if isinstance(value, float) or (isinstance(value, int) and value.bit_length() < _FLOAT_BITS):
                         yield GaugeMetricFamily(metric, f"{name} of {component}, newest step", value=float(value))
 
     def _processes(self) -> Iterator[Metric]:
@@ -78,7 +80,7 @@ class RunCollector(Collector):
         for name, each in self._supervisor.watched.items():
             if each.spec.metrics_url is None:
                 continue
-            with suppress(httpx.HTTPError, ValueError):
+            with suppress(httpx.HTTPError, ValueError, LookupError):  # the last two: text that is no metrics
                 answer = httpx.get(
                     each.spec.metrics_url, headers=self._headers, timeout=_ANSWER_SECONDS, trust_env=False
                 )
@@ -111,23 +113,24 @@ class MetricsEndpoint:
         registry.register(RunCollector(paths, supervisor, headers))
         key = api_key(config.api_key_var) if config.api_key_var else None
 
-        async def metrics(request: Request) -> Response:
-            given = request.headers.get("authorization", "").encode()
-            if key is not None and not secrets.compare_digest(given, f"Bearer {key}".encode()):
-                return JSONResponse({"error": {"message": "expected Authorization: Bearer <API key>"}}, 401)
+        def check(request: Request) -> None:
+            if key is not None and request.scope["path"] != "/health":
+                check_bearer(request, key)
+
+        async def metrics(_: Request) -> Response:
             return Response(await run_in_threadpool(generate_latest, registry), media_type=_CONTENT_TYPE)
 
         async def health(_: Request) -> Response:
             return JSONResponse({name: each.is_up for name, each in supervisor.watched.items()})
 
-        app = Starlette(routes=[Route("/metrics", metrics), Route("/health", health)])
+        app = Guard(Starlette(routes=[Route("/metrics", metrics), Route("/health", health)]), _LIMITS, check=check)
         self._socket = socket.create_server(
             (config.host, config.port), family=socket.AF_INET6 if ":" in config.host else socket.AF_INET
         )
         host, port = self._socket.getsockname()[:2]
         self.url = f"{http_url(host, port)}/metrics"
         self._thread: threading.Thread | None = None
-        self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+        self._server = uvicorn.Server(uvicorn_config(app, _LIMITS, host=config.host, port=port, lifespan="off"))
 
     def start(self) -> None:
         """Serves until `stop`."""

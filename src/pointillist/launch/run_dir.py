@@ -78,10 +78,12 @@ def resume_step(paths: RunPaths) -> int:
     Nothing is removed here: `rewind` cuts what comes after that step, once its checkpoint is known to be good.
 
     Raises:
-        LaunchError: There is no run, or all of its checkpoints are damaged.
+        LaunchError: There is no run, its checkpoints came out of an archive, or all of them are damaged.
     """
     if not (paths.configs / "rl.toml").is_file():
         raise LaunchError(f"nothing to resume: {paths.output_dir} holds no run")
+    if paths.imported.exists():
+        raise LaunchError(f"checkpoints of an imported run are programs; if you trust them, remove {paths.imported}")
     step = latest_checkpoint(paths)
     if step is None and (found := steps_in(paths.checkpoints)):
         raise LaunchError(

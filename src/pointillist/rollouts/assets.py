@@ -8,39 +8,54 @@
 | `GET /health` | needs no key |
 
 Read-only. An image's path has the grammar of a stored name, so nothing else below the store can be asked for; whoever
-fetches one verifies its hash. Every request brings the run's key.
+fetches one verifies its hash. No symbolic link is followed. Weights come with their `Repr-Digest` (RFC 9530) if
+`digests.json` lies beside them, and by parts if asked for with `Range`. Every request brings the run's key.
 """
 
+import base64
 import json
 import logging
 import os
-import secrets
+import stat
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.middleware import Middleware
-from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pointillist.config import AssetServerConfig, RunPaths, writer_image_dir
-from pointillist.config.run_paths import WEIGHTS_FILE, latest_broadcast
+from pointillist.config.run_paths import DIGESTS_FILE, WEIGHTS_FILE, latest_broadcast, number_of
 from pointillist.errors import MissingImageError, RefError
+from pointillist.http_guard import Guard, HttpLimits, check_bearer, uvicorn_config
 from pointillist.images.decode import ImageLimits
-from pointillist.images.store import STORED_NAME, read_stored
+from pointillist.images.store import STORED_NAME, open_without_links, read_stored
 from pointillist.rollouts.client import api_key
 
 logger = logging.getLogger(__name__)
 
 _FOREVER: Final = {"Cache-Control": "private, max-age=31536000, immutable"}
 """A name is a hash: what it names never changes."""
+_LIMITS: Final = HttpLimits(body_bytes=0)
+"""No request has a body."""
+_MAX_DIGESTS_BYTES: Final = 1024 * 1024
 
 
-def create_app(image_dir: Path, paths: RunPaths, key: str, limits: ImageLimits) -> Starlette:
+class _FileDigest(msgspec.Struct):
+    sha256: str
+    bytes: int
+
+
+class _Digests(msgspec.Struct):
+    files: dict[str, _FileDigest]
+
+
+def create_app(image_dir: Path, paths: RunPaths, key: str, limits: ImageLimits) -> ASGIApp:
     """The web application.
 
     Args:
@@ -61,28 +76,81 @@ def create_app(image_dir: Path, paths: RunPaths, key: str, limits: ImageLimits) 
         return Response(data, media_type="application/octet-stream", headers=_FOREVER)
 
     async def newest(_: Request) -> Response:
-        return JSONResponse({"version": latest_broadcast(paths)})
+        return JSONResponse({"version": await run_in_threadpool(latest_broadcast, paths)})
 
     async def weights(request: Request) -> Response:
-        file = paths.broadcast_step(request.path_params["version"]) / WEIGHTS_FILE
-        return FileResponse(file) if file.is_file() else _refusal(404, "no weights of this version")
+        version = number_of(request.path_params["version"])
+        if version is None:
+            return _refusal(404, "expected /weights/<version>")
+        try:
+            return await run_in_threadpool(_WeightsResponse.of, paths, version)
+        except OSError:
+            return _refusal(404, "no weights of this version")
 
     async def health(_: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
-    async def with_key(request: Request, call_next: RequestResponseEndpoint) -> Response:
-        given = request.headers.get("authorization", "").encode()
-        if request.url.path != "/health" and not secrets.compare_digest(given, f"Bearer {key}".encode()):
-            return _refusal(401, "expected Authorization: Bearer <key of the run>")
-        return await call_next(request)
+    def check(request: Request) -> None:
+        if request.scope["path"] != "/health":
+            check_bearer(request, key)
 
     routes = [
         Route("/images/{name:path}", image),
         Route("/weights", newest),
-        Route("/weights/{version:int}", weights),
+        Route("/weights/{version}", weights),
         Route("/health", health),
     ]
-    return Starlette(routes=routes, middleware=[Middleware(BaseHTTPMiddleware, dispatch=with_key)])
+    return Guard(Starlette(routes=routes), _LIMITS, check=check)
+
+
+class _WeightsResponse(FileResponse):
+    """The weights file that was opened, whatever its name comes to stand for meanwhile."""
+
+    def __init__(self, descriptor: int, status: os.stat_result, headers: dict[str, str]) -> None:
+        super().__init__(
+            f"/proc/self/fd/{descriptor}",
+            headers=headers,
+            media_type="application/octet-stream",
+            stat_result=status,
+        )
+        self._descriptor = descriptor
+
+    @classmethod
+    def of(cls, paths: RunPaths, version: int) -> "_WeightsResponse":
+        """That of a version.
+
+        Raises:
+            OSError: There is no such file, or it is a link or no regular file.
+        """
+        folder = paths.broadcast_step(version).name
+        descriptor = open_without_links(paths.broadcasts, f"{folder}/{WEIGHTS_FILE}")
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError("not a regular file")
+            sha256 = _digest(paths.broadcasts, folder, status.st_size)
+        except OSError:
+            os.close(descriptor)
+            raise
+        encoded = "" if sha256 is None else base64.b64encode(sha256).decode()
+        return cls(descriptor, status, {"Repr-Digest": f"sha-256=:{encoded}:"} if encoded else {})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends it, and closes it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            os.close(self._descriptor)
+
+
+def _digest(root: Path, folder: str, num_bytes: int) -> bytes | None:
+    """Sha256 of a version's weights as `digests.json` has it; None without one for a file of this size."""
+    try:
+        with os.fdopen(open_without_links(root, f"{folder}/{DIGESTS_FILE}"), "rb") as file:
+            digest = msgspec.json.decode(file.read(_MAX_DIGESTS_BYTES), type=_Digests).files[WEIGHTS_FILE]
+            return bytes.fromhex(digest.sha256) if digest.bytes == num_bytes else None
+    except (OSError, ValueError, KeyError, RecursionError):  # not written yet, or nothing that could be used
+        return None
 
 
 def serve(config: AssetServerConfig) -> None:
@@ -96,7 +164,7 @@ def serve(config: AssetServerConfig) -> None:
     key = api_key(assets.api_key_var)
     app = create_app(image_dir, RunPaths(output_dir), key, config.multimodal.limits.image_limits())
     logger.info("serving images of %s on %s:%d", image_dir, assets.host, assets.port)
-    uvicorn.run(app, host=assets.host, port=assets.port, log_level="warning", timeout_graceful_shutdown=2)
+    uvicorn.Server(uvicorn_config(app, _LIMITS, host=assets.host, port=assets.port)).run()
 
 
 def _refusal(status: int, message: str) -> Response:

@@ -23,22 +23,25 @@ from typing import Any, Final
 
 import msgspec
 
-from pointillist.config.run_paths import RunPaths
+from pointillist.config.run_paths import RunPaths, complete_lines, open_regular
 from pointillist.errors import ConfigError, MissingImageError, RefError
 from pointillist.images.decode import STORED_LIMITS
 from pointillist.images.inventory import list_store
 from pointillist.images.store import read_stored
 from pointillist.view.references import file_of, rollout_files
-from pointillist.view.rollout import ErrorRecord, RolloutRecord
+from pointillist.view.rollout import RolloutRecord
 
 logger = logging.getLogger(__name__)
 
-_VERSION: Final = 1
+_VERSION: Final = 2
 """Of the tables; an index of another version is made anew."""
 _POLL_SECONDS: Final = 2.0
 _TAIL: Final = 64
 _STORE_BATCH: Final = 200
 _ROWS: Final = 1000
+_MAX_SUM: Final = 2**62
+_TASK: Final = 1000
+"""Characters of a task that are listed and searched."""
 _SCHEMA: Final = """
 CREATE TABLE files (
     file INTEGER PRIMARY KEY, name TEXT UNIQUE, inode INTEGER, size INTEGER, mtime INTEGER,
@@ -67,26 +70,9 @@ CREATE INDEX pictures_by_bytes ON pictures (bytes);
 """
 
 
-class _Span(msgspec.Struct):
-    hash: str
-    item: dict[str, Any] = {}
-
-
-class _Branch(msgspec.Struct):
-    tokens: int = 0
-    sampled: int = 0
-    images: list[_Span] = []
-
-
-class _Line(RolloutRecord):
-    """What the index wants of a record; the decoder steps over the rest."""
-
-    branches: list[_Branch] = []  # type: ignore[assignment]
-    error: ErrorRecord | None = None
-
-
-_decode_line = msgspec.json.Decoder(_Line).decode
 _decode_record = msgspec.json.Decoder(RolloutRecord).decode
+_DAMAGE: Final = (msgspec.MsgspecError, RecursionError, ValueError, OverflowError)
+"""What reading a damaged record may raise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +85,8 @@ class Progress:
     pictures: int = 0
     pictures_checked: int = 0
     store_listed: bool = False
+    damaged: int = 0
+    """Lines of the rollouts' files that are no record and are left out."""
 
     @property
     def percent(self) -> int:
@@ -172,7 +160,7 @@ class RunIndex:
         for path in reversed(files):
             if self._stop.is_set():
                 return
-            self._update_file(path)
+            self._update_file_or_warn(path)
 
     def update_store(self) -> None:
         """Lists the store and reads each of its files that was not read since it last changed."""
@@ -186,8 +174,8 @@ class RunIndex:
     def ensure(self, rollout_id: str) -> None:
         """Brings the one file up to date in which a rollout would be."""
         path = file_of(self._paths, rollout_id)
-        if path is not None and path.is_file():
-            self._update_file(path)
+        if path is not None:
+            self._update_file_or_warn(path)
 
     def record(self, rollout_id: str) -> RolloutRecord | None:
         """The record of a rollout, read from its file; None if there is none of this id."""
@@ -198,8 +186,8 @@ class RunIndex:
             ).fetchone()
         if row is None:
             return None
-        with suppress(OSError, msgspec.DecodeError, UnicodeDecodeError):
-            with (self._paths.rollouts / row[0]).open("rb") as file:
+        with suppress(OSError, *_DAMAGE):
+            with open_regular(self._paths.rollouts / row[0]) as file:
                 file.seek(row[1])
                 record = _decode_record(file.read(row[2]))
             if record.id == rollout_id:  # else the file was rewritten this very moment
@@ -210,21 +198,23 @@ class RunIndex:
         """How far the index is, against what the files are now."""
         total = 0
         for path in rollout_files(self._paths):
-            with suppress(FileNotFoundError):
+            with suppress(OSError):
                 total += path.stat().st_size
         with self.reader() as db:
-            (done,) = db.execute("SELECT coalesce(sum(size), 0) FROM files").fetchone()
+            done, damaged = db.execute(
+                "SELECT coalesce(sum(size), 0), coalesce(sum(unreadable), 0) FROM files"
+            ).fetchone()
             (rollouts,) = db.execute("SELECT count(*) FROM rollouts").fetchone()
             pictures, checked = db.execute("SELECT count(*), coalesce(sum(checked), 0) FROM pictures").fetchone()
-        return Progress(total, done, rollouts, pictures, checked, self._listed)
+        return Progress(total, done, rollouts, pictures, checked, self._listed, damaged)
 
     def _follow(self) -> None:
         while not self._stop.is_set():
             try:
                 self.update()
                 self.update_store()
-            except (OSError, sqlite3.Error) as error:  # a file system that lags, a full disk: the next time may do
-                logger.warning("index of %s: %s", self._paths.output_dir, error)
+            except Exception as error:  # a file system that lags, a full disk: the next time may do
+                logger.warning("index of %s: %r", self._paths.output_dir, error)
             self._stop.wait(_POLL_SECONDS)
 
     def _name(self, path: Path) -> str:
@@ -254,13 +244,20 @@ class RunIndex:
             db.executescript(_SCHEMA)
             db.execute(f"PRAGMA user_version = {_VERSION}")
 
+    def _update_file_or_warn(self, path: Path) -> None:
+        """One file that cannot be read, or indexed now, keeps no other from being indexed."""
+        try:
+            self._update_file(path)
+        except (OSError, sqlite3.Error) as error:
+            logger.warning("index of %s: %s", path, error)
+
     def _update_file(self, path: Path) -> None:
         """Reads what is new in a file of rollouts."""
         name = self._name(path)
         with suppress(FileNotFoundError), self.reader() as db:
             if _is_known(_known(db, name), path.stat()):
                 return
-        with suppress(FileNotFoundError), path.open("rb") as file, self._lock, self._writer() as db:
+        with suppress(FileNotFoundError), open_regular(path) as file, self._lock, self._writer() as db:
             status = os.fstat(file.fileno())
             known = _known(db, name)
             if _is_known(known, status):
@@ -352,22 +349,17 @@ def _add_lines(db: sqlite3.Connection, number: int, file: Any, start: int) -> tu
     Returns:
         Where they end, the bytes before, and how many could not be read.
     """
-    (tail,) = db.execute("SELECT tail FROM files WHERE file = ?", (number,)).fetchone()
     rows: list[tuple[Any, ...]] = []
     uses: Counter[str] = Counter()
     unreadable = 0
-    for line in file:
-        if not line.endswith(b"\n"):
-            break
-        tail = (tail + line)[-_TAIL:]
+    for line in complete_lines(file):
         try:
-            record = _decode_line(line)
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            unreadable += 1
-        else:
+            record = _decode_record(line)
             rows.append((number, start, len(line), *_columns(record)))
             uses.update(span.hash for branch in record.branches for span in branch.images)
-        start += len(line)
+        except _DAMAGE:
+            unreadable += 1
+        start = file.tell()
         if len(rows) == _ROWS:
             _insert(db, rows)
     _insert(db, rows)
@@ -375,7 +367,8 @@ def _add_lines(db: sqlite3.Connection, number: int, file: Any, start: int) -> tu
         "INSERT INTO uses VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET count = count + excluded.count",
         [(sha256, number, count) for sha256, count in uses.items()],
     )
-    return start, tail, unreadable
+    file.seek(max(0, start - _TAIL))
+    return start, file.read(min(start, _TAIL)), unreadable
 
 
 def _insert(db: sqlite3.Connection, rows: list[tuple[Any, ...]]) -> None:
@@ -383,12 +376,13 @@ def _insert(db: sqlite3.Connection, rows: list[tuple[Any, ...]]) -> None:
     rows.clear()
 
 
-def _columns(record: _Line) -> tuple[Any, ...]:
+def _columns(record: RolloutRecord) -> tuple[Any, ...]:
     spans = [span for branch in record.branches for span in branch.images]
-    picture = str(spans[0].item.get("raw_image_uri", "")).rpartition("/")[2] if spans else None
     return (
-        record.id, record.group, record.split, record.step, record.env, record.task, record.reward, record.advantage,
+        record.id, record.group, record.split, record.step, record.env, record.task[:_TASK], record.reward,
+        record.advantage,
         record.outcome, record.error.kind if record.error else None, record.turns,
-        sum(branch.tokens for branch in record.branches), sum(branch.sampled for branch in record.branches),
-        len(spans), picture and f"{picture[:2]}/{picture}",
+        min(_MAX_SUM, sum(branch.tokens for branch in record.branches)),
+        min(_MAX_SUM, sum(branch.sampled for branch in record.branches)),
+        len(spans), spans[0].name if spans else None,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 A metrics file may have a hundred numbers in each of ten thousand lines; columns of doubles keep that small.
 """
 
+import json
 import os
 import threading
 from array import array
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
+from pointillist.config.run_paths import complete_lines, open_regular
 
 
 @dataclass(slots=True)
@@ -39,7 +40,7 @@ class MetricsFile:
         """All numbers by name, up to the last complete line; a file that was rewritten is read anew."""
         with self._lock:
             try:
-                file = self._path.open("rb")
+                file = open_regular(self._path)
             except OSError:
                 return {}
             with file:
@@ -47,21 +48,26 @@ class MetricsFile:
                 if status.st_ino != self._inode or status.st_size < self._done:
                     self._inode, self._done, self._columns = status.st_ino, 0, {}
                 file.seek(self._done)
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        break
-                    self._done += len(line)
+                for line in complete_lines(file):
+                    self._done = file.tell()
                     self._add(line)
             return dict(self._columns)
 
     def _add(self, line: bytes) -> None:
         try:
-            record: Any = msgspec.json.decode(line)
-            step = float(record["step"])
-        except (msgspec.DecodeError, KeyError, TypeError, ValueError):
+            record: Any = json.loads(line.decode())  # which knows NaN, as a run that diverges writes it
+            step = record["step"]
+        except (KeyError, TypeError, ValueError, RecursionError):
             return  # a line that says nothing about a step
+        if not _is_number(step) or not 0 <= step <= 2**53:
+            return
         for name, value in record.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
+            if _is_number(value):
                 column = self._columns.setdefault(name, Column())
                 column.steps.append(step)
                 column.values.append(value)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number, and one that a double holds."""
+    return isinstance(value, float) or (type(value) is int and value.bit_length() < 1000)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pointillist.config import OrchestratorConfig, load_toml, own_image_dir, resolve_image_dir
-from pointillist.config.run_paths import RunPaths, evals_in, steps_in
+from pointillist.config.run_paths import RunPaths, evals_in, number_of, steps_in
 from pointillist.errors import ConfigError, PointillistError, RefError
 from pointillist.images.store import STORED_NAME, local_path
 from pointillist.refs.descriptor import parse_descriptor
@@ -26,10 +26,10 @@ def rollout_files(paths: RunPaths) -> list[Path]:
 def file_of(paths: RunPaths, rollout_id: str) -> Path | None:
     """File in which a rollout's record would be; None for a word that is no rollout's id."""
     prefix, _, _ = rollout_id.partition(".")
-    if prefix.isdecimal():
-        return paths.rollouts_file(int(prefix))
-    if prefix.startswith("eval_") and prefix[5:].isdecimal():
-        return paths.eval_file(int(prefix[5:]))
+    if (step := number_of(prefix)) is not None:
+        return paths.rollouts_file(step)
+    if prefix.startswith("eval_") and (version := number_of(prefix[5:])) is not None:
+        return paths.eval_file(version)
     return None
 
 
@@ -84,9 +84,12 @@ def run_hashes(paths: RunPaths) -> frozenset[str]:
     """
     hashes = {held.ref.hash for held in run_references(paths)}
     for path in rollout_files(paths):
-        for _, record in read_records(path):
+        for number, record in read_records(path):
             conversations = [record.get("messages"), *(branch.get("messages") for branch in record["branches"])]
-            hashes.update(_hashes_in(conversations))
+            try:
+                hashes.update(_hashes_in(conversations))
+            except RecursionError:
+                raise PointillistError(f"{path} line {number} has messages that are nested too deep") from None
     for _, record in read_records(paths.quarantine):
         hashes.add(str(record.get("sha256")))
     return frozenset(hashes)
@@ -100,11 +103,11 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     if not path.is_file():
         return
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                record = json.loads(line)
-            except ValueError:
+                record = json.loads(line.decode())
+            except (ValueError, RecursionError):
                 raise PointillistError(f"{path} line {number} is not JSON") from None
             if not isinstance(record, dict):
                 raise PointillistError(f"{path} line {number} is not a JSON object")
@@ -119,7 +122,7 @@ def _of_rollouts(path: Path) -> Iterator[HeldReference]:
                 for image in branch["images"]:
                     ref = ImageRef.of(parse_descriptor(image["item"]), str(image["hash"]))
                     yield HeldReference(where, ref, int(image["length"]))
-        except (KeyError, TypeError, ValueError, RefError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError, RefError) as error:
             raise PointillistError(f"{where} is not a rollout record ({error!r})") from None
 
 
@@ -138,9 +141,11 @@ def _hashes_in(value: Any) -> Iterator[str]:
 
 def name_in_store(uri: Any) -> str | None:
     """`<hh>/<sha256>.<ext>` that a reference ends with, wherever its store was; None for anything else."""
+    if not isinstance(uri, str):
+        return None
     try:
-        path = local_path(str(uri))
-    except RefError:
+        path = local_path(uri)
+    except (RefError, ValueError):
         return None
     name = f"{path.parent.name}/{path.name}"
     return name if STORED_NAME.fullmatch(name) else None

@@ -6,19 +6,24 @@ with what there is.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 
+from pointillist.config.run_paths import number_of
 from pointillist.view.references import name_in_store
+
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+"""What a script of a page and SQLite hold as a whole number."""
+_Name = Annotated[str, msgspec.Meta(max_length=1000)]
 
 
 class Span(msgspec.Struct):
     """An image in a branch's tokens."""
 
-    hash: str
-    offset: int
-    length: int
+    hash: _Name
+    offset: _Count
+    length: _Count
     item: dict[str, Any] = {}
 
     @property
@@ -30,7 +35,7 @@ class Span(msgspec.Struct):
 class Piece(msgspec.Struct):
     """A stretch of tokens that the policy sampled."""
 
-    offset: int
+    offset: _Count
     texts: list[str]
     logprobs: list[float]
 
@@ -38,8 +43,8 @@ class Piece(msgspec.Struct):
 class BranchRecord(msgspec.Struct):
     """A token stream of a rollout."""
 
-    tokens: int = 0
-    sampled: int = 0
+    tokens: _Count = 0
+    sampled: _Count = 0
     overlong: bool = False
     sampled_pieces: list[Piece] = []
     messages: list[dict[str, Any]] = []
@@ -49,7 +54,7 @@ class BranchRecord(msgspec.Struct):
 class ErrorRecord(msgspec.Struct):
     """Why a rollout failed."""
 
-    kind: str
+    kind: _Name
     message: str
     traceback: str = ""
 
@@ -57,29 +62,30 @@ class ErrorRecord(msgspec.Struct):
 class RolloutRecord(msgspec.Struct):
     """A line of `rollouts.jsonl`."""
 
-    id: str
-    group: str = ""
-    split: str = "train"
-    env: str = ""
+    id: _Name
+    group: _Name = ""
+    split: _Name = "train"
+    env: _Name = ""
     task: str = ""
     answer: str | None = None
     reward: float | None = None
     advantage: float | None = None
-    outcome: str = ""
+    outcome: _Name = ""
     error: ErrorRecord | None = None
-    turns: int = 0
-    versions: tuple[int, int] | None = None
+    turns: _Count = 0
+    versions: tuple[_Count, _Count] | None = None
     branches: list[BranchRecord] = []
 
     def __post_init__(self) -> None:
         self.group = self.group or self.id.rpartition(".")[0]
+        if number_of(prefix := self.id.partition(".")[0].removeprefix("eval_")) is None and prefix.isdecimal():
+            raise ValueError("id has a step that is no number of at most 15 digits")
         self.outcome = self.outcome or ("zero_variance" if self.advantage is None else "sent")
 
     @property
     def step(self) -> int:
         """Optimiser step, or weight version of the evaluation."""
-        number = self.id.partition(".")[0].removeprefix("eval_")
-        return int(number) if number.isdecimal() else 0
+        return number_of(self.id.partition(".")[0].removeprefix("eval_")) or 0
 
 
 class Fault(msgspec.Struct):
@@ -178,7 +184,7 @@ def conversation(branch: BranchRecord) -> list[Message]:
 
 
 def _message(raw: Mapping[str, Any], spans: Any) -> Message:
-    message = Message(str(raw.get("role", "")))
+    message = Message(_text(raw.get("role", "")))
     content = raw.get("content")
     for part in content if isinstance(content, list) else [content]:
         if isinstance(part, str):
@@ -186,12 +192,26 @@ def _message(raw: Mapping[str, Any], spans: Any) -> Message:
         elif isinstance(part, dict) and part.get("type") == "image_url":
             message.parts.append(_picture(part, spans))
         elif isinstance(part, dict) and part.get("text"):
-            message.parts.append(str(part["text"]))
-    message.reasoning = str(raw.get("reasoning_content") or "")
-    for call in raw.get("tool_calls") or ():
-        function = call.get("function", {})
-        message.calls.append(ToolCall(str(function.get("name")), _pretty(function.get("arguments"))))
+            message.parts.append(_text(part["text"]))
+    message.reasoning = _text(raw.get("reasoning_content") or "")
+    calls = raw.get("tool_calls") or []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict):
+            message.calls.append(ToolCall(_text(function.get("name")), _pretty(function.get("arguments"))))
+        else:
+            message.calls.append(ToolCall("(no function)", _pretty(call)))
     return message
+
+
+def _text(value: Any) -> str:
+    """A text as it is; anything else that stands in its place as JSON."""
+    if isinstance(value, str):
+        return value
+    try:
+        return msgspec.json.encode(value).decode()
+    except (msgspec.MsgspecError, RecursionError, OverflowError, TypeError, ValueError):
+        return "(cannot be shown)"
 
 
 def _picture(part: Mapping[str, Any], spans: Any) -> Picture:
@@ -203,9 +223,8 @@ def _picture(part: Mapping[str, Any], spans: Any) -> Picture:
 
 def _pretty(arguments: Any) -> str:
     """Arguments of a tool call, indented if they are the JSON that they should be."""
-    if not isinstance(arguments, str):
-        return msgspec.json.format(msgspec.json.encode(arguments)).decode()
+    text = _text(arguments)
     try:
-        return msgspec.json.format(arguments)
-    except msgspec.DecodeError:
-        return arguments
+        return msgspec.json.format(text)
+    except (msgspec.DecodeError, RecursionError, ValueError):
+        return text

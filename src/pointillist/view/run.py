@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import msgspec
 
-from pointillist.config.run_paths import RunPaths
+from pointillist.config.run_paths import RunPaths, complete_lines, open_regular
 from pointillist.errors import ConfigError, MissingImageError, PointillistError
 from pointillist.images.store import STORED_NAME
 from pointillist.view.index import RunIndex, is_intact
@@ -78,15 +78,15 @@ class ViewedRun:
         """What the run's config says about environment and model; empty without a config."""
         try:
             config = tomllib.loads((self.paths.configs / "orchestrator.toml").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
-        model, env = config.get("model", {}), config.get("env", {})
+        model, env = (each if isinstance(each := config.get(name), dict) else {} for name in ("model", "env"))
         return {
-            "environment": env.get("id"),
-            "model": _short(model.get("name")),
-            "steps": config.get("max_steps"),
-            "rollouts a step": config.get("batch_size"),
-            "group size": config.get("group_size"),
+            "environment": _plain(env.get("id")),
+            "model": _short(_plain(model.get("name"))),
+            "steps": _plain(config.get("max_steps")),
+            "rollouts a step": _plain(config.get("batch_size")),
+            "group size": _plain(config.get("group_size")),
         }
 
 
@@ -103,15 +103,18 @@ class _FaultsFile:
         with self._lock:
             try:
                 status = self._path.stat()
+                if (status.st_size, status.st_mtime_ns) == self._state:
+                    return self._by_sample
+                file = open_regular(self._path)
             except OSError:
                 return {}
-            if (status.st_size, status.st_mtime_ns) != self._state:
+            with file:
                 self._state, self._by_sample = (status.st_size, status.st_mtime_ns), {}
-                for line in self._path.read_bytes().splitlines():
+                for line in complete_lines(file):
                     try:
                         fault = _decode_fault(line)
-                    except (msgspec.DecodeError, UnicodeDecodeError):
-                        continue  # the line that is being written
+                    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                        continue  # no fault's record
                     self._by_sample.setdefault(fault.sample_id, []).append(fault)
             return self._by_sample
 
@@ -127,6 +130,12 @@ def _image_dir(paths: RunPaths) -> Path | None:
         return image_dir_of(paths)
     except (ConfigError, OSError):
         return None
+
+
+def _plain(value: Any) -> Any:
+    """A text or a number; None for anything else in its place."""
+    is_number = isinstance(value, int) and value.bit_length() < 64
+    return value if is_number or isinstance(value, str) else None
 
 
 def _short(model: Any) -> Any:

@@ -12,9 +12,11 @@ import click
 import uvicorn
 
 from pointillist.errors import ConfigError
+from pointillist.http_guard import uvicorn_config
 from pointillist.system import LOOPBACK, http_url
 from pointillist.view.index import cache_dir
 from pointillist.view.run import ViewedRun
+from pointillist.view.web.access import LIMITS_OF_REQUESTS
 from pointillist.view.web.app import create_app
 
 
@@ -43,7 +45,7 @@ def serve(folders: Sequence[Path], host: str, port: int, api_key_var: str | None
         run.index.start()
     click.echo(f"viewing {', '.join(run.name for run in runs)}: {_address(listener, token)}")
     try:
-        config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=2)
+        config = uvicorn_config(app, LIMITS_OF_REQUESTS, host=host, port=port, lifespan="off")
         with suppress(KeyboardInterrupt):  # the way to end it
             uvicorn.Server(config).run([listener])
     finally:

@@ -91,18 +91,20 @@ def gc_command(folder: Path, keep_runs: tuple[Path, ...], older_than: float, dry
 @store.command("export")
 @click.argument("run", type=_EXISTING)
 @click.argument("archive", type=click.Path(dir_okay=False, path_type=Path))
-def export_command(run: Path, archive: Path) -> None:
+@click.option("--with-checkpoints", is_flag=True, help="Checkpoints, too: whoever resumes from one runs what is in it.")
+def export_command(run: Path, archive: Path, with_checkpoints: bool) -> None:
     """Write a run's images and records into one archive."""
     paths = RunPaths(run.resolve())
-    _tell("wrote", export_run(paths, image_dir_of(paths), archive), archive)
+    _tell("wrote", export_run(paths, image_dir_of(paths), archive, checkpoints=with_checkpoints), archive)
 
 
 @store.command("import")
 @click.argument("archive", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("run", type=click.Path(file_okay=False, path_type=Path))
-def import_command(archive: Path, run: Path) -> None:
+@click.option("--with-checkpoints", is_flag=True, help="Checkpoints, too, of an author whose programs you would run.")
+def import_command(archive: Path, run: Path, with_checkpoints: bool) -> None:
     """Restore an archive into a new run folder, with its references rewritten."""
-    _tell("restored", import_run(archive, run.resolve(), STORED_LIMITS), run)
+    _tell("restored", import_run(archive, run, STORED_LIMITS, checkpoints=with_checkpoints), run)
 
 
 def _verify_files(root: Path) -> list[str]:
@@ -148,3 +150,7 @@ def _problem(entry: StoreEntry) -> str:
 
 def _tell(verb: str, counts: ArchiveCounts, what: Path) -> None:
     click.echo(f"{verb} {counts.images} images and {counts.records} records: {what}")
+    if counts.checkpoint_files:
+        click.echo(
+            f"left out {counts.checkpoint_files} files of checkpoints, which are programs; see --with-checkpoints"
+        )

@@ -27,7 +27,12 @@ _UNSEEN: Final = {
     **{code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"},
     0x7F: "\u2421",
     # The upper control characters, and those that turn the direction of text around.
-    **dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\N{REPLACEMENT CHARACTER}"),
+    **dict.fromkeys(
+        [*range(0x80, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)],
+        "\N{REPLACEMENT CHARACTER}",
+    ),
+    # Halves of a character, which no terminal's encoding has.
+    **dict.fromkeys(range(0xD800, 0xE000), "\N{REPLACEMENT CHARACTER}"),
 }
 _PICTURE_PIXELS: Final = 320
 _BLOCK_COLUMNS: Final = 40

@@ -7,6 +7,7 @@ the viewer's memory is for.
 import hashlib
 import io
 import threading
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -44,11 +45,12 @@ def thumbnail(root: Path, name: str, size: int, cache: Path) -> bytes:
     if hashlib.sha256(data).hexdigest() != sha256:
         raise RefError("corrupt: its bytes are not what its name says")
     kept = cache / sha256[:2] / f"{sha256}-{size}.png"
-    if kept.is_file():
+    with suppress(OSError):
         return kept.read_bytes()
     with _making:
         small = encode_png(shrunk(data, size))
-    write_atomically(kept, small)
+    with suppress(OSError):  # a full disk costs only the keeping
+        write_atomically(kept, small)
     return small
 
 

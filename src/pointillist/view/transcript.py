@@ -1,16 +1,20 @@
 """One rollout as a page: the conversation with its pictures in their places."""
 
 import json
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from pointillist.config import RunPaths
 from pointillist.errors import PointillistError
 from pointillist.images.decode import STORED_LIMITS
 from pointillist.images.store import read_verified, stored_name
 from pointillist.view.references import file_of, image_dir_of, read_records
+from pointillist.view.terminal import plain
 
-_FENCE = "```"
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def write_transcript(run: Path, rollout_id: str, page: Path) -> int:
@@ -28,32 +32,40 @@ def write_transcript(run: Path, rollout_id: str, page: Path) -> int:
         PointillistError: No such rollout, or one of its pictures is not there or not what its name says.
     """
     record = _record(run, rollout_id)
+    try:
+        return _write(record, run, page)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise PointillistError(f"the record of rollout {rollout_id!r} is damaged ({error!r})") from None
+
+
+def _write(record: dict[str, Any], run: Path, page: Path) -> int:
     root = image_dir_of(RunPaths(run.resolve()))
     pictures = page.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
     error, answer = record.get("error"), record.get("answer")
     result = "no reward" if record["reward"] is None else f"reward {record['reward']:g}"
-    lines = [f"# Rollout `{record['id']}`", "", f"Task `{record['task']}`, {result}.", ""]
+    lines = [f"# Rollout {_code(record['id'])}", "", f"Task {_code(record['task'])}, {result}.", ""]
     if answer is not None:
-        lines += ["**expected answer**", "", _FENCE, answer, _FENCE, ""]
+        lines += ["**expected answer**", "", *_block(answer), ""]
     if error is not None:
         said = f"{error['kind']}: {error['message']}\n{error.get('traceback', '')}".rstrip()
-        lines += ["**failed**", "", _FENCE, said, _FENCE, ""]
+        lines += ["**failed**", "", *_block(said), ""]
     count = 0
     for number, branch in enumerate(record["branches"]):
         if len(record["branches"]) > 1:
             lines += [f"## Branch {number}", ""]
         for message in branch["messages"]:
-            lines.append(f"**{message['role']}**")
+            role = message["role"]
+            lines.append(f"**{role}**" if role in _ROLES else _code(role))
             for part in _parts(message):
                 if part["type"] == "text":
-                    lines += ["", _FENCE, part["text"], _FENCE]
+                    lines += ["", *_block(part["text"])]
                     continue
                 name = _copy(part["image_url"]["url"], root, pictures, count)
-                lines += ["", f"![picture {count}]({pictures.name}/{name})"]
+                lines += ["", f"![picture {count}]({quote(pictures.name)}/{name})"]
                 count += 1
             lines.append("")
-    page.write_text("\n".join(lines), encoding="utf-8")
+    page.write_text("\n".join(lines), encoding="utf-8", errors="replace")
     return count
 
 
@@ -69,11 +81,31 @@ def _record(run: Path, rollout_id: str) -> dict[str, Any]:
 
 def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
     content = message["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-    for call in message.get("tool_calls", []):
-        arguments = json.dumps(json.loads(call["function"]["arguments"]))
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or ())
+    for call in message.get("tool_calls") or ():
+        arguments = call["function"]["arguments"]
+        with suppress(ValueError):  # what the model wrote, if it is no JSON
+            arguments = json.dumps(json.loads(arguments))
         parts.append({"type": "text", "text": f"{call['function']['name']}({arguments})"})
     return [part for part in parts if part.get("text") != ""]
+
+
+def _block(text: str) -> list[str]:
+    """Lines of a code block that its text cannot close, whatever it says."""
+    text = plain(text)
+    fence = "`" * max(3, _longest_run(text) + 1)
+    return [fence, text, fence]
+
+
+def _code(text: str) -> str:
+    """Text within a line, as code that it cannot close."""
+    text = " ".join(plain(text).split())
+    ticks = "`" * (_longest_run(text) + 1)
+    return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"
+
+
+def _longest_run(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
 
 
 def _copy(uri: str, root: Path, folder: Path, number: int) -> str:

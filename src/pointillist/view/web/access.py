@@ -8,14 +8,17 @@ printed address (`?token=...`) sets once.
 import secrets
 from dataclasses import dataclass, field
 from typing import Final
+from urllib.parse import quote, urlencode
 
-from starlette.datastructures import URL
 from starlette.middleware.base import RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
-from pointillist.system import LOOPBACK
+from pointillist.errors import PointillistError
+from pointillist.http_guard import HttpLimits, HttpRefusal, check_address
 
+LIMITS_OF_REQUESTS: Final = HttpLimits(body_bytes=0)
+"""No request has a body."""
 HEADERS: Final = {
     # No inline script, no inline style, nothing from elsewhere: text that gets out of its element can do nothing.
     "Content-Security-Policy": (
@@ -49,18 +52,14 @@ class Access:
         return response
 
     def _refusal(self, request: Request) -> Response | None:
-        if request.method not in ("GET", "HEAD"):
-            return PlainTextResponse("the viewer only reads: expected GET", 405)
         if self.token is None:
-            if _host(request) in LOOPBACK:
-                return None
-            return PlainTextResponse("expected a loopback name in the address, such as 127.0.0.1", 400)
+            return None
         if (given := request.query_params.get("token")) is not None and _same(given, self.token):
-            clean = URL(scope=request.scope).remove_query_params("token")
-            path = "/" + clean.path.lstrip("/")  # two slashes would name another host
-            answer = RedirectResponse(f"{path}?{clean.query}" if clean.query else path, 303)
-            answer.set_cookie(self.cookie, self.session, httponly=True, samesite="lax", path="/")
-            return answer
+            query = urlencode([pair for pair in request.query_params.multi_items() if pair[0] != "token"])
+            path = "/" + quote(request.scope["path"].lstrip("/\\"))  # two slashes would name another host
+            redirect = RedirectResponse(f"{path}?{query}" if query else path, 303)
+            redirect.set_cookie(self.cookie, self.session, httponly=True, samesite="lax", path="/")
+            return redirect
         bearer = request.headers.get("authorization", "")
         if _same(bearer, f"Bearer {self.token}") or _same(request.cookies.get(self.cookie, ""), self.session):
             return None
@@ -71,9 +70,17 @@ def _same(given: str, expected: str) -> bool:
     return secrets.compare_digest(given.encode(), expected.encode())
 
 
-def _host(request: Request) -> str:
-    """The name in the Host header, without a port."""
-    host = request.headers.get("host", "").lower()
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0]
+def check(request: Request, token: str | None) -> None:
+    """Checks what a request's first lines say: method, address, origin.
+
+    Raises:
+        HttpRefusal: 400, 403 or 405.
+    """
+    if request.method not in ("GET", "HEAD"):
+        raise HttpRefusal(405, "the viewer only reads: expected GET")
+    check_address(request, loopback=token is None)
+
+
+def answer(_: Request, error: PointillistError) -> Response:
+    """A refusal as text."""
+    return PlainTextResponse(str(error), error.status if isinstance(error, HttpRefusal) else 400, HEADERS)

@@ -13,6 +13,8 @@
 Every page is made on the server, with autoescape on; the script only helps the hand. Nothing is ever written to a run.
 """
 
+import logging
+import sqlite3
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -24,11 +26,13 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
-from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
 
+from pointillist.config.run_paths import number_of
 from pointillist.errors import ImageError, MissingImageError, RefError
+from pointillist.http_guard import Guard
 from pointillist.images.store import STORED_NAME, read_stored
 from pointillist.view.queries import (
     FAULTS,
@@ -44,15 +48,18 @@ from pointillist.view.queries import (
 )
 from pointillist.view.run import ViewedRun
 from pointillist.view.thumbnails import LIMITS, SIZES, thumbnail
-from pointillist.view.web.access import Access
+from pointillist.view.web.access import LIMITS_OF_REQUESTS, Access, answer, check
 from pointillist.view.web.charts import number
 from pointillist.view.web.overview import metric_charts, phase_charts, side_by_side
 from pointillist.view.web.shown import ShownRollout, is_picture, is_sampled
+
+logger = logging.getLogger(__name__)
 
 _GROUP: Final = 32
 """Rollouts of a group that are shown beside each other."""
 _HERE: Final = Path(__file__).parent
 _FOREVER: Final = {"Cache-Control": "private, max-age=31536000, immutable"}
+_STATIC: Final = {"app.css": "text/css", "app.js": "text/javascript", "icon.svg": "image/svg+xml"}
 _TYPES: Final = {"jpg": "image/jpeg", "tiff": "image/tiff"}
 
 
@@ -129,7 +136,7 @@ class Viewer:
         rollout_id = request.query_params.get("id", "")
         record = run.index.record(rollout_id)
         if record is None:
-            raise HTTPException(404, f"run {run.name} has no rollout {rollout_id}")
+            raise HTTPException(404, f"run {run.name} has no rollout {rollout_id}, or its record is damaged")
         before, after = neighbours(run, rollout_id)
         return {
             "run": run,
@@ -159,8 +166,8 @@ class Viewer:
     def thumbnail(self, request: Request) -> Response:
         """A stored picture, small; or a drawn word that says what is wrong with it."""
         _, run = self._run(request)
-        name, size = request.path_params["name"], request.path_params["size"]
-        if size not in SIZES:
+        name, size = request.path_params["name"], number_of(request.path_params["size"])
+        if size is None or size not in SIZES:
             raise HTTPException(404, f"expected a size of {SIZES}")
         try:
             return Response(
@@ -176,6 +183,7 @@ class Viewer:
         return JSONResponse(
             {
                 "percent": progress.percent,
+                "damaged": progress.damaged,
                 "rollouts": progress.rollouts,
                 "pictures": progress.pictures,
                 "pictures_checked": progress.pictures_checked,
@@ -213,13 +221,13 @@ class Viewer:
         return HTMLResponse(page, headers={"Cache-Control": "no-store"})
 
     def _run(self, request: Request) -> tuple[int, ViewedRun]:
-        index = request.path_params["run"]
-        if index >= len(self._runs):
+        index = number_of(request.path_params["run"])
+        if index is None or index >= len(self._runs):
             raise HTTPException(404, f"there are {len(self._runs)} runs here")
         return index, self._runs[index]
 
 
-def create_app(runs: Sequence[ViewedRun], cache: Path, token: str | None) -> Starlette:
+def create_app(runs: Sequence[ViewedRun], cache: Path, token: str | None) -> ASGIApp:
     """The web application.
 
     Args:
@@ -230,20 +238,34 @@ def create_app(runs: Sequence[ViewedRun], cache: Path, token: str | None) -> Sta
     viewer = Viewer(runs, cache)
     routes = [
         Route("/", viewer.page("overview.html", viewer.overview)),
-        Route("/runs/{run:int}/rollouts", viewer.page("rollouts.html", viewer.rollouts)),
-        Route("/runs/{run:int}/group", viewer.page("group.html", viewer.group)),
-        Route("/runs/{run:int}/rollout", viewer.page("rollout.html", viewer.rollout)),
-        Route("/runs/{run:int}/store", viewer.page("store.html", viewer.store)),
-        Route("/runs/{run:int}/picture/{name:path}", viewer.picture),
-        Route("/runs/{run:int}/thumbnail/{size:int}/{name:path}", viewer.thumbnail),
-        Route("/runs/{run:int}/status", viewer.status),
-        Mount("/static", StaticFiles(directory=_HERE / "static")),
+        Route("/runs/{run}/rollouts", viewer.page("rollouts.html", viewer.rollouts)),
+        Route("/runs/{run}/group", viewer.page("group.html", viewer.group)),
+        Route("/runs/{run}/rollout", viewer.page("rollout.html", viewer.rollout)),
+        Route("/runs/{run}/store", viewer.page("store.html", viewer.store)),
+        Route("/runs/{run}/picture/{name:path}", viewer.picture),
+        Route("/runs/{run}/thumbnail/{size}/{name:path}", viewer.thumbnail),
+        Route("/runs/{run}/status", viewer.status),
+        Route("/static/{name}", _static),
     ]
-    return Starlette(
+    app = Starlette(
         routes=routes,
         middleware=[Middleware(BaseHTTPMiddleware, dispatch=Access(token))],
-        exception_handlers={HTTPException: viewer.refuse},
+        exception_handlers={HTTPException: viewer.refuse, OSError: _unavailable, sqlite3.Error: _unavailable},
     )
+    return Guard(app, LIMITS_OF_REQUESTS, check=lambda request: check(request, token), answer=answer)
+
+
+def _static(request: Request) -> Response:
+    name = request.path_params["name"]
+    if name not in _STATIC:
+        raise HTTPException(404, f"there is no file {name[:100]} here")
+    return FileResponse(_HERE / "static" / name, media_type=_STATIC[name])
+
+
+def _unavailable(_: Request, error: Exception) -> Response:
+    """The index or the run's folder cannot be read now."""
+    logger.warning("a page cannot be made: %r", error)
+    return PlainTextResponse("the run or its index cannot be read now; the viewer's log says why", 503)
 
 
 def size_text(num_bytes: int) -> str:

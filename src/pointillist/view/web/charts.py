@@ -11,6 +11,8 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 10, 10, 24
 _BUCKETS: Final = 200
 _TICKS: Final = 4
 _TABLE_ROWS: Final = 12
+_LARGEST: Final = 1e100
+"""Beyond it a value is as good as infinite, and sums of values are not finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ def number(value: float | None) -> str:
 
 def _finite(line: Line) -> list[tuple[float, float]]:
     # Not strict: a step whose value is being added this moment is left for the next page.
-    return [(x, y) for x, y in zip(line.steps, line.values, strict=False) if math.isfinite(x) and math.isfinite(y)]
+    return [(x, y) for x, y in zip(line.steps, line.values, strict=False) if math.isfinite(x) and abs(y) < _LARGEST]
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -126,8 +128,9 @@ def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def _ticks(low: float, high: float) -> list[float]:
     """Round numbers from at most `low` to at least `high`."""
-    if high - low <= 1e-12 * max(1e-12, abs(low), abs(high)):
-        low, high = (low - abs(low) / 10, high + abs(low) / 10) if low else (0.0, 1.0)
+    largest = max(abs(low), abs(high))
+    if high - low <= 1e-12 * max(1e-12, largest):
+        low, high = (low - largest / 10, high + largest / 10) if largest > 1e-100 else (0.0, 1.0)
     rough = (high - low) / _TICKS
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
