@@ -30,7 +30,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pointillist.config import AssetServerConfig, RunPaths, writer_image_dir
-from pointillist.config.run_paths import DIGESTS_FILE, WEIGHTS_FILE, latest_broadcast, number_of
+from pointillist.config.run_paths import WEIGHTS_FILE, latest_broadcast, number_of
+from pointillist.digests import DIGESTS_FILE
 from pointillist.errors import MissingImageError, RefError
 from pointillist.http_guard import Guard, HttpLimits, check_bearer, uvicorn_config
 from pointillist.images.decode import ImageLimits
