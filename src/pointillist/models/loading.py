@@ -1,13 +1,18 @@
 """A model with everything that sampler and trainer must agree on: adapter, tokenizer, and the sampling mask."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
+from safetensors import SafetensorError
 
 from pointillist.errors import ConfigError
 from pointillist.families import Family, load_family, resolve_model_dir
 from pointillist.render import FolderTokenizer, unsampleable_token_ids
+
+_NAMED: Final = 5
+"""Weights that an error names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +39,7 @@ def load_model(
         dtype: Of weights and activations.
 
     Raises:
-        ConfigError: No such model, no family serves it, or its weights can not be loaded.
+        ConfigError: No such model, no family serves it, its weights can not be loaded, or they are not the model's.
     """
     family = load_family(name)
     tokenizer = FolderTokenizer(resolve_model_dir(name))
@@ -63,7 +68,9 @@ def _from_pretrained(name: str, dtype: torch.dtype) -> Any:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except RuntimeError as error:
         if "torchvision" in str(error):
             raise ConfigError(
@@ -71,5 +78,23 @@ def _from_pretrained(name: str, dtype: torch.dtype) -> Any:
                 "install the build that belongs to this torch"
             ) from None
         raise ConfigError(f"model {name!r} can not be loaded: {error}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"model {name!r} can not be loaded: {error}") from None
+    _check_found(name, found)
+    return model
+
+
+def _check_found(name: str, found: Mapping[str, Collection[Any]]) -> None:
+    """Checks that the weights are the model's, all of them: what is missing would begin as random numbers.
+
+    transformers counts neither tied weights nor those that the model's class is known to leave out.
+    """
+    wrong = [
+        *(f"{key} is missing" for key in sorted(found["missing_keys"])),
+        *(f"{key} is not a weight of this model" for key in sorted(found["unexpected_keys"])),
+        *(f"{key} has shape {list(got)}, expected {list(own)}" for key, got, own in sorted(found["mismatched_keys"])),
+        *map(str, found["error_msgs"]),
+    ]
+    if wrong:
+        more = f", and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
+        raise ConfigError(f"weights of model {name!r} do not fit its config: {'; '.join(wrong[:_NAMED])}{more}")
