@@ -97,8 +97,11 @@ def test_two_ranks_are_one(
 
 
 def test_two_ranks_are_nearly_one_in_bfloat16(family: Family, model_dir: Path, tmp_path: Path) -> None:
-    """One rank rounds weights where they are used (autocast), two send them rounded (FSDP)."""
-    one, two = _one_and_two(family, model_dir, tmp_path, False, *[["--dtype", "bfloat16"]] * 2)
+    """One rank rounds weights where they are used (autocast), two send them rounded (FSDP); the reference as well."""
+    options = ["--dtype", "bfloat16", "--loss.kl-coef", "1e-3"]
+    one, two = _one_and_two(family, model_dir, tmp_path, False, options, options)
+    for records, _ in (one, two):
+        assert records[0]["kl"] == 0.0 < records[-1]["kl"]  # before the first step they are one and the same model
     losses = [(alone["loss"], shared["loss"]) for alone, shared in zip(one[0], two[0], strict=True)]
     print(losses)
     for alone, shared in losses:

@@ -354,10 +354,11 @@ class Trainer:
         )  # fmt: skip
 
     def _frozen_copy(self) -> Policy:
-        """The initial model, for the KL term; whole on every rank."""
+        """The initial model, for the KL term; sharded and computed as the policy is."""
         loaded = load_model(self.config.model.name, device=self.config.device, dtype="float32")
         reference = Policy(loaded)
         reference.requires_grad_(False)
+        self.ranks.shard(reference, self.activations)
         return reference
 
     def _autocast(self) -> Any:
