@@ -192,6 +192,35 @@ def check_against_huggingface(folder: Path, loaded: LoadedModel, store: ImageSto
     return proof
 
 
+def test_a_reference_of_a_wrong_length_costs_its_own_sample_only(loaded: LoadedModel, store: ImageStore) -> None:
+    """Gemma 3 has no image of another length, so nothing can hold its place: the row goes on without it."""
+    good, bad = (_sample(loaded, store, [(64, 64)], seed) for seed in (1, 2))
+    assert bad.mm_refs is not None
+    (image,) = bad.mm_refs.images
+    cut = {
+        name: [*getattr(bad, name)[: image.offset], *getattr(bad, name)[image.offset + 1 :]]
+        for name in ("token_ids", "loss_mask", "logprobs", "advantages", "weight_versions", "temperatures")
+    }
+    shorter = msgspec.structs.replace(image, length=image.length - 1)
+    types = mm_token_type_ids(cut["token_ids"], loaded.family.image_token_id)
+    bad = msgspec.structs.replace(bad, **cut, mm_token_type_ids=types, mm_refs=MMRefs([shorter]))
+    policy = Policy(loaded)
+    loader = RowLoader(loaded, RawImageMaterializer(loaded.family, [store.root], ImageLimits()))
+    loader.packed = check_packing(policy, loaded).can_pack
+
+    def logprobs(*samples: TrainingSample) -> torch.Tensor:
+        ((row,),) = pack(samples, seq_len=256, num_workers=1)
+        with torch.no_grad():
+            return policy(loader.load(row)).logprobs
+
+    assert logprobs(bad).tolist() == []
+    torch.testing.assert_close(logprobs(good, bad), logprobs(good), rtol=0, atol=1e-5)
+    counts, faults = loader.take_counts()
+    assert (counts.images_corrupt, counts.samples_quarantined) == (2, 2)
+    assert {fault.sample_id for fault in faults} == {"2"}
+    assert "tokens" in faults[0].message
+
+
 def _touching(loaded: LoadedModel, store: ImageStore, order: tuple[int, int]) -> TrainingSample:
     """A sample whose two images have no token between them, the first or the second one first."""
     both = _sample(loaded, store, [(64, 64), (96, 64)], 3)

@@ -12,9 +12,11 @@ from pointillist.config import RunPaths
 from pointillist.config.trainer import LossConfig
 from pointillist.errors import InferenceError, MissingImageError, TrainingError
 from pointillist.families import Family, RawImageMaterializer
+from pointillist.families.image_cache import LoadedImage
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.models import LoadedModel, copy_weights, load_model, read_weights, write_weights
 from pointillist.orchestrator.packing import pack
+from pointillist.refs import ImageRef
 from pointillist.trainer import packing_check
 from pointillist.trainer.checkpoint import Checkpoints
 from pointillist.trainer.data import RowLoader
@@ -123,6 +125,27 @@ def test_a_faulty_image_costs_its_own_sample_only(
     assert counts.images_constant == 0  # the zeros that hold its place are not a picture
     assert [(fault.sample_id, fault.corrupt) for fault in faults] == [(samples[2].sample_id, kind == "corrupt")]
     assert loader.take_counts()[0].images_total == 0
+
+
+def test_whatever_a_decoder_raises_is_the_fault_of_its_image(
+    loaded: LoadedModel, family: Family, store: ImageStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, bad = (trained_sample(family, store, [(64, 64)], seed=seed) for seed in (1, 2))
+    ((row,),) = pack([good, bad], seq_len=512, num_workers=1)
+    materializer = RawImageMaterializer(family, [store.root], ImageLimits())
+    read = materializer._read
+
+    def failing(ref: ImageRef) -> LoadedImage:
+        if ref.hash == bad.mm_refs.images[0].hash:
+            raise ZeroDivisionError("of a decoder")
+        return read(ref)
+
+    monkeypatch.setattr(materializer, "_read", failing)
+    loader = RowLoader(loaded, materializer)
+    assert len(loader.load(row).targets) == 5
+    (fault,) = loader.take_counts()[1]
+    assert (fault.sample_id, fault.corrupt) == (bad.sample_id, True)
+    assert "ZeroDivisionError: of a decoder" in fault.message
 
 
 def test_missing_images_stop_the_loader_if_asked_to(loaded: LoadedModel, family: Family, store: ImageStore) -> None:

@@ -152,6 +152,9 @@ class RawImageMaterializer:
         Args:
             refs: References.
             lengths: Number of placeholder tokens of each.
+
+        Returns:
+            Images, of which a faulty one has as many tokens as its placeholder, if the family has such an image at all.
         """
         keys = [(ref.hash, ref.raw_image_uri, ref.family, ref.layout_fingerprint) for ref in refs]
         distinct = dict(zip(keys, refs, strict=True))
@@ -166,12 +169,18 @@ class RawImageMaterializer:
                 image = self._fitting(ref, length, loaded[key])
             except (RefError, MissingImageError) as error:
                 errors[number] = error
-                place, image = number, LoadedImage(None, self.family.placeholder_layout(length))
+                place, image = number, LoadedImage(None, self._layout_in_place(length))
             if place not in places:
                 places[place] = len(images)
                 images.append(image)
             index.append(places[place])
         return ImageBatch(images, index, errors)
+
+    def _layout_in_place(self, length: int) -> ImageLayout:
+        try:
+            return self.family.placeholder_layout(length)
+        except LayoutError:
+            return self.family.layout(1, 1)
 
     def describe(self, uri: str) -> tuple[ImageRef, ImageLayout]:
         """The reference of a stored image and its layout, from the file's name and header.
@@ -252,6 +261,9 @@ class RawImageMaterializer:
             return self.cache.get(ref.hash, partial(self._read, ref))
         except (RefError, MissingImageError) as error:
             return error
+        except Exception as error:  # of a decoder, of a file system: one image is at fault, the others are not
+            logger.exception("image %s cannot be materialised", ref.raw_image_uri)
+            return RefError(f"image {ref.hash} cannot be materialised ({type(error).__name__}: {error})")
 
     def _check_reader(self, ref: ImageRef) -> None:
         """Family, fingerprint, root and name, without touching the file system.

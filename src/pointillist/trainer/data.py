@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 import torch
@@ -19,8 +19,11 @@ from pointillist.errors import MissingImageError, RefError
 from pointillist.families import RawImageMaterializer
 from pointillist.families.image_cache import LoadedImage
 from pointillist.models import LoadedModel, as_tensors, sample_positions
-from pointillist.refs import MMImageRef
+from pointillist.refs import MMImageRef, MMRefs
 from pointillist.transport import MicroBatch
+
+_ANY_TEXT: Final = 0
+"""Token id in the place of an image that no image can be; its sample has no loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,10 +168,14 @@ class RowLoader:
         self._counts.images_constant += sum(image.constant for image in batch.images)
         self._counts.images_decoded += self._materializer.cache.counts.misses - decoded_before
         self._counts.image_bytes += sum(array.nbytes for array in arrays.values())
+        index = batch.index
         if batch.errors:
             micro_batch = self._without_loss(micro_batch, spans, batch.errors)
+            unfit = {i for i in batch.errors if batch.images[index[i]].layout.num_tokens != spans[i].length}
+            micro_batch = _without_images(micro_batch, spans, unfit)
+            index = [which for i, which in enumerate(index) if i not in unfit]
         self._counts.materialize_seconds += time.perf_counter() - started
-        return assemble_row(self._loaded, micro_batch, as_tensors(arrays), batch.index, packed=self.packed)
+        return assemble_row(self._loaded, micro_batch, as_tensors(arrays), index, packed=self.packed)
 
     def _idle_image(self) -> dict[str, torch.Tensor]:
         if not self._always_images:
@@ -205,6 +212,24 @@ class RowLoader:
             for token in range(bounds[sample], bounds[sample + 1]):
                 loss_mask[token], advantages[token] = False, 0.0
         return msgspec.structs.replace(micro_batch, loss_mask=loss_mask, advantages=advantages)
+
+
+def _without_images(micro_batch: MicroBatch, images: list[MMImageRef], unfit: set[int]) -> MicroBatch:
+    """The row with text in the place of some images: those for which no image has so many tokens.
+
+    Args:
+        micro_batch: The row; the samples of these images have no loss.
+        images: Its image spans.
+        unfit: Which of them, by index.
+    """
+    if not unfit:
+        return micro_batch
+    ids, types = list(micro_batch.input_ids), list(micro_batch.mm_token_type_ids)
+    for index in unfit:
+        for token in range(images[index].offset, images[index].offset + images[index].length):
+            ids[token], types[token] = _ANY_TEXT, 0
+    kept = MMRefs([image for index, image in enumerate(images) if index not in unfit])
+    return msgspec.structs.replace(micro_batch, input_ids=ids, mm_token_type_ids=types, mm_refs=kept)
 
 
 def assemble_row(
