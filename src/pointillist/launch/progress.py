@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from pointillist.config.run_paths import RunPaths, read_jsonl
+from pointillist.view.terminal import plain
 
 _PLAIN_SECONDS: Final = 10.0
 _REFRESH_SECONDS: Final = 0.5
@@ -28,7 +29,7 @@ class Progress:
             TextColumn("training"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
@@ -53,13 +54,15 @@ class Progress:
             return
         self._next_read = now + _REFRESH_SECONDS
         metrics = self._paths.metrics
-        step, status = _status(
-            *(read_jsonl(metrics / f"{name}.jsonl")[-1:] for name in ("trainer", "orchestrator", "eval"))
-        )
-        self._bar.update(self._task, completed=step, status=status)
+        newest = [read_jsonl(metrics / f"{name}.jsonl")[-1:] for name in ("trainer", "orchestrator", "eval")]
+        try:
+            step, status = _status(*newest)
+        except (KeyError, TypeError, ValueError, OverflowError):
+            return  # a damaged line: the next step writes another
+        self._bar.update(self._task, completed=step, status=plain(status))
         line = f"step {step}/{self._max_steps}  {status}"
         if not self._console.is_terminal and now >= self._next_line and line != self._shown and status:
-            self._console.print(line, highlight=False, soft_wrap=True)
+            self._console.print(plain(line), markup=False, highlight=False, soft_wrap=True)
             self._shown = line
             self._next_line = now + _PLAIN_SECONDS
 

@@ -18,6 +18,7 @@ from pointillist.images.inventory import StoreEntry, check_is_store, collect_gar
 from pointillist.run_lock import live_holder
 from pointillist.view.references import HeldReference, image_dir_of, run_hashes, run_references
 from pointillist.view.run_archive import ArchiveCounts, export_run, import_run
+from pointillist.view.terminal import plain
 
 console = Console()
 _EXISTING = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -38,7 +39,7 @@ def list_command(folder: Path) -> None:
     total = 0
     for entry in list_store(folder.resolve()):
         total += entry.num_bytes
-        click.echo(f"{entry.num_bytes:>12,}  {entry.condition:<12}  {entry.path}")
+        click.echo(f"{entry.num_bytes:>12,}  {entry.condition:<12}  {plain(str(entry.path))}")
     click.echo(f"{total:>12,}  bytes in all")
 
 
@@ -57,7 +58,7 @@ def verify_command(folder: Path | None, run: Path | None) -> None:
     elif folder is not None:
         problems = _verify_files(folder.resolve())
     for problem in problems[:_SHOWN]:
-        click.echo(problem)
+        click.echo(plain(problem))
     if len(problems) > _SHOWN:
         click.echo(f"... and {len(problems) - _SHOWN} more")
     click.echo("everything is what it says" if not problems else f"{len(problems)} problems")

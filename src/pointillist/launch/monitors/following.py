@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pointillist.config.run_paths import RunPaths
+from pointillist.config.run_paths import RunPaths, complete_lines, open_regular
+from pointillist.errors import PointillistError
 from pointillist.images import read_verified
 from pointillist.images.decode import STORED_LIMITS
 from pointillist.images.store import stored_name
@@ -35,7 +36,12 @@ class MetricsFollower:
         """`(component, record)` of every line that was completed since the last call."""
         for component, file in self._files.items():
             for line in file.new():
-                yield component, json.loads(line)
+                try:
+                    record = json.loads(line.decode())
+                except (ValueError, RecursionError):
+                    continue  # a damaged line
+                if isinstance(record, dict) and type(step := record.get("step")) is int and 0 <= step < 2**53:
+                    yield component, record
 
 
 class _Lines:
@@ -49,16 +55,19 @@ class _Lines:
         """Digests of all lines."""
 
     def new(self) -> list[bytes]:
-        if not self._path.is_file():
+        try:
+            opened = open_regular(self._path)
+        except OSError:  # it is not there yet, or a file system lags: the next time may do
             return []
-        with self._path.open("rb") as file:
+        with opened as file:
             inode = os.fstat(file.fileno()).st_ino
             if inode != self._inode:
                 self._inode, self._offset = inode, 0
             file.seek(self._offset)
-            whole, newline, _ = file.read().rpartition(b"\n")
-        self._offset += len(whole) + len(newline)
-        lines = {hashlib.blake2b(line, digest_size=16).digest(): line for line in whole.splitlines()}
+            lines = {}
+            for line in complete_lines(file):
+                lines[hashlib.blake2b(line, digest_size=16).digest()] = line
+                self._offset = file.tell()
         unknown = [line for digest, line in lines.items() if digest not in self._given]
         self._given.update(lines)
         return unknown
@@ -66,7 +75,8 @@ class _Lines:
 
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:
     """The metrics of a record: its numbers, without the step itself."""
-    return {name: float(value) for name, value in record.items() if isinstance(value, (int, float)) and name != "step"}
+    metrics = {name: value for name, value in record.items() if isinstance(value, (int, float)) and name != "step"}
+    return {name: float(value) for name, value in metrics.items() if isinstance(value, float) or abs(value) < 2**1000}
 
 
 def rows_of(paths: RunPaths, step: int, count: int) -> list[Row]:
@@ -76,11 +86,14 @@ def rows_of(paths: RunPaths, step: int, count: int) -> list[Row]:
         PointillistError: The records can not be read, or a picture is not there or not what its name says.
     """
     records = [record for _, record in read_records(paths.rollouts_file(step))]
-    # Without those that failed: they have no reward.
-    records = [record for record in records if record["branches"] and record["reward"] is not None]
-    root = image_dir_of(paths)
-    chosen = min(count, len(records))
-    return [_row(records[index * len(records) // chosen], root) for index in range(chosen)]
+    try:
+        # Without those that failed: they have no reward.
+        records = [record for record in records if record["branches"] and record["reward"] is not None]
+        root = image_dir_of(paths)
+        chosen = min(count, len(records))
+        return [_row(records[index * len(records) // chosen], root) for index in range(chosen)]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise PointillistError(f"a rollout's record of step {step} is damaged ({error!r})") from None
 
 
 def _row(record: Mapping[str, Any], root: Path) -> Row:
