@@ -4,6 +4,7 @@ Every command takes `@ file.toml` and dotted overrides, such as `--trainer.optim
 """
 
 import asyncio
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -237,23 +238,27 @@ def _guarded(function: Callable[[list[str]], int], arguments: list[str]) -> int:
     except PointillistError as error:
         click.echo(f"error: {error}", err=True)
     except OSError as error:  # a full disk, a folder that may not be written, a path that the system does not take
-        if error.errno is None:
+        if error.errno in (None, errno.EPIPE):  # click ends quietly where the reader of a pipe has gone
             raise
-        click.echo(f"error: {error.strerror}: {_printable(error.filename)}", err=True)
+        click.echo(f"error: {_text(error)}", err=True)
     except KeyboardInterrupt:
         click.echo("stopped by SIGINT", err=True)
         return 130
     except BaseExceptionGroup as group:  # from a TaskGroup
-        expected, unexpected = group.split(PointillistError)
+        expected, unexpected = group.split((PointillistError, OSError))
         if unexpected is not None:
             raise
-        click.echo(f"error: {_first(expected)}", err=True)
+        click.echo(f"error: {_text(_first(expected))}", err=True)
     return 1
 
 
-def _printable(filename: Any) -> str:
-    """A path for people, whatever its encoding."""
-    return "no file" if filename is None else os.fsencode(filename).decode(errors="backslashreplace")
+def _text(error: BaseException) -> str:
+    """An error in one line; of the system's, what happened to which file, whatever the encoding of its name."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    if not isinstance(error.filename, str | bytes):
+        return error.strerror
+    return f"{error.strerror}: {os.fsencode(error.filename).decode(errors='backslashreplace')}"
 
 
 def _first(error: Any) -> BaseException:

@@ -64,18 +64,12 @@ class Holder:
     """Local time of the holder, for people."""
     token: str
     """Drawn anew each time the lock is taken."""
+    since_seconds: float = 0.0
+    """The same in seconds since the epoch, whatever the holder's time zone; 0 counts everything as later."""
     beat: int = 0
     job_id: str = ""
     job_start: int = 0
     released: bool = False
-
-    @property
-    def since_seconds(self) -> float:
-        """`since` in seconds since the epoch; 0 if it is not known, so that everything counts as later."""
-        try:
-            return time.mktime(time.strptime(self.since, _TIME))
-        except ValueError:
-            return 0.0
 
     def __str__(self) -> str:
         job = f" (job {self.job_id})" if self.job_id else ""
@@ -286,6 +280,7 @@ def _ourselves(job: Job | None) -> Holder:
         process_start=process_start(os.getpid()) or "",
         since=time.strftime(_TIME),
         token=secrets.token_hex(8),
+        since_seconds=time.time(),
         job_id=job.id if job else "",
         job_start=job.start if job else 0,
     )

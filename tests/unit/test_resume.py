@@ -1,16 +1,22 @@
 """`--resume` goes on with the run that was begun, or says what differs; a start that failed early occupies nothing."""
 
+import errno
 import json
 import os
+import signal
+import subprocess
+import sys
+import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from pointillist.cli import cli
-from pointillist.config import EnvConfig, ModelConfig, RLConfig, RunPaths
+from pointillist.cli import _guarded, cli
+from pointillist.config import CARRIER, EnvConfig, ModelConfig, RLConfig, RunPaths
 from pointillist.config.rl import NOT_RECORDED
 from pointillist.errors import ConfigError, LaunchError
 from pointillist.images import ImageLimits, ImageStore
@@ -18,8 +24,8 @@ from pointillist.images.inventory import add_user
 from pointillist.images.store import local_path
 from pointillist.launch.changes import config_changes, model_changes, record_start, refuse_changes
 from pointillist.launch.layout import write_configs
-from pointillist.launch.rl import environment
-from pointillist.launch.run_dir import check_fresh, make_fresh
+from pointillist.launch.rl import Interrupted, Signals, begin, environment, interruptible
+from pointillist.launch.run_dir import check_fresh, make_fresh, wait_for_survivors
 from pointillist.run_lock import RunLock
 from tests.conftest import encoded, picture
 
@@ -52,6 +58,8 @@ MEANING = [
     ({"multimodal": {"limits": {"max_pixels": 100}}}, "multimodal.limits.max_pixels"),
     ({"seq_len": 512}, "seq_len: 2048 -> 512"),
     ({"inference": {"engine": {"dtype": "bfloat16"}}}, "inference.engine.dtype"),
+    ({"orchestrator": {"client": {"wire": "content_parts"}}}, "orchestrator.client.wire: 'mmraw' -> 'content_parts'"),
+    ({"orchestrator": {"eval": {"max_tasks": 3}}}, "orchestrator.eval.max_tasks: not set -> 3"),
 ]
 FREE = [
     {"max_steps": 500},
@@ -71,15 +79,131 @@ FREE = [
 def test_another_run_is_refused_by_name(model_dir: Path, tmp_path: Path, fields: dict[str, Any], said: str) -> None:
     paths = _begun(_config(model_dir, tmp_path))
     with pytest.raises(ConfigError, match="--resume-with-changes") as caught:
-        refuse_changes(_config(model_dir, tmp_path, **fields), paths)
+        refuse_changes(_config(model_dir, tmp_path, **fields), paths, 3)
     assert said in str(caught.value)
-    refuse_changes(_config(model_dir, tmp_path, resume_with_changes=True, **fields), paths)
+    refuse_changes(_config(model_dir, tmp_path, resume_with_changes=True, **fields), paths, 3)
 
 
 @pytest.mark.parametrize("fields", FREE)
 def test_the_same_run_elsewhere_or_faster_goes_on(model_dir: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
     paths = _begun(_config(model_dir, tmp_path))
     assert config_changes(_config(model_dir, tmp_path, **fields), paths) == []
+
+
+def test_fewer_steps_than_are_done_are_refused(model_dir: Path, tmp_path: Path) -> None:
+    paths = _begun(_config(model_dir, tmp_path))
+    refuse_changes(_config(model_dir, tmp_path, max_steps=8), paths, 8)
+    with pytest.raises(ConfigError, match="max_steps = 4, but the run goes on after step 8"):
+        refuse_changes(_config(model_dir, tmp_path, max_steps=4, resume_with_changes=True), paths, 8)
+
+
+def test_another_model_is_refused_where_an_older_version_recorded_its_name_only(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    paths = _begun(_config(model_dir, tmp_path / "run"))
+    paths.model_record.unlink()
+    with pytest.raises(ConfigError, match=r"model\.name"):
+        refuse_changes(_config(tmp_path / "other", tmp_path / "run"), paths, 3)
+
+
+def test_a_dry_run_of_resuming_compares_and_writes_nothing(model_dir: Path, tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    arguments = ["rl", "--model.name", str(model_dir), "--env.id", "digits", "--output-dir", str(tmp_path), "--dry-run"]
+    assert CliRunner().invoke(cli, arguments).exit_code == 0
+    before = (paths.configs / "rl.toml").read_bytes()
+    told = [CliRunner().invoke(cli, [*arguments, "--resume", *more]) for more in ([], ["--seed", "5"])]
+    assert [result.exit_code for result in told] == [0, 1]
+    assert "would be resumed after step 0" in told[0].output
+    assert "seed: 0 -> 5" in told[1].output
+    assert (paths.configs / "rl.toml").read_bytes() == before
+
+
+_SURVIVOR = """
+import signal, sys, time
+from pathlib import Path
+from pointillist.heartbeat import beating
+def save(*_):
+    time.sleep(0.3)
+    Path(sys.argv[2]).touch()
+    raise SystemExit(143)
+signal.signal(signal.SIGTERM, save if sys.argv[3] == "saves" else signal.SIG_IGN)
+with beating(Path(sys.argv[1]), "trainer"):
+    print("up", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("what", ["saves", "hangs"])
+def test_a_trainer_that_outlives_its_launcher_is_waited_for(tmp_path: Path, what: str) -> None:
+    """Its launcher was killed, and so the lock is free; it may be writing a checkpoint that would be cut away."""
+    paths, saved, said = RunPaths(tmp_path), tmp_path / "saved", []
+    command = [sys.executable, "-c", _SURVIVOR, str(paths.state), str(saved), what]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        process.terminate()  # what the kernel does when the launcher dies
+        reaper = threading.Thread(target=process.wait)
+        reaper.start()
+        wait_for_survivors(paths, 120.0 if what == "saves" else 0.2, said.append)
+        reaper.join()
+    assert f"trainer (process {process.pid}) of an earlier start" in said[0]
+    assert saved.exists() == (what == "saves")
+    assert process.returncode == (143 if what == "saves" else -signal.SIGKILL)
+    wait_for_survivors(paths, 120.0, said.append)
+    assert len(said) == 1
+
+
+def test_a_second_job_does_not_begin_in_what_the_first_one_has_done(model_dir: Path, tmp_path: Path) -> None:
+    config = _config(model_dir, tmp_path)
+    paths = _begun(config)
+    begin(config, paths, Signals(), is_job=True)
+    assert (paths.configs / "rl.toml").is_file()
+    paths.metrics.mkdir()
+    (paths.metrics / "trainer.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(LaunchError, match="already holds"):
+        begin(config, paths, Signals(), is_job=True)
+
+
+@pytest.mark.parametrize(("answer", "refused"), [("echo PENDING", True), ("true", False), ("exit 1", False)])
+def test_a_folder_in_which_a_job_waits_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, refused: bool
+) -> None:
+    from pointillist.launch.slurm import _refuse_waiting_job
+
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "squeue").write_text(f"#!/bin/sh\n{answer}\n")
+    (tmp_path / "bin" / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    _refuse_waiting_job(tmp_path / ".job")
+    (tmp_path / ".job").write_text("17")
+    with pytest.raises(LaunchError, match="job 17, which is PENDING") if refused else nullcontext():
+        _refuse_waiting_job(tmp_path / ".job")
+
+
+def test_nohup_survives_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruptible() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.count == 0
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with pytest.raises(Interrupted), interruptible():
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(120)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("in_group", [False, True])
+def test_a_full_disk_is_one_message(in_group: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(_: list[str]) -> int:
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/a\udcff")
+        raise ExceptionGroup("tasks", [ExceptionGroup("inner", [error])]) if in_group else error
+
+    assert _guarded(run, []) == 1
+    assert capsys.readouterr().err == "error: No space left on device: /runs/a\\xff\n"
 
 
 def test_another_model_is_refused(model_dir: Path, tmp_path: Path) -> None:
@@ -91,7 +215,7 @@ def test_another_model_is_refused(model_dir: Path, tmp_path: Path) -> None:
     paths = _begun(config)
     assert model_changes(config, paths) == []
     moved = shutil.copytree(model, tmp_path / "moved")
-    refuse_changes(_config(moved, run), paths)  # the same model in another place
+    refuse_changes(_config(moved, run), paths, 3)  # the same model in another place
     settings = json.loads((model / "preprocessor_config.json").read_text())
     settings["image_mean"] = [0.1] * 3
     (model / "preprocessor_config.json").write_text(json.dumps(settings))
@@ -172,6 +296,9 @@ def test_gc_keeps_what_a_live_run_has_stored(model_dir: Path, tmp_path: Path) ->
 
 
 def test_gc_takes_no_other_folder_for_a_store(tmp_path: Path) -> None:
+    (tmp_path / ".draft.tmp").write_text("mine")
+    assert "holds .draft.tmp, so it is no image store" in _gc(tmp_path, "--older-than", 0)
+    (tmp_path / ".draft.tmp").unlink()
     (tmp_path / "ab").mkdir()
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / ".x.tmp").write_text("half")
@@ -210,3 +337,6 @@ def test_a_dollar_in_the_folder_is_a_dollar(model_dir: Path, tmp_path: Path) -> 
 
     config = load_toml(OrchestratorConfig, folder / "configs/orchestrator.toml")
     assert resolve_image_dir(config.multimodal, folder, {"HOME": "x"}) == folder / "assets/images"
+    # Writers are told the folder itself, by a variable in which nothing is expanded.
+    whole = load_toml(RLConfig, folder / "configs/rl.toml")
+    assert environment(whole, "key")[CARRIER] == str(folder / "assets/images")

@@ -120,7 +120,7 @@ def check_is_store(root: Path) -> None:
         PointillistError: It holds something that a store does not.
     """
     for path in root.iterdir():
-        known = path.name in (LAYOUTS_FOLDER, USERS_FOLDER) or path.name.endswith(TEMPORARY_SUFFIX)
+        known = path.name in (LAYOUTS_FOLDER, USERS_FOLDER)
         if not known and not (_OWN_FOLDER.fullmatch(path.name) and path.is_dir() and not path.is_symlink()):
             raise PointillistError(
                 f"{root} holds {path.name}, so it is no image store: expected folders of two hex digits, as in "

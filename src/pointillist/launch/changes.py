@@ -23,9 +23,10 @@ from pointillist.images.inventory import add_user
 _FREE: Final = (
     "dry_run", "env_vars", "inference.engine.admission_window", "inference.engine.device",
     "inference.engine.max_batch_size", "inference.engine.num_threads", "inference.server", "log_level", "max_steps",
-    "metrics",
-    "monitors", "num_servers", "orchestrator.client", "orchestrator.eval", "orchestrator.gateway",
-    "orchestrator.max_concurrent", "orchestrator.max_retries", "orchestrator.num_train_workers",
+    "metrics", "monitors", "num_servers", "orchestrator.client.api_key_var", "orchestrator.client.base_url",
+    "orchestrator.client.startup_timeout", "orchestrator.client.timeout", "orchestrator.client.unreachable_timeout",
+    "orchestrator.eval.interval", "orchestrator.gateway", "orchestrator.max_concurrent",
+    "orchestrator.max_retries", "orchestrator.num_train_workers",
     "orchestrator.resume_step", "orchestrator.workers", "output_dir", "resume", "resume_with_changes", "slurm",
     "supervision", "trainer.activation_checkpointing", "trainer.ckpt", "trainer.compile", "trainer.device",
     "trainer.num_threads", "trainer.num_workers", "trainer.resume_step", "transport",
@@ -65,7 +66,7 @@ def config_changes(config: RLConfig, paths: RunPaths) -> list[str]:
     for key in sorted(old.keys() | new.keys()):
         # A key that an older version did not have had what is the default now.
         before, after = old.get(key, defaults.get(key)), new.get(key)
-        if before == after or _is_free(key) or _is_same_place(key, before, after, old, config):
+        if before == after or _is_free(key) or _is_same_place(key, before, after, old, config, paths):
             continue
         changes.append(f"{key}: {_short(before)} -> {_short(after)}")
     return changes
@@ -119,12 +120,21 @@ def record_start(config: RLConfig, paths: RunPaths) -> None:
     add_user(resolve_image_dir(config.multimodal, paths.output_dir, {}), paths.output_dir)
 
 
-def refuse_changes(config: RLConfig, paths: RunPaths) -> None:
+def refuse_changes(config: RLConfig, paths: RunPaths, step: int) -> None:
     """Makes sure that a resumed run is the run that was begun.
 
+    Args:
+        config: As it is to go on.
+        paths: The run's folder.
+        step: The step that it goes on after.
+
     Raises:
-        ConfigError: It is another one; the message names every difference.
+        ConfigError: It is another one, of which the message names every difference, or it is beyond `max_steps`.
     """
+    if config.max_steps < step:
+        raise ConfigError(
+            f"max_steps = {config.max_steps}, but the run goes on after step {step}: expected {step} or more"
+        )
     if config.resume_with_changes:
         return
     if changes := [*config_changes(config, paths), *model_changes(config, paths)]:
@@ -157,10 +167,12 @@ def _is_free(key: str) -> bool:
     )
 
 
-def _is_same_place(key: str, before: Any, after: Any, old: Mapping[str, Any], config: RLConfig) -> bool:
+def _is_same_place(
+    key: str, before: Any, after: Any, old: Mapping[str, Any], config: RLConfig, paths: RunPaths
+) -> bool:
     """Whether a path differs only since the run's folder, or the model's, was moved."""
     if key.endswith("model.name"):
-        return True  # what is in the folder is compared by `model_changes`
+        return paths.model_record.is_file()  # then what is in the folder is compared by `model_changes`
     if key.endswith("multimodal.offload_dir"):
         return str(before).removeprefix(str(old.get("output_dir"))) == str(after).removeprefix(str(config.output_dir))
     return False

@@ -18,7 +18,6 @@ from rich.console import Console
 
 from pointillist.config import CARRIER, RUN_KEY, RLConfig, RunPaths, resolve_image_dir
 from pointillist.config.rl import NOT_RECORDED
-from pointillist.config.run_paths import latest_checkpoint
 from pointillist.errors import ConfigError, LaunchError, PointillistError
 from pointillist.families import load_family, resolve_model_dir
 from pointillist.launch.changes import record_start, refuse_changes
@@ -36,7 +35,7 @@ from pointillist.launch.metrics import MetricsEndpoint
 from pointillist.launch.monitors import Watching, check_monitors
 from pointillist.launch.processes import Child
 from pointillist.launch.progress import Progress
-from pointillist.launch.run_dir import check_fresh, make_fresh, resume_step, rewind
+from pointillist.launch.run_dir import check_fresh, make_fresh, resume_step, rewind, wait_for_survivors
 from pointillist.launch.summary import summarize
 from pointillist.launch.supervisor import Supervisor
 from pointillist.render import FolderTokenizer
@@ -89,23 +88,56 @@ def run_on_one_node(config: RLConfig, paths: RunPaths, environ: Mapping[str, str
     """
     layout = Layout(config)
     if config.dry_run:
-        refuse_if_held(paths.output_dir)
-        if not config.resume:
-            check_fresh(paths)
-        _settled(config, layout, paths)
-        console.print(f"config is valid; resolved configs are in {paths.configs}")
-        return 0
+        return _dry_run(config, layout, paths)
     check_model(config)
     with RunLock.take(paths.output_dir, job=job, say=_say) as lock, interruptible() as signals:
-        if config.resume:
-            step = resume_step(paths)
-            refuse_changes(config, paths)
-            go_back(config, paths, step)
-        elif job is None:  # a job's folder was checked when it was submitted
-            make_fresh(paths, _say)
-        nodes = _settled(config, layout, paths)
-        record_start(config, paths)
+        try:
+            begin(config, paths, signals, is_job=job is not None)
+            nodes = _settled(config, layout, paths)
+            record_start(config, paths)
+        except Interrupted as interrupt:
+            _say(f"stopped by {signal.Signals(interrupt.number).name} before anything was started")
+            return 128 + interrupt.number
         return _supervise(config, layout, nodes, paths, environ, lock, signals)
+
+
+def begin(config: RLConfig, paths: RunPaths, signals: "Signals", *, is_job: bool) -> None:
+    """Makes the run's folder ready, whose lock this process holds: takes it back to a step, or sees that it is free.
+
+    Args:
+        config: Of the run.
+        paths: Its folder.
+        signals: Of the launcher.
+        is_job: Whether this is a job, whose folder was prepared when it was submitted.
+
+    Raises:
+        ConfigError: `resume` with a config that means another run.
+        LaunchError: There is nothing to resume, or the folder holds another run.
+    """
+    wait_for_survivors(paths, config.supervision.stop_grace, _say, signals.hurry)
+    if config.resume:
+        step = resume_step(paths)
+        refuse_changes(config, paths, step)
+        go_back(config, paths, step)
+    elif is_job:
+        check_fresh(paths)  # another job may have run in it meanwhile
+    else:
+        make_fresh(paths, _say)
+
+
+def _dry_run(config: RLConfig, layout: Layout, paths: RunPaths) -> int:
+    """Says what would happen; the configs of a run that is there stay as they are."""
+    refuse_if_held(paths.output_dir)
+    if config.resume:
+        check_model(config)
+        step = resume_step(paths)
+        refuse_changes(config, paths, step)
+        console.print(f"config is valid; the run would be resumed after step {step}")
+        return 0
+    check_fresh(paths)
+    _settled(config, layout, paths)
+    console.print(f"config is valid; resolved configs are in {paths.configs}")
+    return 0
 
 
 def _settled(config: RLConfig, layout: Layout, paths: RunPaths) -> list[Node]:
@@ -194,7 +226,8 @@ def environment(config: RLConfig, run_key: str) -> dict[str, str]:
         **config.env_vars,
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        CARRIER: str(config.multimodal.offload_dir),
+        # The carrier is a path and no setting: nothing in it is expanded by whoever reads it.
+        CARRIER: str(resolve_image_dir(config.multimodal, config.output_dir, {})),
         RUN_KEY: os.environ.get(RUN_KEY, run_key),
     }
 
@@ -219,6 +252,10 @@ def _supervise(
         keep_lock(lock)
         progress.update()
 
+    def hurry() -> bool:
+        # What is another run's folder now gets no checkpoint of this one.
+        return signals.hurry() or lock.lost is not None
+
     try:
         supervisor.start()
         endpoint.start()
@@ -230,17 +267,17 @@ def _supervise(
                     break
                 resumes += 1
                 _say(f"{dead.cause()}; going back ({resumes} of {config.supervision.max_resumes}, max_resumes)")
-                supervisor.end(_WORK, signals.hurry)
+                supervisor.end(_WORK, hurry)
                 go_back(config, paths, resume_step(paths))
                 write_configs(config, layout, nodes, paths)
                 supervisor.start_again(_WORK)
     except Interrupted as interrupt:
         _say(f"{signal.Signals(interrupt.number).name}: stopping, the trainer writes a checkpoint; again to hurry")
-        supervisor.stop(signals.hurry)
+        supervisor.stop(hurry)
         console.print(f"stopped by {signal.Signals(interrupt.number).name}; {where_it_goes_on(paths)}", soft_wrap=True)
         return 128 + interrupt.number
     finally:
-        supervisor.stop(signals.hurry)
+        supervisor.stop(hurry)
         endpoint.stop()
         watching.stop()
     if dead is not None:
@@ -262,7 +299,10 @@ def keep_lock(lock: RunLock) -> None:
 
 def where_it_goes_on(paths: RunPaths) -> str:
     """What `--resume` will do."""
-    step = latest_checkpoint(paths)
+    try:
+        step = resume_step(paths)
+    except LaunchError as error:
+        return f"--resume cannot go on: {error}"
     return f"--resume goes on after step {step}" if step else "there is no checkpoint yet: --resume begins at step 1"
 
 
@@ -298,7 +338,10 @@ class Signals:
 
 @contextmanager
 def interruptible() -> Iterator[Signals]:
-    """Inside it the first SIGINT, SIGTERM or SIGHUP raises `Interrupted`; later ones are counted."""
+    """Inside it the first SIGINT, SIGTERM or SIGHUP raises `Interrupted`; later ones are counted.
+
+    SIGHUP stays ignored where it is: nohup did that, so that the run survives its terminal.
+    """
     signals = Signals()
 
     def interrupt(number: int, _: FrameType | None) -> None:
@@ -306,7 +349,9 @@ def interruptible() -> Iterator[Signals]:
         if signals.count == 1:
             raise Interrupted(number)
 
-    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handled = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        handled.append(signal.SIGHUP)
     before = {number: signal.signal(number, interrupt) for number in handled}
     try:
         yield signals

@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,10 @@ from pointillist.config.run_paths import (
     write_atomically,
 )
 from pointillist.errors import LaunchError
+from pointillist.heartbeat import read_beats
 from pointillist.images.inventory import collect_garbage
 from pointillist.run_lock import LOCK_FILE
+from pointillist.system import is_process, kill_process
 
 METRIC_FILES = ("trainer.jsonl", "orchestrator.jsonl", "eval.jsonl")
 
@@ -30,7 +34,7 @@ _LEFT = (
     "broadcasts", "configs", "faults.jsonl", "logs", "metrics", "monitors", "nodes", "quarantine.jsonl", "rollouts",
     "state",
 )  # fmt: skip
-_KEPT = ("assets", LOCK_FILE, ".run_env", ".run_key", "rl.sbatch")
+_KEPT = ("assets", LOCK_FILE, ".job", ".run_env", ".run_key", "rl.sbatch")
 
 
 def check_fresh(paths: RunPaths) -> None:
@@ -70,6 +74,32 @@ def make_fresh(paths: RunPaths, say: Callable[[str], None]) -> None:
     for name in left:
         path = paths.output_dir / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def wait_for_survivors(
+    paths: RunPaths, grace: float, say: Callable[[str], None], hurry: Callable[[], bool] = lambda: False
+) -> None:
+    """Waits for processes of an earlier launcher that was killed: its trainer may be writing a last checkpoint.
+
+    Args:
+        paths: The run's folder, whose lock this process holds.
+        grace: Seconds after which they are killed.
+        say: Where waiting is reported.
+        hurry: Asked again and again; True ends the wait.
+    """
+    alive = [beat for beat in read_beats(paths.state) if beat.is_here and is_process(beat.pid, beat.process_start)]
+    if not alive:
+        return
+    names = ", ".join(f"{beat.name} (process {beat.pid})" for beat in alive)
+    say(f"{names} of an earlier start: waiting for up to {grace:.0f} s for the end (supervision.stop_grace)")
+    # The kernel has sent them SIGTERM when their launcher died: a second one could cut the checkpoint short.
+    deadline = time.monotonic() + grace
+    while any(is_process(beat.pid, beat.process_start) for beat in alive) and time.monotonic() < deadline:
+        if hurry():
+            break
+        time.sleep(0.1)
+    for beat in alive:
+        kill_process(beat.pid, beat.process_start, signal.SIGKILL)
 
 
 def resume_step(paths: RunPaths) -> int:

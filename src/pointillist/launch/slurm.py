@@ -30,9 +30,9 @@ from pointillist.launch.rendezvous import Rendezvous
 from pointillist.launch.rl import (
     Interrupted,
     Signals,
+    begin,
     check_model,
     environment,
-    go_back,
     interruptible,
     keep_lock,
     run_on_one_node,
@@ -50,6 +50,8 @@ _KEY_FILE: Final = ".run_key"
 """What the job's processes know each other by."""
 _ENVIRONMENT_FILE: Final = ".run_env"
 """Values of `env_vars`, which no config holds."""
+_JOB_FILE: Final = ".job"
+"""Number of the job that was submitted last."""
 
 
 def render(slurm: SlurmConfig, paths: RunPaths) -> str:
@@ -86,16 +88,17 @@ def submit(config: RLConfig, paths: RunPaths, console: Console) -> int:
         return 0
     check_model(config)
     refuse_if_held(paths.output_dir)
+    _refuse_waiting_job(paths.output_dir / _JOB_FILE)
     if config.resume:
-        resume_step(paths)
-        refuse_changes(config, paths)
+        refuse_changes(config, paths, resume_step(paths))
     else:
         make_fresh(paths, console.print)
     write_toml(config, paths.configs / "rl.toml")
     paths.logs.mkdir(parents=True, exist_ok=True)  # SLURM does not make it
     _write_secrets(paths.output_dir, config.env_vars)
-    write_atomically(paths.output_dir / _SCRIPT, script.encode())
+    write_atomically(paths.output_dir / _SCRIPT, script.encode(), private=True)  # pre_run may hold secrets
     job = _sbatch(paths.output_dir / _SCRIPT)
+    write_atomically(paths.output_dir / _JOB_FILE, job.encode())
     console.print(f"submitted job {job}; logs are in {paths.logs}", highlight=False, soft_wrap=True)
     return 0
 
@@ -124,15 +127,19 @@ def run_node(config: RLConfig, console: Console) -> int:
     settle(config, layout, nodes)
     with ExitStack() as stack, interruptible() as signals:
         lock = None
-        if index == layout.head:
-            lock = stack.enter_context(RunLock.take(paths.output_dir, job=_job(), say=console.print))
-            if config.resume:
-                go_back(config, paths, resume_step(paths))
-            write_configs(config, layout, nodes, paths)
-            record_start(config, paths)
-            meeting.announce(config.orchestrator.resume_step or 0)
-        else:
-            meeting.wait_for_go()
+        try:
+            if index == layout.head:
+                lock = stack.enter_context(RunLock.take(paths.output_dir, job=_job(), say=console.print))
+                begin(config, paths, signals, is_job=True)
+                write_configs(config, layout, nodes, paths)
+                record_start(config, paths)
+                meeting.announce(config.orchestrator.resume_step or 0)
+            else:
+                meeting.wait_for_go()
+        except Interrupted as interrupt:
+            name = signal.Signals(interrupt.number).name
+            console.print(f"node {index} stopped by {name} before anything was started", soft_wrap=True)
+            return 128 + interrupt.number
         return _watch(config, layout, nodes, index, paths, environ, meeting, console, lock, signals)
 
 
@@ -156,6 +163,10 @@ def _watch(
     supervisor = Supervisor(specs(config, layout, nodes, index, paths, environ), config.supervision, console.print)
     serves_only = index not in layout.training
     watching = Watching.of(config, paths, console.print)
+
+    def hurry() -> bool:
+        return signals.hurry() or (lock is not None and lock.lost is not None)
+
     try:
         supervisor.start()
         if index == layout.head:
@@ -164,12 +175,12 @@ def _watch(
             lambda: not serves_only or meeting.is_finished(), lambda: None if lock is None else keep_lock(lock)
         )
     except Interrupted as interrupt:
-        supervisor.stop(signals.hurry)
+        supervisor.stop(hurry)
         name = signal.Signals(interrupt.number).name
         console.print(f"node {index} stopped by {name}; {where_it_goes_on(paths)}", soft_wrap=True)
         return 128 + interrupt.number
     finally:
-        supervisor.stop(signals.hurry)
+        supervisor.stop(hurry)
         watching.stop()
     if dead is not None:
         show_death(dead)
@@ -206,6 +217,31 @@ def _sbatch(script: Path) -> str:
     if done.returncode != 0:
         raise LaunchError(f"sbatch refused {script}: {done.stderr.strip()}")
     return re.split(r"[;\s]", done.stdout.strip())[0]
+
+
+def _refuse_waiting_job(path: Path) -> None:
+    """Makes sure that no other job waits for its turn in the run's folder: it holds no lock yet.
+
+    Raises:
+        LaunchError: One does.
+    """
+    if not path.is_file():
+        return
+    job = path.read_text(encoding="ascii", errors="replace").strip()
+    try:
+        done = subprocess.run(
+            ["squeue", "--noheader", "--format=%T", f"--jobs={job}"],  # noqa: S607 - SLURM's own, from PATH
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        return  # sbatch is not here either, and says so
+    if done.returncode == 0 and (state := done.stdout.strip()):  # a job that SLURM has forgotten is an error
+        raise LaunchError(
+            f"output_dir {path.parent} belongs to job {job}, which is {state}: cancel it (scancel {job}), or choose "
+            "another output_dir"
+        )
 
 
 def _write_secrets(folder: Path, env_vars: Mapping[str, str]) -> None:
