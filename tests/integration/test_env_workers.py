@@ -31,7 +31,8 @@ class Trouble:
     def __init__(self, folder):
         self.folder = Path(folder)
     def train_tasks(self):
-        return [Task("calm"), Task("die"), Task("hang"), Task("late"), Task("raise")]
+        names = ("calm", "die", "hang", "late", "raise", "exit", "left", "unsendable")
+        return [Task(name, answer="1") for name in names]
     def eval_tasks(self):
         return []
     async def rollout(self, task, session):
@@ -39,6 +40,15 @@ class Trouble:
         turn = await session.generate([{"role": "user", "content": [{"type": "image", "image": picture}]}])
         if task.id == "raise":
             raise RuntimeError("on purpose")
+        async def leave():
+            raise SystemExit(0)
+        if task.id == "exit":
+            await leave()
+        if task.id == "left":  # on the loop, where nothing awaits it
+            self.task = asyncio.create_task(leave())
+            await asyncio.sleep(0.1)
+        if task.id == "unsendable":
+            session.messages[0]["content"] = "\\ud800"
         if task.id == "late":
             await asyncio.sleep(60)
         mark = self.folder / task.id
@@ -79,7 +89,7 @@ async def test_rollouts_come_back_whole_and_groups_stay_together(config: Orchest
     pool = WorkerPool(config)
     try:
         await pool.start()
-        assert await pool.task_ids("train") == ["calm", "die", "hang", "late", "raise"]
+        assert (await pool.task_ids("train"))[:5] == ["calm", "die", "hang", "late", "raise"]
         results = await asyncio.gather(*(pool.run(request(0, number)) for number in range(4)))
         assert len({result.reward for result in results}) == 1  # one process
         for result in results:
@@ -92,6 +102,29 @@ async def test_rollouts_come_back_whole_and_groups_stay_together(config: Orchest
         assert (raised.failure.kind, raised.failure.message) == ("RuntimeError", "on purpose")
         assert late.failure is not None
         assert "rollout_timeout = 5 s" in late.failure.message
+    finally:
+        await pool.aclose()
+
+
+async def test_what_an_environment_does_to_its_worker_fails_a_rollout_by_name(
+    config: OrchestratorConfig, tmp_path: Path
+) -> None:
+    """None of it ends the worker, or lets whoever waits for the rollout wait for ever."""
+    config.workers.count = 1
+    pool = WorkerPool(config)
+    try:
+        await pool.start()
+        calm = await pool.run(request(0))
+        for task, kind in ((5, "SystemExit"), (6, None), (7, "UnicodeEncodeError")):
+            result = await pool.run(request(task))
+            assert (result.failure.kind if result.failure else None) == kind
+            assert result.answer == "1"
+        again = await pool.run(request(0))
+        assert again.reward == calm.reward  # the same process
+        assert "SystemExit on the event loop" in (config.output_dir / "logs" / "env_worker_0.log").read_text()
+        (dead,) = await RolloutRunner(config.model_copy(update={"max_retries": 0}), pool).run_group(1, 1, 0, 1)
+        assert dead.failure is not None
+        assert (dead.failure.kind, dead.task_id) == ("WorkerDied", "die")
     finally:
         await pool.aclose()
 

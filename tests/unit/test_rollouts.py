@@ -349,7 +349,14 @@ async def test_a_conversation_that_outgrows_its_room_counts_as_the_policys_doing
             raise RuntimeError("400 from the API") from None
         return 1.0
 
-    for behaviour, kind in ((talk, "ContextLengthError"), (agent, "RuntimeError")):
+    async def flood(session: Session) -> float:
+        try:
+            await session.generate([{"role": "user", "content": "more " * 1_000_000}])
+        except ContextLengthError:
+            raise RuntimeError("400 from the API") from None
+        return 1.0
+
+    for behaviour, kind in ((talk, "ContextLengthError"), (agent, "RuntimeError"), (flood, "RuntimeError")):
         monkeypatch.setattr(Stranger, "behaviour", staticmethod(behaviour))
         failure = (await executor.run(request())).failure
         assert failure is not None

@@ -426,6 +426,7 @@ class Session:
         """
         characters = sum(map(_characters, messages)) + (len(msgspec.json.encode(list(tools))) if tools else 0)
         if characters > self._seq_len * _LONG_TOKEN + _MORE_CHARACTERS:
+            self.outgrown = True
             raise ContextLengthError(
                 f"conversation has {characters} characters, more text than seq_len = {self._seq_len} tokens can hold"
             )
