@@ -11,8 +11,8 @@ VERIFIERS := .venv-verifiers
 DOCS := .venv-docs
 HUNT := outputs/hunt
 
-.PHONY: setup demo demo-hunt docs test test-vllm test-verifiers test-slurm test-view test-unit lint format fuzz faults \
-	faults-run bench lock lock-vllm lock-verifiers lock-docs clean
+.PHONY: setup demo demo-hunt docs test test-vllm test-verifiers test-slurm test-view test-unit lint format fuzz hostile \
+	faults faults-run mutants bench lock lock-vllm lock-verifiers lock-docs clean
 
 setup: $(VENV)/.ready
 
@@ -111,15 +111,25 @@ format: setup
 fuzz: setup
 	FUZZ_EXAMPLES=55000 $(BIN)/python -m pytest tests/fuzz --timeout 3000
 
+# 200,000 hostile inputs (HOSTILE_INPUTS) to real processes, with honest requests beside them: under half an hour.
+hostile: setup
+	$(BIN)/python examples/digits/prepare.py --data $(DIGITS)/data --model $(DIGITS)/model-$(SEED) --seed $(SEED)
+	$(BIN)/python -m tests.hostile --model $(DIGITS)/model-$(SEED) --data $(DIGITS)/data \
+		--report benchmarks/results/hostile.json $(ARGS)
+
 # Writers of the image store killed at random points, and flipped bits: minutes.
 faults: setup
 	$(BIN)/python -m tests.faults.store_faults
 
-# The digits demo while its processes are killed, fifteen times: minutes.
+# A small run while its processes are killed a hundred times, against the same run undisturbed: under half an hour.
 faults-run: setup
 	$(BIN)/python examples/digits/prepare.py --data $(DIGITS)/data --model $(DIGITS)/model-$(SEED) --seed $(SEED)
-	$(BIN)/python -m tests.faults.run_faults --model $(DIGITS)/model-$(SEED) \
-		--output-dir $(DIGITS)/faults-$$(date +%Y%m%d-%H%M%S)
+	$(BIN)/python -m tests.faults.run_faults --model $(DIGITS)/model-$(SEED) --data $(DIGITS)/data \
+		--output-dir $(DIGITS)/faults-$$(date +%Y%m%d-%H%M%S) --report benchmarks/results/fault_run.json $(ARGS)
+
+# Faults put into a copy of the source, one at a time: a test must notice each. Minutes.
+mutants: setup
+	$(BIN)/python -m tests.mutants
 
 # All claims about speed and memory, each a ratio measured side by side: a quarter of an hour.
 bench: setup $(VENV)/torchvision-reference

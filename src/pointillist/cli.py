@@ -4,6 +4,7 @@ Every command takes `@ file.toml` and dotted overrides, such as `--trainer.optim
 """
 
 import asyncio
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -189,16 +190,18 @@ def inference(config: InferenceConfig) -> None:
 def orchestrator(config: OrchestratorConfig) -> None:
     """Rolls out and ships."""
     from pointillist.orchestrator.orchestrator import orchestrate
+    from pointillist.rollouts.loop import run_process
 
-    asyncio.run(orchestrate(config))
+    run_process(orchestrate(config))
 
 
 @_process("env-worker", EnvWorkerConfig, "Run an environment for an orchestrator, which starts this by itself.")
 def env_worker(config: EnvWorkerConfig) -> None:
     """Runs an environment."""
+    from pointillist.rollouts.loop import run_process
     from pointillist.rollouts.workers.worker import serve
 
-    asyncio.run(serve(config))
+    run_process(serve(config))
 
 
 @_process(
@@ -233,12 +236,24 @@ def _guarded(function: Callable[[list[str]], int], arguments: list[str]) -> int:
         return function(arguments)
     except PointillistError as error:
         click.echo(f"error: {error}", err=True)
+    except OSError as error:  # a full disk, a folder that may not be written, a path that the system does not take
+        if error.errno is None:
+            raise
+        click.echo(f"error: {error.strerror}: {_printable(error.filename)}", err=True)
+    except KeyboardInterrupt:
+        click.echo("stopped by SIGINT", err=True)
+        return 130
     except BaseExceptionGroup as group:  # from a TaskGroup
         expected, unexpected = group.split(PointillistError)
         if unexpected is not None:
             raise
         click.echo(f"error: {_first(expected)}", err=True)
     return 1
+
+
+def _printable(filename: Any) -> str:
+    """A path for people, whatever its encoding."""
+    return "no file" if filename is None else os.fsencode(filename).decode(errors="backslashreplace")
 
 
 def _first(error: Any) -> BaseException:

@@ -58,11 +58,27 @@ class InferenceError(PointillistError):
 
 
 class RequestRefusedError(InferenceError):
-    """The inference server refused what a request asks for; asking again gives the same."""
+    """The inference server refused what a request asks for; asking again gives the same.
+
+    Attributes:
+        param: The field that it named, if any.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class EnvironmentLoadError(PointillistError):
     """An environment that can not be found, imported or built."""
+
+
+class RewardError(PointillistError):
+    """A rollout's reward that is not a real number, not finite, or out of bounds."""
+
+
+class RolloutTimeoutError(PointillistError):
+    """A rollout that took longer than `rollout_timeout`."""
 
 
 class TransportError(PointillistError):

@@ -16,6 +16,7 @@ Example:
 """
 
 import asyncio
+import contextlib
 import functools
 import re
 import resource
@@ -31,7 +32,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from pointillist.budget import ByteBudget, Share
+from pointillist.budget import ArrivalBudget
 from pointillist.errors import PointillistError
 from pointillist.system import is_loopback
 
@@ -39,8 +40,10 @@ _SMALL_BYTES: Final = 256 * 1024
 """A body up to this size is read at once, whatever the budget says: connections are bounded, so these are too."""
 _BYTES_A_SECOND: Final = 1024 * 1024
 """A body may take a second more for so many bytes that have come."""
-_STALL_SECONDS: Final = 2.0
-"""A body of which nothing came for so long is given up while others wait for room."""
+_STALL_SECONDS: Final = 1.0
+_STALL_BYTES: Final = 256 * 1024
+"""A body that is not small and of which less than this came in so many seconds is given up while others wait for
+room."""
 _ROOM_SECONDS: Final = 60.0
 """A body waits for its turn at most so long."""
 _LINGER_SECONDS: Final = 5.0
@@ -78,7 +81,7 @@ class HttpLimits:
     body_bytes: int
     """Longest body of a request."""
     inflight_bytes: int = 128 * 1024 * 1024
-    """Bodies that are held at once, together; further ones wait before they are read."""
+    """Bytes of bodies that are held at once, together with one body; what comes beyond it waits to be read."""
     body_seconds: float = 30.0
     """Seconds that a body may take, beside one for each MiB that has come."""
     header_bytes: int = 64 * 1024
@@ -187,7 +190,7 @@ class Guard:
         self._check = check
         self._answer = answer
         self._body_bytes = body_bytes or (lambda _: limits.body_bytes)
-        self._budget = ByteBudget(limits.inflight_bytes)
+        self._budget = ArrivalBudget(limits.inflight_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request; what is not HTTP (the lifespan) goes on to the application."""
@@ -200,10 +203,10 @@ class Guard:
             self._check(request)
             if _has_body(request):
                 receive = await body.read(request, receive, self._body_bytes(request))
-        except PointillistError as error:
-            await self._answer(request, error)(scope, receive, send)
         except _ClientGoneError:
             return
+        except PointillistError as error:
+            await self._answer(request, error)(scope, receive, send)
         else:
             scope[_SHARE] = body
             await self._app(scope, receive, send)
@@ -218,17 +221,17 @@ def release_body(request: Request) -> None:
         body.release()
 
 
-class _ClientGoneError(Exception):
+class _ClientGoneError(PointillistError):
     """The connection was closed before the body was whole: nobody waits for an answer."""
 
 
 class _Body:
     """One request's body: what it holds of the budget, until it is released."""
 
-    def __init__(self, budget: ByteBudget, limits: HttpLimits) -> None:
+    def __init__(self, budget: ArrivalBudget, limits: HttpLimits) -> None:
         self._budget = budget
         self._limits = limits
-        self._shares: list[Share] = []
+        self._size = 0
 
     async def read(self, request: Request, receive: Receive, limit: int) -> Receive:
         """Reads the body; the result gives it in one message and then what the connection says.
@@ -240,40 +243,35 @@ class _Body:
         declared = _declared_bytes(request)
         if declared is not None and declared > limit:
             raise _too_long(limit)
-        if declared is not None and declared > _SMALL_BYTES:
-            await self._wait_for_room(declared)
         chunks: list[bytes] = []
-        size, began = 0, asyncio.get_running_loop().time()
+        began = asyncio.get_running_loop().time()
+        self._start_window()
         more = True
         while more:
-            deadline = began + self._limits.body_seconds + size / _BYTES_A_SECOND
-            message = await self._next(receive, deadline)
+            message = await self._next(receive, began + self._limits.body_seconds + self._size / _BYTES_A_SECOND)
             chunks.append(message.get("body", b""))
-            size += len(chunks[-1])
-            if size > limit:
+            self._size += len(chunks[-1])
+            if self._size > limit:
                 raise _too_long(limit)
-            if declared is None and size > _SMALL_BYTES:
-                self._grow(len(chunks[-1]))
+            if self._size > _SMALL_BYTES:
+                began += await self._wait_for_room(len(chunks[-1]))
             more = message.get("more_body", False)
         return _replayed(b"".join(chunks), receive)
 
     def release(self) -> None:
         """Gives its bytes back; a second call does nothing."""
-        for share in self._shares:
-            share.release()
-        self._shares.clear()
+        self._budget.release(self)
 
     async def _next(self, receive: Receive, deadline: float) -> Message:
         """The next piece of the body."""
         loop = asyncio.get_running_loop()
-        while (left := deadline - loop.time()) > 0:
-            try:
-                message = await asyncio.wait_for(receive(), min(left, _STALL_SECONDS))
-            except TimeoutError:
-                if self._shares and self._budget.waiting:
-                    raise HttpRefusal(
-                        408, f"nothing of the body came for {_STALL_SECONDS:g} s while others wait", "RequestTimeout"
-                    ) from None
+        while loop.time() < deadline:
+            message = None
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(min(deadline, self._since + _STALL_SECONDS)):
+                    message = await receive()
+            self._check_pace()
+            if message is None:
                 continue
             if message["type"] == "http.disconnect":
                 raise _ClientGoneError
@@ -282,18 +280,34 @@ class _Body:
             408, f"the body did not come within {self._limits.body_seconds:g} s and one a MiB", "RequestTimeout"
         )
 
-    async def _wait_for_room(self, num_bytes: int) -> None:
+    def _start_window(self) -> None:
+        """Begins to look at how fast the body comes."""
+        self._since = asyncio.get_running_loop().time()
+        self._size_then = self._size
+
+    def _check_pace(self) -> None:
+        """Gives up a large body that comes slowly while others wait for room."""
+        if asyncio.get_running_loop().time() - self._since < _STALL_SECONDS:
+            return
+        came = self._size - self._size_then
+        if self._size > _SMALL_BYTES and came < _STALL_BYTES and self._budget.waiting:
+            raise HttpRefusal(
+                408, f"{came} bytes of the body came in {_STALL_SECONDS:g} s while others wait", "RequestTimeout"
+            )
+        self._start_window()
+
+    async def _wait_for_room(self, num_bytes: int) -> float:
+        """Takes room for what has come; returns the seconds that it waited for it."""
+        if self._budget.take_now(self, num_bytes):
+            return 0.0
+        asked = asyncio.get_running_loop().time()
         try:
-            self._shares.append(await asyncio.wait_for(self._budget.take(num_bytes), _ROOM_SECONDS))
+            async with asyncio.timeout(_ROOM_SECONDS):
+                await self._budget.take(self, num_bytes)
         except TimeoutError:
             raise HttpRefusal(503, "too many bodies at once", "ServiceUnavailable") from None
-
-    def _grow(self, num_bytes: int) -> None:
-        """Takes room for a piece of a body that did not say how long it is; such a one cannot wait for its turn."""
-        share = self._budget.take_now(num_bytes)
-        if share is None:
-            raise HttpRefusal(503, "too many bodies at once for one without Content-Length", "ServiceUnavailable")
-        self._shares.append(share)
+        self._start_window()
+        return asyncio.get_running_loop().time() - asked
 
 
 def _has_body(request: Request) -> bool:

@@ -16,6 +16,7 @@ from typing import Final, ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_THREADS_A_ROLLOUT: Final = 4
 _CORES: Final = os.cpu_count() or 1
 
 
@@ -42,13 +43,15 @@ WRITING: Final = Pool("writing", _CORES)
 """Long prompts are rendered, and long answers parsed and encoded."""
 SENDING: Final = Pool("sending", 2)
 """Batches go to the trainer; this may wait for the trainer."""
+RESOLVING: Final = Pool("resolving", 2)
+"""Names of inference servers become addresses."""
 
 
 def give_threads_to_environments(count: int) -> None:
     """Sizes the running loop's own pool, which `asyncio.to_thread` of environments uses.
 
     Args:
-        count: Rollouts in flight: each may hold a thread while it waits for the policy.
+        count: Rollouts in flight: each may hold a few threads, one an agent, while they wait for the policy.
     """
-    threads = ThreadPoolExecutor(count + _CORES + 4, thread_name_prefix="environment")
+    threads = ThreadPoolExecutor(_THREADS_A_ROLLOUT * count + _CORES + 4, thread_name_prefix="environment")
     asyncio.get_running_loop().set_default_executor(threads)

@@ -106,7 +106,7 @@ async def test_a_worker_that_dies_or_hangs_is_replaced_and_its_rollouts_run_agai
         runner = RolloutRunner(config, pool)
         results = await runner.run_group(task, step=1, index=0, size=4)
         assert len(results) == 4
-        assert runner.errors.retried == 4
+        assert runner.retried == 4
         assert (tmp_path / name).exists()
         assert all(os.kill(int(result.reward), 0) is None for result in results)  # who answered lives
     finally:

@@ -1,8 +1,10 @@
 """Two ranks of the real trainer under torchrun (gloo, FSDP2) against one: the same batches, the same weights."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from pointillist.config import RunPaths, TrainerConfig, write_toml
-from pointillist.config.run_paths import read_jsonl
+from pointillist.config.run_paths import latest_checkpoint, read_jsonl
 from pointillist.config.shared import ModelConfig
 from pointillist.families import Family
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.orchestrator.packing import pack
 from pointillist.transport import FilesystemSender, RankBatch, TrainingSample
-from tests.unit.test_trainer import _sample
+from tests.made_samples import trained_sample
 
 pytestmark = pytest.mark.integration
 
@@ -34,22 +36,32 @@ def _train(
         FilesystemSender(paths).send(
             [RankBatch(step=step, micro_batches=rank, num_tokens=tokens, orchestrator_state=b"{}") for rank in rows]
         )
+    config = _config(model_dir, run, images, workers)
+    done = subprocess.run(
+        _command(config, run, *extra), capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return read_jsonl(paths.metrics / "trainer.jsonl"), load_file(paths.model / "model.safetensors")
+
+
+def _config(model_dir: Path, run: Path, images: Path, workers: int) -> TrainerConfig:
     config = TrainerConfig(
         model=ModelConfig(name=str(model_dir)), output_dir=run, seq_len=256, max_steps=STEPS, num_workers=workers
     )
     config.multimodal.offload_dir = str(images)
     config.optim.lr = 1e-3
     config.loss.ratio_low, config.loss.ratio_high = 0.0, 1e6  # the samples' logprobs are made up
+    return config
+
+
+def _command(config: TrainerConfig, run: Path, *extra: str) -> list[str]:
+    """Of a trainer with this config and these overrides of it."""
     write_toml(config, run / "trainer.toml")
+    workers = config.num_workers
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"] if workers > 1 else []
     program = "tests.integration.aot_eager" if "--compile" in extra else "pointillist"
-    command = [sys.executable, *launcher, "-m", program, "trainer", "@", str(run / "trainer.toml"), *extra]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return read_jsonl(paths.metrics / "trainer.jsonl"), load_file(paths.model / "model.safetensors")
+    return [sys.executable, *launcher, "-m", program, "trainer", "@", str(run / "trainer.toml"), *extra]
 
 
 def _close(one: tuple, two: tuple) -> None:
@@ -95,6 +107,43 @@ def test_two_ranks_are_nearly_one_in_bfloat16(family: Family, model_dir: Path, t
     assert all(weight.dtype == torch.float32 for weight in two[1].values())
 
 
+@pytest.mark.parametrize(("workers", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_trainer_that_waits_for_a_batch_saves_what_it_has_done_when_it_is_told_to_stop(
+    family: Family, model_dir: Path, tmp_path: Path, workers: int, number: signal.Signals
+) -> None:
+    """The second rank never gets its batch of step 2: the first one must not begin the step without it."""
+    paths = RunPaths(tmp_path / "run")
+    store = ImageStore(tmp_path / "images", ImageLimits())
+    for step in (1, 2):
+        rows = [
+            pack([trained_sample(family, store, [(64, 64)], seed=r)], seq_len=256, num_workers=1)[0]
+            for r in range(workers)
+        ]
+        FilesystemSender(paths).send(
+            [RankBatch(step=step, micro_batches=each, num_tokens=9, orchestrator_state=b"{}") for each in rows]
+        )
+    (paths.rollout_step(2) / f"rank_{workers - 1}.bin").unlink()
+    config = _config(model_dir, paths.output_dir, store.root, workers)
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            _command(config, paths.output_dir), stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+    try:
+        deadline = time.monotonic() + 300
+        while not read_jsonl(paths.metrics / "trainer.jsonl") and process.poll() is None:
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        assert latest_checkpoint(paths) is None
+        process.send_signal(number)
+        code = process.wait(300)
+    finally:
+        process.kill()
+    assert latest_checkpoint(paths) == 1, log.read_text()
+    assert [record["step"] for record in read_jsonl(paths.metrics / "trainer.jsonl")] == [1]
+    assert workers > 1 or code == 143  # torchrun has a code of its own
+
+
 def _one_and_two(
     family: Family, model_dir: Path, tmp_path: Path, text_only: bool, alone: list[str], shared: list[str]
 ) -> tuple[tuple, tuple]:
@@ -103,8 +152,8 @@ def _one_and_two(
     store = ImageStore(images, ImageLimits())
     batches = []
     for step in range(STEPS):
-        first = [_sample(family, store, [] if text_only else [(64, 64)], seed=100 * step + n) for n in range(2)]
-        second = [_sample(family, store, [(64, 96)], seed=100 * step + 10 + n) for n in range(2)]
+        first = [trained_sample(family, store, [] if text_only else [(64, 64)], seed=100 * step + n) for n in range(2)]
+        second = [trained_sample(family, store, [(64, 96)], seed=100 * step + 10 + n) for n in range(2)]
         batches.append([first, second])
     together = [[[*first, *second]] for first, second in batches]
     one = _train(model_dir, tmp_path / "one", images, together, 1, *alone)

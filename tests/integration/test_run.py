@@ -15,7 +15,7 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pointillist.config.run_paths import RunPaths, read_jsonl
+from pointillist.config.run_paths import RunPaths, latest_checkpoint, read_jsonl
 from tests.integration.conftest import Digits, free_port, kill_leftovers, pointillist, processes_of, wait_for
 
 pytestmark = pytest.mark.integration
@@ -242,12 +242,42 @@ def test_resume_goes_on_after_the_last_checkpoint(digits_run: Digits) -> None:
     assert max(mismatches) < 1e-5
 
 
+def test_a_rival_is_refused_and_a_stopped_run_loses_no_step(digits_run: Digits) -> None:
+    """A second launcher changes nothing in a live run's folder; one that is hung up on saves its last step."""
+    paths = RunPaths(digits_run.output_dir)
+    process = digits_run.start("--max-steps", 500)  # no checkpoint for ten minutes by itself
+    wait_for(lambda: len(_steps(paths, "trainer")) >= 2, process, seconds=300)
+    for again in ([], ["--resume"]):
+        code, output = digits_run.run("--max-steps", 500, *again)
+        _assert_clear(code, output, f"is in use by process {process.pid} on ")
+    process.send_signal(signal.SIGHUP)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGHUP, output
+    last = _steps(paths, "trainer")[-1]
+    assert last >= 2
+    assert f"stopped by SIGHUP; --resume goes on after step {last}" in output.replace("\n", " ")
+    code, output = digits_run.run("--max-steps", last + 1, "--resume")
+    assert code == 0, output
+    assert _steps(paths, "trainer") == _steps(paths, "orchestrator") == list(range(1, last + 2))
+
+
+def test_another_seed_is_not_resumed(digits_run: Digits) -> None:
+    code, output = digits_run.run("--max-steps", 1)
+    assert code == 0, output
+    code, output = digits_run.run("--max-steps", 2, "--seed", 5, "--resume")
+    _assert_clear(code, output, "seed: 0 -> 5", "--resume-with-changes")
+    code, output = digits_run.run("--max-steps", 2, "--seed", 5, "--resume-with-changes")
+    assert code == 0, output
+
+
 def test_overlapping_rollouts_stay_within_their_bound(digits_run: Digits) -> None:
     code, output = digits_run.run("--orchestrator.max_off_policy_steps", 2, "--max-steps", 6)
     assert code == 0, output
     records = read_jsonl(RunPaths(digits_run.output_dir).metrics / "trainer.jsonl")
     assert len(records) == 6
     assert all(0 <= record["off_policy/mean"] <= 2 for record in records)
+    # They do overlap: some token was sampled with weights from before the last step.
+    assert max(record["off_policy/max"] for record in records) >= 1
 
 
 def test_two_ranks_compute_what_one_computes(digits_run: Digits) -> None:
@@ -305,7 +335,8 @@ def test_bad_input_is_told_before_the_start(digits_run: Digits) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         _assert_clear(*digits_run.run("--inference.server.port", port), f"can not listen on 127.0.0.1:{port}")
-    assert not digits_run.output_dir.exists() or list(digits_run.output_dir.iterdir()) == []
+    left = digits_run.output_dir.iterdir() if digits_run.output_dir.exists() else []
+    assert {path.name for path in left} <= {"run.lock"}
 
 
 def test_an_environment_that_fails_to_import(digits_run: Digits) -> None:
@@ -333,6 +364,59 @@ def test_rewards_that_never_differ_end_the_run_with_what_was_said(digits_run: Di
     records = read_jsonl(RunPaths(digits_run.output_dir).rollouts_file(1))
     assert len(records) == 320
     assert {record["outcome"] for record in records} == {"zero_variance"}
+
+
+SOLVED = """
+from pointillist.environments.digits import DigitsEnvironment
+
+
+class Solved(DigitsEnvironment):
+    \"\"\"Two steps teach something, then every training rollout is right. Every fourth held-out one fails.\"\"\"
+
+    def __init__(self, data_dir):
+        super().__init__(data_dir)
+        self.count = 0
+
+    async def rollout(self, task, session):
+        await super().rollout(task, session)
+        if task in self.eval_tasks():
+            if self.eval_tasks().index(task) % 4 == 0:
+                raise SystemExit(0)
+            return 1.0
+        self.count += 1
+        return float(self.count > 64 or self.count % 2)
+"""
+
+
+def test_a_policy_that_solves_every_task_ends_its_run_as_a_success(digits_run: Digits) -> None:
+    """With checkpoint, model and evaluation of the last step; held-out tasks that failed are not left out."""
+    (digits_run.root / "solved.py").write_text(SOLVED)
+    arguments = ("--env.id", "solved:Solved", "--max-steps", 50, "--transport.type", "zmq")
+    environ = {"PYTHONPATH": str(digits_run.root)}
+    code, output = digits_run.run(*arguments, "--orchestrator.max_retries", 0, environ=environ)
+    assert code == 0, output
+    assert "solved at step 3" in output
+    paths = RunPaths(digits_run.output_dir)
+    assert _steps(paths, "trainer") == _steps(paths, "orchestrator") == [1, 2, 3]
+    summary = json.loads((digits_run.output_dir / "summary.json").read_text())
+    assert (summary["solved_at_step"], summary["steps"]) == (3, 3)
+    assert (summary["final_accuracy"], summary["final_eval_tasks"]) == (0.75, 20)
+    assert summary["final_eval_failed"] == {"SystemExit": 5}
+    assert latest_checkpoint(paths) == 3
+    assert (paths.model / "model.safetensors").is_file()
+    evaluated = read_jsonl(paths.eval_file(3))
+    assert sum(record["error"] is not None for record in evaluated) == 5
+    failed = next(record for record in evaluated if record["error"] is not None)
+    assert failed["branches"][0]["messages"]
+    assert "raise SystemExit(0)" in failed["error"]["traceback"]
+    assert all(record["answer"] in set("0123456789") for record in evaluated)
+    log = (paths.logs / "orchestrator.log").read_text()
+    assert "nothing to learn from in round 1 of 10" in log
+    assert log.count("Traceback") == 1  # one cause
+    # It can be gone on with: it is still solved.
+    code, output = digits_run.run(*arguments, "--orchestrator.max_retries", 0, "--resume", environ=environ)
+    assert code == 0, output
+    assert _steps(paths, "trainer")[:4] == [1, 2, 3, 4]
 
 
 def test_a_corrupt_picture_in_the_task_set(digits_run: Digits) -> None:

@@ -134,7 +134,7 @@ def test_without_torch_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(libraries, "version", missing)
     found = libraries._torch()
-    assert (found.state, ".[train]" in found.text) == ("warning", True)
+    assert (found.state, ".[train]" in found.text) == ("problem", True)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 """What one agent sends costs that request only: numbers, bodies, nesting and stop texts are bounded, threads are not
-shared with environments, and a server's odd answer fails its own requests."""
+shared with environments."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ from pointillist.errors import InferenceError, RequestRefusedError
 from pointillist.images import Sources
 from pointillist.pools import give_threads_to_environments
 from pointillist.render import RawRenderer, RenderedPrompt
-from pointillist.rollouts import Completion, InferenceClient, Sampling, Session
+from pointillist.rollouts import Completion, Sampling, Session
 from pointillist.rollouts.gateway import Gateway, anthropic, chat, responses
 from pointillist.rollouts.gateway.errors import ApiError
 from pointillist.rollouts.gateway.server import _parsed
@@ -150,6 +150,27 @@ async def test_slow_uploads_do_not_stop_other_sessions(gateway: Gateway) -> None
         writer.close()
 
 
+async def test_text_that_no_context_holds_is_refused_before_it_is_tokenised(
+    gateway: Gateway, renderer: RawRenderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 MB of text became 3.6 GB of tokens."""
+    base = await _session(gateway)
+    monkeypatch.setattr(renderer, "render", lambda *_, **__: pytest.fail("it was rendered"))
+    messages = [{"role": "user", "content": "a" * 16_000_000}]
+    answer = await _post(gateway, base + "chat/completions", json.dumps(_body("chat", messages=messages)).encode())
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+@pytest.mark.parametrize("target", ["*", "/", "//", "/s/", "/s", "/s/x/v1/", "/%00", "/s/%ff/v1/models"])
+async def test_odd_paths_are_unknown_routes(gateway: Gateway, target: str) -> None:
+    host, port = gateway.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(f"GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+    answer = await asyncio.wait_for(reader.read(), 120)
+    assert answer.split(b" ")[1] in (b"404", b"405", b"400"), answer
+    writer.close()
+
+
 async def test_a_refusal_of_the_server_is_the_agents(gateway: Gateway, policy: Answering) -> None:
     base = await _session(gateway)
     for error, status in ((RequestRefusedError("n is 100"), 400), (InferenceError("it died"), 502)):
@@ -262,80 +283,3 @@ def _bare(renderer: RawRenderer) -> Session:
     session = Session.__new__(Session)
     session._renderer = renderer
     return session
-
-
-def _answer(**changes: Any) -> dict[str, Any]:
-    choice = {
-        "index": 0, "token_ids": [5, 6], "finish_reason": "stop",
-        "logprobs": {"content": [{"token_id": 5, "logprob": -0.5}, {"token_id": 6, "logprob": -0.25}]},
-        "weight_versions": [{"version": "3", "start": 0, "end": 1}, {"version": "4", "start": 1, "end": 2}],
-    }  # fmt: skip
-    return {"choices": [{**choice, **changes}]}
-
-
-def _content(*logprobs: Any) -> dict[str, Any]:
-    return {"content": [{"logprob": value} for value in logprobs]}
-
-
-class Replying:
-    """Stands for the servers: the same answer to every request but those for seed 1."""
-
-    def __init__(self, data: bytes, status: int = 200) -> None:
-        self.data, self.status = data, status
-        self.all: list[Any] = []
-
-    async def post(self, path: str, body: bytes, affinity: str) -> tuple[int, bytes]:
-        if msgspec.json.decode(body)["sampling_params"]["seed"] == 1:
-            return 200, msgspec.json.encode(_answer())
-        return self.status, self.data
-
-    async def aclose(self) -> None:
-        pass
-
-
-@pytest.mark.parametrize(
-    ("data", "error"),
-    [
-        (b"", "unexpected answer"),
-        (b"null", "unexpected answer"),
-        (b"[" * 100_000, "unexpected answer"),
-        (msgspec.json.encode({"choices": []}), "asked for 1 completions, got 0"),
-        (msgspec.json.encode(_answer(index=1)), "asked for 1"),
-        (msgspec.json.encode(_answer(token_ids=[5, -6])), "unexpected answer"),
-        (msgspec.json.encode(_answer(token_ids=[5, 2**40])), "unexpected answer"),
-        (msgspec.json.encode(_answer(token_ids=[5])), "1 tokens and 2 logprobs"),
-        (msgspec.json.encode(_answer(logprobs=None)), "unexpected answer"),
-        (msgspec.json.encode(_answer(logprobs=_content(-0.5, 1.0))), "finite number of at most 0"),
-        (msgspec.json.encode(_answer(logprobs=_content(-0.5, None))), "unexpected answer"),
-        (msgspec.json.encode(_answer(logprobs=_content(-0.5, -1))).replace(b"-1", b"-1e999"), "unexpected answer"),
-        (
-            msgspec.json.encode(_answer(weight_versions=[{"version": "3", "start": 0, "end": 10**15}])),
-            "do not cover them",
-        ),
-        (msgspec.json.encode(_answer(weight_versions=[{"version": "3", "start": 1, "end": 2}])), "do not cover them"),
-        (
-            msgspec.json.encode(_answer(weight_versions=[{"version": "9" * 5000, "start": 0, "end": 2}])),
-            "expected a number",
-        ),
-    ],
-)
-async def test_an_odd_answer_of_a_server_fails_its_own_requests(renderer: RawRenderer, data: bytes, error: str) -> None:
-    client = InferenceClient(["http://127.0.0.1:1"])
-    client._servers = Replying(data)  # type: ignore[assignment]
-    prompt = renderer.render(USER, [])
-    good = asyncio.create_task(client.generate(prompt, {}, 1))
-    with pytest.raises(InferenceError, match=error):
-        await client.generate(prompt, {}, 7)
-    completion = await good
-    assert (completion.token_ids, completion.weight_versions) == ([5, 6], [3, 4])
-
-
-@pytest.mark.parametrize(("status", "refused"), [(400, True), (413, True), (401, False), (500, False)])
-async def test_a_refusal_is_told_from_a_failure(renderer: RawRenderer, status: int, refused: bool) -> None:
-    client = InferenceClient(["http://127.0.0.1:1"])
-    message = "x" * 5000
-    client._servers = Replying(msgspec.json.encode({"error": {"type": "t", "message": message}}), status)  # type: ignore[assignment]
-    with pytest.raises(InferenceError) as caught:
-        await client.generate(renderer.render(USER, []), {}, 7)
-    assert isinstance(caught.value, RequestRefusedError) == refused
-    assert len(str(caught.value)) < 2200

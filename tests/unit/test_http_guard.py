@@ -1,5 +1,6 @@
 """The limits of our HTTP servers, tried over real sockets."""
 
+import contextlib
 import socket
 import threading
 import time
@@ -208,6 +209,29 @@ def test_bodies_that_do_not_come_keep_no_room_from_others(serve: Any) -> None:
     assert b'{"bytes":5}' in server.ask(small)
     for connection in hanging:
         connection.close()
+
+
+@pytest.mark.parametrize("before", [1, 900_000])
+def test_bodies_that_drip_keep_no_room_from_others(serve: Any, before: int) -> None:
+    """They are never silent for long, and may take hours."""
+    server, ended = serve(body_seconds=10_000), threading.Event()
+
+    def drips() -> None:
+        with contextlib.suppress(OSError), server.connect() as connection:
+            connection.sendall(b"POST /size HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n" + b"x" * before)
+            while not ended.wait(0.1):
+                connection.sendall(b"x")
+
+    threads = [threading.Thread(target=drips) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    until(lambda: len(server.uvicorn.server_state.connections) == 4)
+    good = b"POST /size HTTP/1.1\r\n" + CLOSE + b"Content-Length: 1000000\r\n\r\n" + b"x" * 1_000_000
+    for _ in range(3):
+        assert b'{"bytes":1000000}' in server.ask(good)
+    ended.set()
+    for thread in threads:
+        thread.join()
 
 
 def test_an_answer_that_is_not_read_ends_its_connection(serve: Any) -> None:

@@ -1,10 +1,12 @@
 """Who runs what and where, scripts of jobs, and the supervision of processes."""
 
 import os
-import stat
+import shutil
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -19,6 +21,8 @@ from pointillist.config import (
     resolve_image_dir,
     write_toml,
 )
+from pointillist.config.run_paths import latest_checkpoint, read_jsonl, steps_in
+from pointillist.digests import seal_folder
 from pointillist.errors import ConfigError, LaunchError
 from pointillist.launch.devices import gpu_shares
 from pointillist.launch.layout import Layout, Node, settle, specs, write_configs
@@ -164,6 +168,7 @@ def test_going_back_removes_what_came_after(tmp_path: Path) -> None:
     (paths.checkpoint_step(2)).mkdir(parents=True)
     (paths.checkpoints / ".step_3.tmp").mkdir()
     (paths.checkpoint_step(2) / "orchestrator.json").touch()
+    seal_folder(paths.checkpoint_step(2))
     paths.metrics.mkdir()
     (paths.metrics / "trainer.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     (paths.output_dir / "quarantine.jsonl").write_text('{"step": 2}\n{"step": 3}\n')
@@ -179,6 +184,96 @@ def test_going_back_removes_what_came_after(tmp_path: Path) -> None:
     assert not paths.rollout_step(3).exists()
     assert not paths.broadcast_step(2).exists()
     assert not (paths.checkpoints / ".step_3.tmp").exists()
+
+
+def _checkpoint(paths: RunPaths, step: int) -> Path:
+    folder = paths.checkpoint_step(step)
+    (folder / "trainer").mkdir(parents=True)
+    for name in ("orchestrator.json", "trainer/.metadata", "trainer/__0_0.distcp"):
+        (folder / name).write_bytes(f"{name} of step {step}".encode() * 100)
+    seal_folder(folder)
+    return folder
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x40
+    path.write_bytes(data)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "empty state": (lambda f: (f / "orchestrator.json").write_bytes(b""), "orchestrator.json has 0 bytes"),
+    "empty metadata": (lambda f: (f / "trainer/.metadata").write_bytes(b""), "trainer/.metadata has 0 bytes"),
+    "half": (lambda f: os.truncate(f / "trainer/__0_0.distcp", 50), "trainer/__0_0.distcp has 50 bytes"),
+    "flipped": (lambda f: _flip(f / "trainer/__0_0.distcp"), "has other bytes than were written"),
+    "file missing": (lambda f: (f / "trainer/__0_0.distcp").unlink(), "trainer/__0_0.distcp is not there"),
+    "folder for a file": (
+        lambda f: ((f / "trainer/.metadata").unlink(), (f / "trainer/.metadata").mkdir()), "metadata is not a file",
+    ),
+    "no digests": (lambda f: (f / "digests.json").unlink(), "digests.json is not there"),
+    "empty digests": (lambda f: (f / "digests.json").write_bytes(b""), "digests.json is malformed"),
+    "other digests": (lambda f: (f / "digests.json").write_bytes(b'{"files": [1]}'), "digests.json is malformed"),
+    "empty folder": (lambda f: (shutil.rmtree(f), f.mkdir()), "digests.json is not there"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_before_anything_is_cut(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = RunPaths(tmp_path)
+    paths.configs.mkdir()
+    (paths.configs / "rl.toml").touch()
+    paths.metrics.mkdir()
+    metrics = paths.metrics / "trainer.jsonl"
+    metrics.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 8)))
+    act, said = DAMAGE[name]
+    good, newest = _checkpoint(paths, 3), _checkpoint(paths, 6)
+    act(newest)
+    assert resume_step(paths) == 3
+    assert f"{newest} is damaged and is passed over: " in caplog.text
+    assert said in caplog.text
+    assert len(read_jsonl(metrics)) == 7
+    rewind(paths, 3)
+    assert len(read_jsonl(metrics)) == 3
+    assert sorted(path.name for path in paths.checkpoints.iterdir()) == ["step_3", "step_6.damaged"]
+    _flip(good / "orchestrator.json")
+    with pytest.raises(LaunchError, match=r"none of the checkpoints \[3\] .* is whole"):
+        resume_step(paths)
+    assert len(read_jsonl(metrics)) == 3
+
+
+def test_odd_names_are_no_steps(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    _checkpoint(paths, 6)
+    for name in ("step_x", "step_9"):
+        (paths.checkpoints / name).write_text("a file")
+    for name in ("step_²", "step_0007", "step_٣", "step_", "step_-1", "step_+8", "step_1_0", "step_" + "9" * 200):
+        (paths.checkpoints / name).mkdir()
+    assert steps_in(paths.checkpoints) == [6]
+    assert latest_checkpoint(paths) == 6
+    paths.rollouts.mkdir()
+    (paths.rollouts / "step_9").write_text("a file in the way of a step")
+    (paths.rollouts / "eval_².jsonl").touch()
+    (paths.rollouts / "eval_9.jsonl").touch()
+    rewind(paths, 6)
+    assert [path.name for path in paths.rollouts.iterdir()] == ["eval_².jsonl"]
+
+
+@pytest.mark.parametrize(
+    "line", [b"\0" * 500, b'{"step": 1, "rew', b"[]", b"1", b"null", b"", b'"x"', b"\xff", b"[" * 100_000, b"9" * 5000]
+)
+def test_a_broken_line_of_metrics_costs_only_itself(
+    tmp_path: Path, line: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics" / "trainer.jsonl"
+    path.parent.mkdir()
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n{"step": "x"}\n{"st')
+    for _ in range(2):
+        assert read_jsonl(path) == [{"step": 1}, {"step": 2}, {"step": "x"}]
+    assert caplog.text.count(f"{path}: line 2 is not a JSON object") == 1
+    rewind(RunPaths(tmp_path), 1)
+    assert path.read_bytes() == b'{"step": 1}\n'
 
 
 _SERVER = """
@@ -250,17 +345,57 @@ def test_a_server_that_never_worked_is_not_started_again(tmp_path: Path) -> None
     assert said == []
 
 
-def test_a_jobs_key_is_for_its_user_only(tmp_path: Path) -> None:
-    from pointillist.launch.slurm import _read_key, _write_key
+BEATING = """
+import os, signal, sys
+from pathlib import Path
+from pointillist.heartbeat import beating, enter
+with beating(Path(sys.argv[1]), "trainer"):
+    enter("forward_backward", step=3)
+    if sys.argv[2] == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if sys.argv[2] == "exit":
+        os._exit(0)
+"""
 
-    _write_key(tmp_path / "key")
-    assert stat.S_IMODE((tmp_path / "key").stat().st_mode) == 0o600
-    key = _read_key(tmp_path / "key")
-    _write_key(tmp_path / "key")
-    assert _read_key(tmp_path / "key") == key
+
+@pytest.mark.parametrize(
+    ("what", "cause"),
+    [
+        ("finish", None),
+        ("exit", "trainer ended with exit code 0 before its work was done"),
+        ("stop", "trainer was killed because it has given no sign of life"),
+    ],
+)
+def test_work_is_done_only_when_its_heartbeat_says_so(tmp_path: Path, what: str, cause: str | None) -> None:
+    """A process that ends early is dead whatever its code, and one that is stopped does not hold the run for ever."""
+    command = [sys.executable, "-c", BEATING, str(tmp_path / "state"), what]
+    spec = Spec("trainer", command, dict(os.environ), tmp_path / "log", state=tmp_path / "state")
+    said: list[str] = []
+    supervisor = Supervisor([spec], SupervisionConfig(phase_timeout=5), said.append)
+    supervisor.start()
+    dead = supervisor.run(lambda: True, lambda: None)
+    supervisor.stop()
+    if cause is None:
+        assert dead is None
+    else:
+        assert dead is not None
+        assert dead.cause().startswith(cause)
+    if what == "stop":
+        assert "(supervision.phase_timeout): killing it" in said[0]
+
+
+def test_a_jobs_secrets_are_for_its_user_only(tmp_path: Path) -> None:
+    from pointillist.launch.slurm import _read_environment, _read_key, _write_secrets
+
+    _write_secrets(tmp_path, {"TOKEN": "secret"})
+    key = _read_key(tmp_path / ".run_key")
     assert len(key) == 32
+    _write_secrets(tmp_path, {"TOKEN": "other"})
+    assert _read_key(tmp_path / ".run_key") == key
+    assert _read_environment(tmp_path / ".run_env") == {"TOKEN": "other"}
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
     with pytest.raises(LaunchError, match="submit runs with"):
-        _read_key(tmp_path / "none")
+        _read_key(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,10 @@ def test_rows_have_the_conversation_and_its_pictures(run: Run) -> None:
     assert [each.sha256 for each in rows[2].pictures] == [image.sha256 for image in run.images]
     assert [row.id for row in rows_of(run.paths, 1, 2)] == ["1.0.0", "1.0.1"]
     assert rows_of(run.paths, 1, 0) == []
+    # One that failed has its conversation and no reward.
+    first, *others = run.paths.rollouts_file(1).read_text().splitlines()
+    run.paths.rollouts_file(1).write_text("\n".join([json.dumps({**json.loads(first), "reward": None}), *others]))
+    assert [row.id for row in rows_of(run.paths, 1, 8)] == ["1.0.1", "1.0.2"]
 
 
 def test_a_monitor_hears_everything_and_is_closed(run: Run) -> None:

@@ -1,6 +1,7 @@
 import statistics
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,6 +9,8 @@ from hypothesis import strategies as st
 from pointillist.config import EnvConfig, ModelConfig, OrchestratorConfig
 from pointillist.errors import EnvironmentLoadError, RefError
 from pointillist.images import Sources, normalize_images
+from pointillist.launch.progress import _status
+from pointillist.launch.summary import build_summary
 from pointillist.orchestrator.advantages import group_advantages
 from pointillist.orchestrator.orchestrator import _Batch
 from pointillist.orchestrator.packing import OverlongMultimodalSample
@@ -17,7 +20,8 @@ from pointillist.orchestrator.samples import make_sample
 from pointillist.orchestrator.tasks import TaskOrder
 from pointillist.render import FolderTokenizer, RawRenderer
 from pointillist.rollouts import Branch, Completion, load_environment
-from pointillist.rollouts.executor import RolloutFailure, RolloutRequest, RolloutResult
+from pointillist.rollouts.executor import RolloutRequest, RolloutResult
+from pointillist.rollouts.failures import RolloutFailure
 from pointillist.rollouts.trace import Trace
 from tests.conftest import picture
 from tests.unit.test_transport import sample
@@ -68,7 +72,7 @@ async def test_no_token_is_older_than_the_bound(bound: int, versions: list[int],
     (result,) = await runner.run_group(0, step=10, index=0, size=1)
     assert result.branches[0].weight_versions[-1] == versions[-1] >= 9 - bound
     assert len(set(host.seeds)) == tries
-    assert runner.errors.retried == tries - 1
+    assert runner.retried == tries - 1
 
 
 async def test_a_rollout_that_stays_stale_is_dropped() -> None:
@@ -77,7 +81,6 @@ async def test_a_rollout_that_stays_stale_is_dropped() -> None:
     (result,) = await runner.run_group(0, step=10, index=0, size=1)
     assert result.failure is not None
     assert result.failure.kind == "StaleRollout"
-    assert runner.errors.counts == {"StaleRollout": 1}
 
 
 def test_task_order_is_a_function_of_seed_and_position() -> None:
@@ -151,23 +154,30 @@ def recorder(model_dir: Path) -> RolloutRecorder:
     return RolloutRecorder("oranges", FolderTokenizer(model_dir))
 
 
+def _batch(recorder: RolloutRecorder, seq_len: int = 64, policy: str = "drop", failed_reward: float = 0.0) -> _Batch:
+    return _Batch(
+        recorder=recorder, image_token_id=7, seq_len=seq_len, overlong_policy=policy, normalize_std=True,  # type: ignore[arg-type]
+        failed_reward=failed_reward,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("seq_len", [8, 9])
 def test_overlong_samples_are_dropped_and_counted_or_stop_the_run(recorder: RolloutRecorder, seq_len: int) -> None:
-    batch = _Batch(recorder, 7, seq_len, "drop")  # a sample of nine tokens
-    batch.add_group(_rollouts([0.0, 1.0]), normalize_std=True)
+    batch = _batch(recorder, seq_len, "drop")  # a sample of nine tokens
+    batch.add_group(_rollouts([0.0, 1.0]))
     assert batch.metrics()["mm/samples_overlong"] == (2 if seq_len == 8 else 0)
     assert len(batch.samples) == (0 if seq_len == 8 else 2)
     assert [record["branches"][0]["overlong"] for record in batch.records] == [seq_len == 8] * 2
     if seq_len == 8:
         with pytest.raises(OverlongMultimodalSample, match="9 tokens and 1 images, seq_len is 8"):
-            _Batch(recorder, 7, seq_len, "error").add_group(_rollouts([0.0, 1.0]), normalize_std=True)
+            _batch(recorder, seq_len, "error").add_group(_rollouts([0.0, 1.0]))
 
 
 def test_groups_that_agree_train_nothing_but_count_in_the_denominator(recorder: RolloutRecorder) -> None:
-    batch = _Batch(recorder, 7, 64, "drop")
-    batch.add_group(_rollouts([1.0, 1.0]), normalize_std=True)
-    batch.add_group(_rollouts([1.0]), normalize_std=True)
-    batch.add_group(_rollouts([0.0, 1.0]), normalize_std=True)
+    batch = _batch(recorder, 64, "drop")
+    batch.add_group(_rollouts([1.0, 1.0]))
+    batch.add_group(_rollouts([1.0]))
+    batch.add_group(_rollouts([0.0, 1.0]))
     assert batch.metrics()["groups/dropped_zero_variance"] == 2
     assert len(batch.samples) == 2
     assert batch.num_tokens == 5 * 3
@@ -184,11 +194,11 @@ def test_a_record_tells_what_was_sampled_and_what_failed(recorder: RolloutRecord
     rollout.branches[0].logprobs = [0.0, 0.0] + [-0.123456] * len(said) + [0.0]
     failure = RolloutFailure(kind="ValueError", message="<b>", permanent=True)
     failed = RolloutResult(id="1.0.1", task_id="t", failure=failure)
-    batch = _Batch(recorder, 7, 64, "drop")
-    batch.add_group([failed], normalize_std=True)
+    batch = _batch(recorder, 64, "drop")
+    batch.add_group([failed])
     (record,) = batch.records
     assert (record["outcome"], record["error"], record["reward"]) == (
-        "failed", {"kind": "ValueError", "message": "<b>"}, None,
+        "failed", {"kind": "ValueError", "message": "<b>", "traceback": ""}, None,
     )  # fmt: skip
     record = recorder.record(rollout, group="eval.t")
     assert (record["split"], record["env"], record["outcome"]) == ("eval", "oranges", "evaluated")
@@ -204,3 +214,72 @@ def test_token_texts_add_up_even_inside_a_character(model_dir: Path) -> None:
     assert "".join(tokenizer.pieces(token_ids)) == "é😀 a"
     assert len(tokenizer.pieces(token_ids)) == len(token_ids)
     assert tokenizer.pieces(token_ids[:1]) in (["é"], ["\N{REPLACEMENT CHARACTER}"])
+
+
+def _failed(result: RolloutResult, kind: str, *, by_policy: bool = False) -> RolloutResult:
+    failure = RolloutFailure(kind=kind, message="", permanent=True, by_policy=by_policy, traceback="trace")
+    return msgspec.structs.replace(result, failure=failure)
+
+
+def test_a_rollout_that_fails_by_the_policys_doing_counts_and_is_trained(recorder: RolloutRecorder) -> None:
+    """Silence is no absence: the group compares with it. What fails by itself is absent, and counted."""
+    one, two, three = _rollouts([1.0, 5.0, 7.0])
+    batch = _batch(recorder, failed_reward=-1.0)
+    batch.add_group([one, _failed(two, "ContextLengthError", by_policy=True), _failed(three, "WorkerDied")])
+    assert [sample.sample_id for sample in batch.samples] == ["0.0", "1.0"]
+    assert batch.samples[0].advantages[-1] == -batch.samples[1].advantages[-1] > 0.5
+    metrics = batch.metrics()
+    assert (metrics["reward/mean"], metrics["rollouts/total"]) == (0.0, 2)
+    assert (metrics["errors/dropped"], metrics["errors/by_policy"]) == (1, 1)
+    assert (metrics["errors/ContextLengthError"], metrics["errors/WorkerDied"]) == (1, 1)
+    records = {record["id"]: record for record in batch.records}
+    assert [records[name]["outcome"] for name in "012"] == ["sent", "sent", "failed"]
+    assert [records[name]["reward"] for name in "012"] == [1.0, -1.0, None]
+    assert records["1"]["error"] == {"kind": "ContextLengthError", "message": "", "traceback": "trace"}
+    assert all(len(records[name]["branches"]) == 1 for name in "012")
+    # In an evaluation nothing is compared: it is a failure.
+    record = recorder.record(_failed(two, "ContextLengthError", by_policy=True), group="eval.t")
+    assert (record["outcome"], record["reward"]) == ("failed", None)
+
+
+def test_a_record_that_can_not_be_trained_fails_its_rollout(recorder: RolloutRecorder) -> None:
+    damaged, *others = _rollouts([1.0, 0.0, 1.0])
+    (branch,) = damaged.branches
+    damaged = msgspec.structs.replace(damaged, branches=[msgspec.structs.replace(branch, images=[])])
+    batch = _batch(recorder)
+    batch.add_group([damaged, *others])
+    assert batch.metrics()["errors/RefError"] == batch.metrics()["errors/dropped"] == 1
+    assert len(batch.samples) == 2
+
+
+@pytest.mark.parametrize(
+    ("rewards", "dropped", "solved"),
+    [([1.0] * 8, 0, True), ([1.0, 2.0] * 4, 0, True), ([0.9] * 8, 0, False), ([1.0] * 7 + [0.9], 0, False),
+     ([1.0] * 99, 1, True), ([1.0] * 8, 2, False)],
+)  # fmt: skip
+def test_solved_is_every_reward_at_its_best_and_hardly_any_missing(
+    recorder: RolloutRecorder, rewards: list[float], dropped: int, solved: bool
+) -> None:
+    batch = _batch(recorder)
+    for number, result in enumerate(_rollouts(rewards + [0.0] * dropped)):
+        batch.add_group([result if number < len(rewards) else _failed(result, "OSError")])
+    assert batch.is_solved(1.0) == solved
+
+
+def test_failed_rollouts_are_in_summary_and_progress() -> None:
+    evals = [{"step": 3, "eval/accuracy": 0.5, "eval/tasks": 4, "eval/failed": 2, "eval/failed/OSError": 2,
+              "torch_imported": False}]  # fmt: skip
+    steps = [
+        {"step": step, "mm/images": 0, "rollouts/total": 8, "errors/dropped": 1, "errors/by_policy": 1,
+         "errors/retried": 9, "errors/OSError": 1, "errors/ContextLengthError": 1, "reward/mean": 1.0,
+         "rollouts/per_second": 2.0, "groups/total": 4, "groups/dropped_zero_variance": 3, "solved": int(step == 2)}
+        for step in (1, 2)
+    ]  # fmt: skip
+    summary = build_summary([], steps, evals)
+    assert summary["rollouts_failed"] == {"OSError": 2, "ContextLengthError": 2}
+    assert (summary["final_eval_tasks"], summary["final_eval_failed"]) == (4, {"OSError": 2})
+    assert (summary["solved_at_step"], summary["rollouts_dropped"]) == (2, 2)
+    _, status = _status([], steps[-1:], evals)
+    assert "held-out 0.500 (step 3, 2 of 4 failed)" in status
+    assert "1 rollouts dropped" in status
+    assert "3 of 4 groups taught nothing" in status

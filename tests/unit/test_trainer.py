@@ -11,11 +11,10 @@ from transformers import AutoModelForImageTextToText
 from pointillist.config import RunPaths
 from pointillist.config.trainer import LossConfig
 from pointillist.errors import InferenceError, MissingImageError, TrainingError
-from pointillist.families import Family, RawImageMaterializer, describe_image
+from pointillist.families import Family, RawImageMaterializer
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.models import LoadedModel, copy_weights, load_model, read_weights, write_weights
 from pointillist.orchestrator.packing import pack
-from pointillist.refs import MMImageRef, MMRefs, mm_token_type_ids
 from pointillist.trainer import packing_check
 from pointillist.trainer.checkpoint import Checkpoints
 from pointillist.trainer.data import RowLoader
@@ -23,7 +22,7 @@ from pointillist.trainer.loss import policy_gradient_loss
 from pointillist.trainer.parallel import Ranks
 from pointillist.trainer.policy import Policy
 from pointillist.transport import TrainingSample
-from tests.conftest import encoded, picture
+from tests.made_samples import trained_sample
 
 
 @pytest.fixture(scope="module")
@@ -31,35 +30,9 @@ def loaded(model_dir: Path) -> LoadedModel:
     return load_model(str(model_dir), device="cpu", dtype="float32")
 
 
-def _sample(family: Family, store: ImageStore, sizes: list[tuple[int, int]], seed: int) -> TrainingSample:
-    """Text, images of these sizes, text; the last five tokens are trained."""
-    random = np.random.default_rng(seed)
-    ids: list[int] = random.integers(8, 280, 5).tolist()
-    refs = []
-    for index, (width, height) in enumerate(sizes):
-        stored = store.put(encoded(picture(width, height, seed + index)))
-        layout = family.layout(width, height)
-        item = describe_image(family, stored.uri, layout).to_dict()
-        refs.append(MMImageRef(item, stored.sha256, stored.uri, len(ids) + 1, layout.num_tokens))
-        ids += [3, *[family.image_token_id] * layout.num_tokens, 4]
-    ids += random.integers(8, 280, 9).tolist()
-    trained = [index >= len(ids) - 5 for index in range(len(ids))]
-    return TrainingSample(
-        token_ids=ids,
-        loss_mask=trained,
-        logprobs=[-6.0 if on else 0.0 for on in trained],  # about what the model of these tests gives
-        advantages=[1.0 if on else 0.0 for on in trained],
-        weight_versions=[0 if on else -1 for on in trained],
-        temperatures=[0.7 if on else 1.0 for on in trained],
-        mm_token_type_ids=mm_token_type_ids(ids, family.image_token_id),
-        mm_refs=MMRefs(refs) if refs else None,
-        sample_id=str(seed),
-    )
-
-
 def _samples(family: Family, store: ImageStore) -> list[TrainingSample]:
     sizes = [[(64, 64)], [], [(100, 70), (64, 96)], [(64, 64), (64, 64)]]
-    return [_sample(family, store, each, seed=10 * index) for index, each in enumerate(sizes)]
+    return [trained_sample(family, store, each, seed=10 * index) for index, each in enumerate(sizes)]
 
 
 def _huggingface_logprobs(
@@ -109,7 +82,7 @@ def test_rows_equal_huggingface_alone(
 
 
 def test_equal_images_of_a_row_are_materialised_once(loaded: LoadedModel, family: Family, store: ImageStore) -> None:
-    samples = [_sample(family, store, [(64, 64)], seed=0) for _ in range(4)]
+    samples = [trained_sample(family, store, [(64, 64)], seed=0) for _ in range(4)]
     ((row,),) = pack(samples, seq_len=512, num_workers=1)
     loader = RowLoader(loaded, RawImageMaterializer(family, [store.root], ImageLimits()))
     tensors = loader.load(row)
@@ -153,7 +126,7 @@ def test_a_faulty_image_costs_its_own_sample_only(
 
 
 def test_missing_images_stop_the_loader_if_asked_to(loaded: LoadedModel, family: Family, store: ImageStore) -> None:
-    sample = _sample(family, store, [(64, 64)], seed=0)
+    sample = trained_sample(family, store, [(64, 64)], seed=0)
     _damage(sample, "missing")
     ((row,),) = pack([sample], seq_len=512, num_workers=1)
     materializer = RawImageMaterializer(family, [store.root], ImageLimits())
@@ -162,7 +135,7 @@ def test_missing_images_stop_the_loader_if_asked_to(loaded: LoadedModel, family:
 
 
 def test_a_row_without_any_loss_still_has_a_gradient(loaded: LoadedModel, family: Family, store: ImageStore) -> None:
-    sample = _sample(family, store, [(64, 64)], seed=0)
+    sample = trained_sample(family, store, [(64, 64)], seed=0)
     _damage(sample, "missing")
     ((row,),) = pack([sample], seq_len=512, num_workers=1)
     stats = Policy(loaded)(RowLoader(loaded, RawImageMaterializer(family, [store.root], ImageLimits())).load(row))
@@ -272,5 +245,5 @@ def test_checkpoints_restore_everything(model_dir: Path, tmp_path: Path) -> None
     advance(*resumed, 2)
     for mine, theirs in zip(policy.parameters(), resumed[0].parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
-    with pytest.raises(TrainingError, match="no checkpoint"):
+    with pytest.raises(TrainingError, match="no whole checkpoint"):
         checkpoints.load(7, *resumed)

@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,22 +17,23 @@ from transformers import AutoModelForImageTextToText
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pointillist.config import RunPaths
-from pointillist.config.run_paths import read_jsonl
+from pointillist.config.run_paths import ORCHESTRATOR_STATE, WEIGHTS_FILE, latest_checkpoint, read_jsonl, steps_in
 from pointillist.config.shared import ModelConfig
 from pointillist.config.trainer import LoRAConfig, TrainerConfig
 from pointillist.errors import ConfigError, TrainingError
 from pointillist.families import Family, RawImageMaterializer
 from pointillist.images import ImageLimits, ImageStore
-from pointillist.models import load_model, read_weights
+from pointillist.models import load_model, read_weights, write_weights
 from pointillist.orchestrator.packing import pack
 from pointillist.trainer import options
 from pointillist.trainer.data import RowLoader, RowTensors
 from pointillist.trainer.feed import RowFeed
 from pointillist.trainer.packing_check import check_packing
 from pointillist.trainer.policy import Policy
+from pointillist.trainer.stopping import Stop
 from pointillist.trainer.train import Trainer
 from pointillist.transport import FilesystemSender, RankBatch
-from tests.unit.test_trainer import _sample
+from tests.made_samples import trained_sample
 
 LORA = LoRAConfig(rank=4, alpha=12.0)
 SIZES = [[(64, 64)], [], [(100, 70), (64, 96)]]
@@ -41,7 +45,9 @@ def base(model_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(model_dir / "model.safetensors")
 
 
-def _trainer(model_dir: Path, run: Path, store: ImageStore, steps: int = 3, **extra: Any) -> Trainer:
+def _trainer(
+    model_dir: Path, run: Path, store: ImageStore, steps: int = 3, stop: Stop | None = None, **extra: Any
+) -> Trainer:
     """A trainer of one rank, and its batches: every step one row of samples with and without images."""
     config = TrainerConfig(
         model=ModelConfig(name=str(model_dir)), output_dir=run, seq_len=512, max_steps=steps, **extra
@@ -49,9 +55,9 @@ def _trainer(model_dir: Path, run: Path, store: ImageStore, steps: int = 3, **ex
     config.multimodal.offload_dir = str(store.root)
     config.optim.lr = 1e-2
     config.loss.ratio_low, config.loss.ratio_high = 0.0, 1e6  # the samples' logprobs are made up
-    trainer = Trainer(config)
+    trainer = Trainer(config, stop)
     for step in range(1, steps + 1):
-        samples = [_sample(trainer.loaded.family, store, sizes, 100 * step + n) for n, sizes in enumerate(SIZES)]
+        samples = [trained_sample(trainer.loaded.family, store, sizes, 100 * step + n) for n, sizes in enumerate(SIZES)]
         (rows,) = pack(samples, seq_len=512, num_workers=1)
         batch = RankBatch(step=step, micro_batches=rows, num_tokens=15, orchestrator_state=b"{}")
         FilesystemSender(RunPaths(run)).send([batch])
@@ -68,7 +74,7 @@ def _first_step(trainer: Trainer) -> tuple[float, dict[str, torch.Tensor]]:
 
 
 def _row(trainer: Trainer, store: ImageStore, sizes: list[list[tuple[int, int]]] = SIZES) -> RowTensors:
-    samples = [_sample(trainer.loaded.family, store, each, seed) for seed, each in enumerate(sizes)]
+    samples = [trained_sample(trainer.loaded.family, store, each, seed) for seed, each in enumerate(sizes)]
     ((row,),) = pack(samples, seq_len=512, num_workers=1)
     return RowLoader(trainer.loaded, RawImageMaterializer(trainer.loaded.family, [store.root], ImageLimits())).load(row)
 
@@ -76,6 +82,24 @@ def _row(trainer: Trainer, store: ImageStore, sizes: list[list[tuple[int, int]]]
 def _same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> set[str]:
     """Names of the weights that are equal bit for bit."""
     return {name for name, weight in one.items() if torch.equal(weight, two[name])}
+
+
+# --- The end of training
+
+
+def test_training_ends_with_the_batch_that_is_the_last(model_dir: Path, tmp_path: Path, store: ImageStore) -> None:
+    """It is empty: nothing moves, not even by weight decay; it is published, saved and exported like any last one."""
+    trainer = _trainer(model_dir, tmp_path, store, optim={"weight_decay": 0.1})
+    paths = RunPaths(tmp_path)
+    last = RankBatch(step=2, micro_batches=[], num_tokens=9, orchestrator_state=b'{"step": 2}', is_last=True)
+    FilesystemSender(paths).send([last])
+    trainer.run()
+    versions = [load_file(paths.broadcast_step(version) / WEIGHTS_FILE) for version in (1, 2)]
+    assert _same(*versions) == versions[0].keys()
+    assert latest_checkpoint(paths) == 2
+    assert (paths.checkpoint_step(2) / ORCHESTRATOR_STATE).read_bytes() == b'{"step": 2}'
+    assert (paths.model / WEIGHTS_FILE).is_file()
+    assert [record["tokens/trained"] for record in read_jsonl(paths.metrics / "trainer.jsonl")] == [15, 0]
 
 
 # --- LoRA
@@ -130,6 +154,111 @@ def test_lora_resumes_exactly(model_dir: Path, tmp_path: Path, store: ImageStore
     assert _same(expected, resumed.policy.state_dict()) == expected.keys()
     with pytest.raises(TrainingError, match="does not fit this model"):
         _trainer(model_dir, tmp_path, store, steps=4, resume_step=2).run()
+
+
+def test_a_damaged_checkpoint_is_not_trained_on(model_dir: Path, tmp_path: Path, store: ImageStore) -> None:
+    paths = RunPaths(tmp_path)
+    _trainer(model_dir, tmp_path, store, steps=1).run()
+    assert latest_checkpoint(paths) == 1
+    (data,) = (paths.checkpoint_step(1) / "trainer").glob("*.distcp")
+    flipped = bytearray(data.read_bytes())
+    flipped[len(flipped) // 2] ^= 0x40
+    data.write_bytes(flipped)
+    with pytest.raises(TrainingError, match=r"step_1: trainer/__0_0.distcp has other bytes than were written"):
+        _trainer(model_dir, tmp_path, store, steps=2, resume_step=1).run()
+    with pytest.raises(TrainingError, match=r"step_7: digests.json is not there"):
+        _trainer(model_dir, tmp_path, store, steps=8, resume_step=7).run()
+
+
+def test_checkpoints_come_by_time(
+    model_dir: Path, tmp_path: Path, store: ImageStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = _trainer(model_dir, tmp_path, store, steps=4, ckpt={"interval_minutes": 10, "keep_last": 9})
+    now = [0.0]
+    monkeypatch.setattr("pointillist.trainer.train.time.monotonic", lambda: now[0])
+    receive = trainer._wait_for_batch
+
+    def wait(feed: RowFeed) -> bool:
+        now[0] += 301  # the second and the fourth step begin more than ten minutes after the last checkpoint
+        return receive(feed)
+
+    monkeypatch.setattr(trainer, "_wait_for_batch", wait)
+    trainer.run()
+    assert steps_in(RunPaths(tmp_path).checkpoints) == [2, 4]
+
+
+def test_a_trainer_that_is_told_to_stop_saves_its_last_finished_step(
+    model_dir: Path, tmp_path: Path, store: ImageStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = RunPaths(tmp_path)
+    stop = Stop()
+    trainer = _trainer(model_dir, tmp_path, store, steps=3, stop=stop)
+    report = trainer._report
+    monkeypatch.setattr(
+        trainer, "_report", lambda step, *a: (report(step, *a), stop._ask(15, None) if step == 2 else 0)
+    )
+    with pytest.raises(SystemExit) as ended:
+        trainer.run()
+    assert ended.value.code == 143
+    assert steps_in(paths.checkpoints) == [2]
+    assert len(read_jsonl(paths.metrics / "trainer.jsonl")) == 2
+    # One that has done nothing new has nothing to save, and one that waits for a batch does not wait any longer.
+    shutil.rmtree(paths.rollouts)
+    for start in (None, 2):
+        again = _trainer(model_dir, tmp_path, store, steps=3, resume_step=start, stop=stop)
+        shutil.rmtree(paths.rollouts)
+        with pytest.raises(SystemExit):
+            again.run()
+        assert steps_in(paths.checkpoints) == [2]
+
+
+def test_broadcast_weights_have_digests(tmp_path: Path) -> None:
+    weights = {"a": torch.ones(2), "b": torch.ones(3)}
+    write_weights(weights, tmp_path / "step_0")
+    digests = json.loads((tmp_path / "step_0" / "digests.json").read_bytes())
+    data = (tmp_path / "step_0" / "model.safetensors").read_bytes()
+    expected = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    assert digests == {"files": {"model.safetensors": expected}}
+    # A version that is written again: its digests are those of the new weights.
+    write_weights({**weights, "a": torch.zeros(2)}, tmp_path / "step_0")
+    assert torch.equal(read_weights(tmp_path / "step_0")["a"], torch.zeros(2))
+
+
+def test_weights_that_are_not_finite_never_leave(
+    model_dir: Path, tmp_path: Path, store: ImageStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = _trainer(model_dir, tmp_path, store, steps=2)
+
+    def step() -> None:
+        with torch.no_grad():
+            next(iter(trainer.policy.parameters())).view(-1)[0] = torch.inf
+
+    monkeypatch.setattr(trainer.optimizer, "step", step)
+    with pytest.raises(TrainingError, match=r"weight version 1 is not broadcast: 1 of \d+ weights .* the first is "):
+        trainer.run()
+    assert steps_in(RunPaths(tmp_path).broadcasts) == [0]
+    assert latest_checkpoint(RunPaths(tmp_path)) is None
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_names_step_and_samples(
+    model_dir: Path, tmp_path: Path, store: ImageStore, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    trainer = _trainer(model_dir, tmp_path, store, steps=2)
+    names = [name for rows in [trainer.receiver.receive(1)] for m in rows.micro_batches for name in m.sample_ids]
+    if what == "loss":
+        row = trainer._row
+
+        def broken(*arguments: Any) -> Any:
+            stats, terms, staleness = row(*arguments)
+            return stats, dataclasses.replace(terms, loss=terms.loss * torch.nan), staleness
+
+        monkeypatch.setattr(trainer, "_row", broken)
+    else:
+        next(iter(trainer.policy.parameters())).register_hook(lambda gradient: gradient * torch.nan)
+    with pytest.raises(TrainingError, match=rf"step 1: the {what}.* nan.*{', '.join(names)}"):
+        trainer.run()
+    assert steps_in(RunPaths(tmp_path).broadcasts) == [0]
 
 
 def test_adapters_depend_on_the_seed_alone(model_dir: Path, family: Family) -> None:
@@ -226,7 +355,7 @@ def test_bfloat16_is_of_activations_alone(model_dir: Path, tmp_path: Path, store
         for layer in trainer.loaded.model.model.language_model.layers:
             layer.mlp.register_forward_hook(lambda *given, dtypes=dtypes: dtypes.add(given[-1].dtype))
         _, gradients[dtype] = _first_step(trainer)
-        trainer._update()
+        trainer._update(trainer.receiver.receive(1))
         assert {each.dtype for each in trainer.policy.parameters()} == {torch.float32}
         state = [each for one in trainer.optimizer.state.values() for each in one.values()]
         assert len(state) > 50
@@ -278,7 +407,7 @@ def test_no_kind_of_row_is_left_uncompiled(
         for packed in (True, False):
             trainer.loader.packed = packed
             for count in (1, 2, 3):
-                samples = [_sample(trainer.loaded.family, store, sizes, 0) for sizes in SIZES[:count]]
+                samples = [trained_sample(trainer.loaded.family, store, sizes, 0) for sizes in SIZES[:count]]
                 ((row,),) = pack(samples, seq_len=512, num_workers=1)
                 trainer.policy(trainer.loader.load(row)).logprobs.sum().backward()
     assert counters["stats"]["unique_graphs"] > 8  # torch's own limit

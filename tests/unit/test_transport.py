@@ -1,4 +1,5 @@
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,6 +9,7 @@ import msgspec
 import pytest
 import zmq
 
+from pointillist.channel import decompress, secure_client
 from pointillist.config import RUN_KEY, RunPaths, TransportConfig
 from pointillist.errors import TransportError
 from pointillist.orchestrator.packing import OverlongMultimodalSample, pack
@@ -29,6 +31,7 @@ from pointillist.transport import (
     make_sender,
 )
 from pointillist.transport.types import check_sample, encoded_image_bytes
+from pointillist.transport.zmq import _batch_of
 
 SHA = "ab" * 32
 URI = f"file:///data/outputs/run_20261124/assets/images/ab/{SHA}.png"
@@ -63,12 +66,19 @@ def batch(*samples: TrainingSample, seq_len: int = 64) -> RankBatch:
 def test_round_trip() -> None:
     original = batch(sample(), sample("t", images=0), sample("u", images=3))
     assert decode_rank_batch(encode_rank_batch(original)) == original
+    last = RankBatch(step=9, micro_batches=[], num_tokens=9, orchestrator_state=b"", is_last=True)
+    assert decode_rank_batch(encode_rank_batch(last)) == last
 
 
 def test_an_image_takes_few_bytes() -> None:
     refs = sample(images=4).mm_refs
     assert refs is not None
     assert encoded_image_bytes(refs) / 4 <= 512
+
+
+@pytest.fixture(autouse=True)
+def _run_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(RUN_KEY, "key of the tests")
 
 
 @pytest.fixture(params=["filesystem", "zmq"])
@@ -151,7 +161,52 @@ def test_a_sender_that_is_ahead_waits_for_the_slowest_rank(tmp_path: Path) -> No
     sender.close()
 
 
-def test_strangers_get_nothing_and_disturb_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def dealer(address: str, key: str | None) -> "zmq.Socket[bytes]":
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    socket.linger = 0
+    if key is not None:
+        secure_client(socket, key, max_bytes=2**30)
+    socket.connect(address)
+    return socket
+
+
+NESTED = b"\x91" * 100_000 + b"\xc0"
+FOREIGN: dict[str, list[bytes]] = {
+    "noise": [b"\xff noise"],
+    "empty": [b""],
+    "two frames": [b"a", b"b"],
+    "many frames": [b"a"] * 200,
+    "nested": [b"\x91" * 4000 + b"\xc0"],
+    "nested in an unknown field": [b"\x82\xa4type\xa5_Want\xa1z" + b"\x91" * 4000 + b"\xc0"],
+    "array of 4e9": [b"\xdd\xff\xff\xff\xff"],
+    "longer than allowed": [NESTED],
+    "rank 99": [msgspec.msgpack.encode({"type": "_Want", "rank": 99, "step": 1})],
+    "rank -1": [msgspec.msgpack.encode({"type": "_Want", "rank": -1, "step": 1})],
+    "step 10**30": [b"\x83\xa4type\xa5_Done\xa4rank\x00\xa4step\xcf" + b"\xff" * 8],
+    "done before a step that was not sent": [msgspec.msgpack.encode({"type": "_Done", "rank": 0, "step": 99})],
+}
+
+
+@pytest.mark.parametrize("key", ["right", "wrong", None])
+def test_no_message_ends_the_listener(key: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(RUN_KEY, "right")
+    sender = ZmqSender("tcp://127.0.0.1:0", num_ranks=1, max_pending=2)
+    peers = []
+    for frames in FOREIGN.values():
+        peers.append(dealer(sender.address, key))
+        peers[-1].send_multipart(frames)
+    sender.send([step(1)[0]])
+    rank = ZmqReceiver(sender.address, 0)
+    assert rank.receive(1) == step(1)[0]
+    sender.send([step(2)[0]])
+    assert rank.receive(2) == step(2)[0]
+    assert not any(peer.poll(0) for peer in peers)  # none of them got a batch
+    for peer in peers:
+        peer.close()
+    sender.close()
+
+
+def test_a_process_without_the_key_gets_no_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(RUN_KEY, "right")
     sender = ZmqSender("tcp://127.0.0.1:0", num_ranks=1, max_pending=2)
     good = ZmqReceiver(sender.address, 0)
@@ -159,16 +214,64 @@ def test_strangers_get_nothing_and_disturb_nobody(monkeypatch: pytest.MonkeyPatc
     stranger = ZmqReceiver(sender.address, 0)
     with ThreadPoolExecutor() as pool:
         stolen = pool.submit(stranger.receive, 1)
-        raw = zmq.Context.instance().socket(zmq.DEALER)
-        raw.connect(sender.address)
-        raw.send(b"\xff noise")
         sender.send([step(1)[0]])
         assert good.receive(1) == step(1)[0]
-        assert not stolen.done()
-        raw.close(0)
-        monkeypatch.setattr(stranger, "_token", "right")  # lets the thread end
-        assert stolen.result(10) == step(1)[0]
+        with pytest.raises(TimeoutError):
+            stolen.result(3)
+        # What the stranger waits for comes from whoever has its key; that ends the thread.
+        port = sender.address
+        sender.close()
+        monkeypatch.setenv(RUN_KEY, "wrong")
+        impostor = ZmqSender(port, num_ranks=1, max_pending=2)
+        impostor.send([step(1)[0]])
+        assert stolen.result(120) == step(1)[0]
+        impostor.close()
+
+
+def test_without_a_key_there_is_no_transport(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(RUN_KEY)
+    with pytest.raises(TransportError, match=f"set {RUN_KEY} to one and the same word"):
+        ZmqSender("tcp://127.0.0.1:0", num_ranks=1, max_pending=2)
+    with pytest.raises(TransportError, match=RUN_KEY):
+        ZmqReceiver("tcp://127.0.0.1:1", 0)
+
+
+def test_send_says_why_its_listener_has_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    sender = ZmqSender("tcp://127.0.0.1:0", num_ranks=1, max_pending=1)
+    sender.send([step(1)[0]])
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(sender.send, [step(2)[0]])  # no room
+        monkeypatch.setattr(sender, "_answer", lambda: 1 / 0)
+        with pytest.raises(TransportError, match=r"has ended: ZeroDivisionError"):
+            waiting.result(120)
+    with pytest.raises(TransportError, match=r"has ended: ZeroDivisionError"):
+        sender.send([step(2)[0]])
     sender.close()
+
+
+def test_a_rank_that_asks_for_a_step_that_will_never_come_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    sender = ZmqSender("tcp://127.0.0.1:0", num_ranks=1, max_pending=2)
+    sender.send([step(5)[0]])
+    with pytest.raises(TransportError, match=r"rank 0 asks for step 3; kept steps: 5 to 5; the next is 6"):
+        ZmqReceiver(sender.address, 0).receive(3)
+    sender.close()
+
+
+@pytest.mark.parametrize("frames", [[b"a"], [b"a", b"b"], [b"batch", NESTED], [b"batch", b""], [b"batch"] * 3, [b""]])
+def test_a_malformed_answer_is_an_error_that_says_so(frames: list[bytes]) -> None:
+    with pytest.raises(TransportError, match=r"malformed|not an orchestrator's answer"):
+        _batch_of(frames)
+
+
+def test_what_unpacks_to_more_than_allowed_is_never_unpacked() -> None:
+    bomb = zlib.compress(b"\0" * 2**24)
+    assert len(decompress(bomb, max_bytes=2**24, what="x")) == 2**24
+    for bad, why in [(bomb, "more than 1000 bytes"), (bomb[:-4], "more than"), (b"x", "not x"), (b"", "do not end")]:
+        with pytest.raises(TransportError, match=why):
+            decompress(bad, max_bytes=1000, what="x")
+    for bad in (zlib.compress(b"a")[:-2], zlib.compress(b"a") + b"more"):
+        with pytest.raises(TransportError, match="do not end where they should"):
+            decompress(bad, max_bytes=1000, what="x")
 
 
 def test_packing_concatenates_and_rebases() -> None:

@@ -17,6 +17,7 @@ from rich.console import Console
 from starlette.testclient import TestClient
 
 from pointillist.cli import cli
+from pointillist.config.run_paths import append_jsonl
 from pointillist.errors import ConfigError, MissingImageError, PointillistError
 from pointillist.images import ImageStore
 from pointillist.images.store import local_path
@@ -28,6 +29,7 @@ from pointillist.view.run import ViewedRun
 from pointillist.view.serve import _token, open_runs
 from pointillist.view.terminal import plain, protocol, show_rollout
 from pointillist.view.terminal_images import half_blocks, kitty, sixel
+from pointillist.view.transcript import write_transcript
 from pointillist.view.web.app import create_app
 from pointillist.view.web.charts import Line, line_chart
 from tests.conftest import encoded, picture
@@ -190,7 +192,50 @@ def test_what_the_trainer_did_is_told(client: TestClient, made: MadeRun) -> None
     ):  # fmt: skip
         page = client.get("/runs/0/rollout", params={"id": rollout_id}).text
         assert f'">{word}</span>' in page, rollout_id
-    assert "failed after all retries: ValueError" in client.get("/runs/0/rollout?id=2.1.1").text
+    assert "failed for good: ValueError" in client.get("/runs/0/rollout?id=2.1.1").text
+
+
+def test_a_failed_rollout_shows_its_answer_its_traceback_and_what_was_said(
+    client: TestClient, made: MadeRun, tmp_path: Path
+) -> None:
+    error = {"kind": "ContextLengthError", "message": "too long", "traceback": f"File {HOSTILE}\nContextLengthError"}
+    failed = {**made.rollout("2.0.0", "failed"), "reward": None, "answer": f"cat {HOSTILE}", "error": error}
+    counted = {**made.rollout("2.0.1", "sent"), "answer": "dog", "error": error}
+    made.write(made.paths.rollouts_file(2), [failed, counted])
+    page = client.get("/runs/0/rollout?id=2.0.0").text
+    assert "<dt>expected answer</dt><dd>cat &lt;script&gt;" in page
+    assert "<pre>File &lt;script&gt;" in page
+    assert "failed for good: ContextLengthError: too long" in page
+    assert "What is it?" in page
+    page = client.get("/runs/0/rollout?id=2.0.1").text
+    assert "as a rollout that failed by what the policy did (ContextLengthError)" in page
+    assert ", expected answer cat" in client.get("/runs/0/group?id=2.0").text
+    write_transcript(made.paths.output_dir, "2.0.0", tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    for part in ("**expected answer**", "cat <script>", "**failed**", "ContextLengthError: too long", "What is it?"):
+        assert part in text
+    console = Console(file=io.StringIO(), width=200)
+    show_rollout(made.paths.output_dir, "2.0.0", "none", console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    for part in ("expected answer", "traceback", "ContextLengthError: too long", "What is it?"):
+        assert part in shown
+
+
+def test_the_overview_tells_what_failed_and_what_is_solved(client: TestClient, made: MadeRun) -> None:
+    made.add_step(4)
+    evaluated = {
+        "step": 5,
+        "eval/accuracy": 0.5,
+        "eval/failed": 3,
+        "eval/failed/OSError": 2,
+        "eval/failed/ValueError": 1,
+    }
+    append_jsonl(made.paths.metrics / "eval.jsonl", evaluated)
+    append_jsonl(made.paths.metrics / "trainer.jsonl", {"step": 5})
+    append_jsonl(made.paths.metrics / "orchestrator.jsonl", {"step": 5, "solved": 1})
+    page = client.get("/").text
+    assert "2 OSError, 1 ValueError" in page
+    assert "at step 5" in page
 
 
 def test_a_conversation_has_its_pictures_and_sampled_tokens_in_place(made: MadeRun) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import save
 
 from pointillist.config import InferenceConfig, ModelConfig
 from pointillist.config.run_paths import WEIGHTS_FILE
+from pointillist.digests import DIGESTS_FILE
 from pointillist.errors import InferenceError, PointillistError
 from pointillist.families import RawImageMaterializer
 from pointillist.http_guard import HttpRefusal
@@ -23,7 +24,7 @@ from pointillist.inference.embedded.server import Server
 from pointillist.inference.protocol import MAX_WEIGHT_VERSION, RequestError, UpdateWeightsRequest, decode_body
 from pointillist.models import check_weights, load_model, read_weights, write_weights
 from pointillist.models import weights as module
-from pointillist.models.weights import DIGESTS_FILE, open_weights, read_copy, this_machine
+from pointillist.models.weights import open_weights, read_copy, this_machine
 
 Weights = dict[str, torch.Tensor]
 

@@ -1,17 +1,28 @@
 """What travels between environment workers and the orchestrator."""
 
+import asyncio
+import os
+import time
 import zlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+import zmq
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from pointillist.channel import secure_client
+from pointillist.config import EnvConfig, EnvWorkerConfig, OrchestratorConfig, WorkersConfig, load_toml
+from pointillist.config.shared import ModelConfig
 from pointillist.errors import TransportError
 from pointillist.images import Sources
 from pointillist.render import RawRenderer
 from pointillist.rollouts import Branch, Completion, Sampling, Session
 from pointillist.rollouts.executor import RolloutRequest, RolloutResult
-from pointillist.rollouts.workers import protocol
+from pointillist.rollouts.workers import WorkerPool, protocol
+from pointillist.rollouts.workers.pool import _Worker
 from tests.conftest import picture
 
 
@@ -47,13 +58,101 @@ async def test_an_image_a_turn_costs_few_bytes_whatever_its_size(
 
 async def test_results_and_requests_come_back_as_they_were(renderer: RawRenderer, sources: Sources) -> None:
     result = RolloutResult(id="1.0.0", task_id="t", reward=0.5, branches=[await branch(renderer, sources, 3, 64)])
-    assert protocol.decode_from_worker(protocol.encode(protocol.Done(result))) == protocol.Done(result)
+    assert protocol.decode_from_worker([protocol.encode(protocol.Done(result))]) == protocol.Done(result)
     request = RolloutRequest(id="1", group="g", split="eval", index=4, sampling=Sampling(top_k=5), seed=2**40)
-    assert protocol.decode_to_worker(protocol.encode(protocol.Run(request))) == protocol.Run(request)
+    assert protocol.decode_to_worker([protocol.encode(protocol.Run(request))]) == protocol.Run(request)
 
 
-@given(st.binary(max_size=200), st.booleans())
-def test_anything_else_is_refused(data: bytes, compressed: bool) -> None:
+@given(st.lists(st.binary(max_size=200), max_size=3), st.booleans())
+@example([b"\x82\xa4type\xa4Pong\xa1z" + b"\x91" * 100_000 + b"\xc0"], True)
+@example([], True)
+def test_anything_else_is_refused(frames: list[bytes], compressed: bool) -> None:
     for decode in (protocol.decode_from_worker, protocol.decode_to_worker):
         with pytest.raises(TransportError, match="message"):
-            decode(zlib.compress(data) if compressed else data)
+            decode([zlib.compress(data) if compressed else data for data in frames])
+
+
+def test_a_small_message_that_unpacks_to_much_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "_MAX_UNPACKED_BYTES", 1_000_000)
+    with pytest.raises(TransportError, match="unpacks to more than 1000000 bytes"):
+        protocol.decode_from_worker([zlib.compress(b"\0" * 20_000_000)])
+
+
+def test_what_the_other_end_would_refuse_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "MAX_BYTES", 10)
+    with pytest.raises(TransportError, match=r"Hello has .* expected at most"):
+        protocol.encode(protocol.Hello(1, ["a"], []))
+
+
+class Foreign:
+    """A peer of a pool's socket."""
+
+    def __init__(self, pool: WorkerPool, key: str) -> None:
+        self.context = zmq.Context()
+        self.wire = self.context.socket(zmq.DEALER)
+        self.wire.linger = 0
+        secure_client(self.wire, key, max_bytes=protocol.MAX_BYTES)
+        address = load_toml(EnvWorkerConfig, pool._config_path).address
+        self.wire.connect(address)
+
+    def close(self) -> None:
+        self.wire.close()
+        self.context.term()
+
+
+@pytest.fixture
+async def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[WorkerPool]:
+    """A pool whose only worker is this process."""
+    config = OrchestratorConfig(
+        model=ModelConfig(name="m"), env=EnvConfig(id="e"), output_dir=tmp_path, workers=WorkersConfig(count=1)
+    )
+    pool = WorkerPool(config)
+
+    async def keep(number: int) -> None:
+        process = SimpleNamespace(pid=os.getpid(), returncode=None, kill=lambda: None)
+        pool._workers[number] = _Worker(number, process, started=time.monotonic())  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pool, "_keep", keep)
+    yield pool
+    await pool.aclose()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(120):
+        while not condition():  # noqa: ASYNC110 - the pool has no event for it
+            await asyncio.sleep(0.01)
+
+
+async def test_no_message_ends_the_pool(pool: WorkerPool) -> None:
+    starting = asyncio.create_task(pool.start())
+    await until(lambda: pool._workers)
+    nested = b"\x82\xa4type\xa4Pong\xa1z" + b"\x91" * 100_000 + b"\xc0"
+    peers = [Foreign(pool, pool._key), Foreign(pool, "another")]
+    for peer in peers:
+        for frames in ([b""], [b"a", b"b"], [b"x"] * 200, [zlib.compress(nested)], [zlib.compress(b"\0" * 10**6)]):
+            peer.wire.send_multipart(frames)
+        peer.wire.send(protocol.encode(protocol.Hello(1, ["forged"], [])))
+    peers[0].wire.send(protocol.encode(protocol.Hello(os.getpid(), ["task"], [])))
+    await asyncio.wait_for(starting, 120)
+    assert await pool.task_ids("train") == ["task"]
+    for peer in peers:
+        peer.close()
+
+
+async def test_a_pool_whose_listener_fails_fails_every_rollout_with_the_reason(
+    pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starting = asyncio.create_task(pool.start())
+    await until(lambda: pool._workers)
+    peer = Foreign(pool, pool._key)
+    peer.wire.send(protocol.encode(protocol.Hello(os.getpid(), ["task"], [])))
+    await asyncio.wait_for(starting, 120)
+    request = RolloutRequest(id="1", group="g", split="train", index=0, sampling=Sampling(), seed=1)
+    running = asyncio.create_task(pool.run(request))
+    await until(lambda: pool._workers[0].running)
+    monkeypatch.setattr(pool, "_heard", None)
+    peer.wire.send(protocol.encode(protocol.Pong()))
+    for waiting in (running, pool.run(request)):
+        with pytest.raises(TransportError, match="pool has failed: TypeError"):
+            await asyncio.wait_for(waiting, 120)
+    peer.close()

@@ -2,7 +2,7 @@
 
 `multimodal.offload_dir` is the one setting. Precedence, first that is set:
 
-1. `multimodal.offload_dir` (`~`, `$VAR` and `${VAR}` expanded; an unset variable is an error);
+1. `multimodal.offload_dir` (`~`, `$VAR` and `${VAR}` expanded, `$$` is a dollar sign; an unset variable is an error);
 2. `RUN_ID` in the environment: `/data/outputs/run_<id without a leading "run_">/assets/images`;
 3. `<output_dir>/assets/images`.
 
@@ -24,7 +24,7 @@ from pointillist.images.decode import ImageLimits
 
 CARRIER: Final = "VF_RENDERER_IMAGE_OFFLOAD_DIR"
 LIMITS_CARRIER: Final = "POINTILLIST_IMAGE_LIMITS"
-_VARIABLE: Final = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
+_VARIABLE: Final = re.compile(r"\$(?:(?P<dollar>\$)|\{(?P<braced>\w+)\}|(?P<plain>\w+))")
 
 
 def resolve_image_dir(multimodal: MultimodalConfig, output_dir: Path, environ: Mapping[str, str]) -> Path:
@@ -38,6 +38,11 @@ def resolve_image_dir(multimodal: MultimodalConfig, output_dir: Path, environ: M
     if run_id := environ.get("RUN_ID"):
         return Path(f"/data/outputs/run_{run_id.removeprefix('run_')}/assets/images")
     return own_image_dir(output_dir)
+
+
+def literal_dir(folder: Path) -> str:
+    """An absolute folder as a value of `offload_dir` that stands for exactly this folder: nothing in it is expanded."""
+    return str(folder).replace("$", "$$")
 
 
 def own_image_dir(output_dir: Path) -> Path:
@@ -71,7 +76,9 @@ def writer_limits(environ: Mapping[str, str]) -> ImageLimits:
 
 def _expand(text: str, environ: Mapping[str, str]) -> str:
     def value_of(match: re.Match[str]) -> str:
-        name = match[1] or match[2]
+        if match["dollar"]:
+            return "$"
+        name = match["braced"] or match["plain"]
         if name not in environ:
             raise ConfigError(f"multimodal.offload_dir = {text!r} names the variable {name}, which is not set")
         return environ[name]

@@ -13,7 +13,9 @@ from typing import Any, TypeVar, cast
 import tomli_w
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_config import BaseConfig, ConfigFileError, cli
+from pydantic_core import PydanticSerializationError
 
+from pointillist.config.run_paths import write_atomically
 from pointillist.errors import ConfigError
 
 
@@ -60,9 +62,28 @@ def load_toml(config_class: type[ConfigT], path: Path) -> ConfigT:
 
 
 def write_toml(config: BaseModel, path: Path) -> None:
-    """Writes a config so that `load_toml` gives it back; keys that are None are left out."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
+    """Writes a config so that `load_toml` gives it back; keys that are None are left out.
+
+    The file is for its user only: arguments of environments and commands of jobs may hold secrets.
+
+    Raises:
+        ConfigError: A value that is not Unicode text, such as a path in another encoding than UTF-8.
+    """
+    write_atomically(path, dump_toml(config).encode(), private=True)
+
+
+def dump_toml(config: BaseModel) -> str:
+    """A config as TOML; keys that are None are left out.
+
+    Raises:
+        ConfigError: As `write_toml`.
+    """
+    try:
+        text = tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+        text.encode()
+    except (UnicodeError, PydanticSerializationError):
+        raise ConfigError("a value of the config is not UTF-8 text, such as a path in another encoding") from None
+    return text
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -73,7 +94,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} can not be read as TOML ({error})") from None
 
 

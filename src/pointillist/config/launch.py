@@ -1,7 +1,7 @@
 """Config of the launcher: supervision of a run's processes, and the SLURM job that a run becomes."""
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -30,6 +30,17 @@ class SupervisionConfig(Config):
 
     stable_seconds: float = Field(300.0, ge=0)
     """Seconds of health after which earlier restarts are forgotten."""
+
+    phase_timeout: float = Field(1800.0, gt=0)
+    """Seconds for which a phase of trainer or orchestrator may stand still: nothing in it moves, or, where it waits for
+    the other process, that one does not move either."""
+
+    on_stall: Literal["kill", "report"] = "kill"
+    """What happens then: the process is killed, and `max_resumes` decides, or it is only said which phase stands still
+    since when."""
+
+    stop_grace: float = Field(120.0, ge=0)
+    """Seconds that the trainer has for a checkpoint when the run is stopped, before it is killed."""
 
 
 class SlurmConfig(Config):

@@ -98,13 +98,18 @@ class GatewayConfig(ServerConfig):
     """Longest request body: a conversation with all its pictures as base64."""
 
     inflight_bytes: int = Field(128 * 1024 * 1024, gt=0)
-    """Bodies that are read and turned into references at once; further requests wait before theirs is read."""
+    """Bytes of bodies that are held until they are turned into references, together with one body; what comes beyond
+    it waits to be read."""
 
     max_choices: int = Field(128, gt=0, le=MAX_CHOICES)
     """Answers that one request may ask for (`n`)."""
 
     max_sessions: int = Field(10_000, gt=0)
     """Sessions that are open at once in a gateway by itself."""
+
+    max_session_requests: int = Field(128, gt=0)
+    """Requests of one session that are served at once; further ones are answered 429, so that one agent cannot take
+    what the others need."""
 
 
 class PolicyConfig(Config):
@@ -181,6 +186,14 @@ class OrchestratorConfig(RolloutsConfig):
 
     max_retries: int = Field(2, ge=0)
     """How often a failed rollout is tried again before it is dropped."""
+
+    failed_reward: float = Field(0.0, ge=-1e9, le=1e9)
+    """Reward of a training rollout that failed by what the policy did: its conversation has outgrown `seq_len` after at
+    least one answer. Without one, only those that stay short would be compared."""
+
+    solved_reward: float = Field(1.0, allow_inf_nan=False)
+    """Reward of a task that is solved. If all rollouts have at least this, round after round, there is nothing left to
+    learn and the run ends, as a success."""
 
     workers: WorkersConfig = WorkersConfig()
     transport: TransportConfig = TransportConfig()

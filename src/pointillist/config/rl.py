@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_serializer, field_validator, model_validator
 
 from pointillist.config.assets import CARRIER
 from pointillist.config.base import Config, share
@@ -18,6 +18,9 @@ from pointillist.config.monitors import MonitorsConfig
 from pointillist.config.orchestrator import EnvConfig, OrchestratorConfig
 from pointillist.config.shared import LogLevel, ModelConfig, MultimodalConfig, ServerConfig, TransportConfig
 from pointillist.config.trainer import TrainerConfig
+
+NOT_RECORDED: Final = "<not recorded>"
+"""What a written config has for the value of an environment variable."""
 
 # Key at the top -> the components' keys that hold the same value.
 SHARED: Final[Mapping[str, tuple[str, ...]]] = {
@@ -53,7 +56,8 @@ class RLConfig(Config):
     transport: TransportConfig = TransportConfig()
     log_level: LogLevel = "info"
     env_vars: dict[str, str] = {}
-    """Environment variables of every process."""
+    """Environment variables of every process. Configs that a run writes keep their names, not their values: these come
+    anew from the config that is given to `--resume`."""
 
     deterministic: bool = False
     """Whether the same config gives the same samples twice: the server decodes every sequence by itself, so that no
@@ -77,6 +81,10 @@ class RLConfig(Config):
     inference: InferenceConfig
     resume: bool = False
     """Continue the run in `output_dir` from its last checkpoint."""
+
+    resume_with_changes: bool = False
+    """Continue it although the config or the model means something else than what the run was begun with; implies
+    `resume`."""
 
     dry_run: bool = False
     """Validate, write the resolved configs to `<output_dir>/configs` (with `slurm`, print the job's script), and
@@ -109,6 +117,12 @@ class RLConfig(Config):
                 "deterministic needs orchestrator.max_off_policy_steps = 0, got "
                 f"{self.orchestrator.max_off_policy_steps}: when new weights arrive is a matter of time"
             )
+        if self.supervision.phase_timeout <= self.orchestrator.rollout_timeout:
+            raise ValueError(
+                f"supervision.phase_timeout = {self.supervision.phase_timeout:g} must be longer than "
+                f"orchestrator.rollout_timeout = {self.orchestrator.rollout_timeout:g}: a slow rollout is no process "
+                "that stands still"
+            )
         if not self.num_servers and "base_url" not in self.orchestrator.client.model_fields_set:
             raise ValueError("num_servers = 0 needs orchestrator.client.base_url, the addresses of your own servers")
         if self.num_servers > 1 and self.inference.server.port:
@@ -122,6 +136,10 @@ class RLConfig(Config):
                 f"{self.slurm.trainer_nodes}"
             )
         return self
+
+    @field_serializer("env_vars", when_used="json")
+    def _names_only(self, value: dict[str, str]) -> dict[str, str]:
+        return dict.fromkeys(value, NOT_RECORDED)
 
     @field_validator("env_vars")
     @classmethod

@@ -1,5 +1,6 @@
 """Where a run keeps what below its output folder, and how a file appears there: whole or not at all."""
 
+import functools
 import json
 import logging
 import os
@@ -12,17 +13,16 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
+from pointillist.digests import fault_in
+
 logger = logging.getLogger(__name__)
 
 ORCHESTRATOR_STATE: Final = "orchestrator.json"
-"""File of a checkpoint with the orchestrator's state; its being there says that the checkpoint is complete."""
+"""File of a checkpoint with the orchestrator's state."""
 
 
 WEIGHTS_FILE: Final = "model.safetensors"
 """File of a broadcast; it appears whole."""
-
-DIGESTS_FILE: Final = "digests.json"
-"""Beside weights or a checkpoint: sha256 and bytes of each file."""
 
 _NUMBER: Final = re.compile(r"0|[1-9][0-9]{0,14}")
 MAX_LINE_BYTES: Final = 64 * 1024**2
@@ -39,6 +39,21 @@ class RunPaths:
     def configs(self) -> Path:
         """Resolved config of each component, TOML."""
         return self.output_dir / "configs"
+
+    @property
+    def history(self) -> Path:
+        """`rl.toml` of each start, by number."""
+        return self.configs / "history"
+
+    @property
+    def model_record(self) -> Path:
+        """Digests of the model folder's files, as the run was begun with them."""
+        return self.configs / "model.json"
+
+    @property
+    def state(self) -> Path:
+        """What each process is doing; see `pointillist.heartbeat`."""
+        return self.output_dir / "state"
 
     @property
     def logs(self) -> Path:
@@ -116,7 +131,7 @@ def number_of(text: str) -> int | None:
 
 
 def step_of(path: Path) -> int | None:
-    """Number in a folder's name `step_<n>`; None for any other name."""
+    """Number in a name `step_<n>` as we write it; None for any other name, such as `step_0007` or `step_²`."""
     prefix, _, number = path.name.partition("_")
     return number_of(number) if prefix == "step" else None
 
@@ -125,7 +140,7 @@ def steps_in(folder: Path) -> list[int]:
     """Numbers of all `step_<n>` folders in a folder, ascending."""
     if not folder.is_dir():
         return []
-    return sorted(step for path in folder.iterdir() if (step := step_of(path)) is not None)
+    return sorted(step for path in folder.iterdir() if (step := step_of(path)) is not None and path.is_dir())
 
 
 def evals_in(folder: Path) -> list[int]:
@@ -134,11 +149,24 @@ def evals_in(folder: Path) -> list[int]:
     return sorted(number for number in numbers if number is not None)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file so that it appears whole or not at all."""
+def open_private(path: str, flags: int) -> int:
+    """An `opener` of files that may hold secrets: a new one is readable for its user only, whatever the umask."""
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
+def write_atomically(path: Path, data: bytes, *, private: bool = False) -> None:
+    """Writes a file so that it appears whole or not at all.
+
+    Args:
+        path: The file; its folder is made if it is not there.
+        data: Its bytes.
+        private: Whether it is readable for its user only, whatever the umask.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
+    if private:
+        temporary.unlink(missing_ok=True)
+    with open(temporary, "wb", opener=open_private if private else None) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -146,10 +174,18 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def remove_steps_after(folder: Path, step: int) -> None:
-    """Removes `step_<n>` folders with n > step: work that a resumed run does again."""
-    for later in steps_in(folder):
-        if later > step:
-            shutil.rmtree(folder / f"step_{later}")
+    """Removes what is named `step_<n>` with n > step: work that a resumed run does again."""
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        if (later := step_of(path)) is not None and later > step:
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Removes a folder with all that is in it, or a file; it need not be there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
@@ -162,7 +198,7 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """All complete lines of a JSONL file that another process may be writing; none if it is not there.
 
-    A line that is not a JSON object is left out, with a warning: a power failure may leave one behind.
+    A line that holds no JSON object (a disk that failed, a machine that lost power) is passed over, with a warning.
     """
     if not path.is_file():
         return []
@@ -176,8 +212,14 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             if isinstance(record, dict):
                 records.append(record)
             else:
-                logger.warning("%s line %d is not a JSON object and is left out", path, number)
+                _warn_of_line(path, number)
     return records
+
+
+@functools.lru_cache(maxsize=1000)
+def _warn_of_line(path: Path, number: int) -> None:
+    """Once a line: metrics are read every second."""
+    logger.warning("%s: line %d is not a JSON object and is passed over", path, number)
 
 
 def open_regular(path: Path) -> BufferedReader:
@@ -217,9 +259,16 @@ def _read_past_line(file: BinaryIO) -> bool:
 
 
 def latest_checkpoint(paths: RunPaths) -> int | None:
-    """Step of the newest complete checkpoint; None if there is none."""
-    complete = [s for s in steps_in(paths.checkpoints) if (paths.checkpoint_step(s) / ORCHESTRATOR_STATE).is_file()]
-    return complete[-1] if complete else None
+    """Step of the newest checkpoint that is whole, all of its bytes read; None if there is none.
+
+    What is damaged is passed over, with a warning.
+    """
+    for step in reversed(steps_in(paths.checkpoints)):
+        fault = fault_in(paths.checkpoint_step(step))
+        if fault is None:
+            return step
+        logger.warning("checkpoint %s is damaged and is passed over: %s", paths.checkpoint_step(step), fault)
+    return None
 
 
 def latest_broadcast(paths: RunPaths) -> int | None:

@@ -72,7 +72,11 @@ class CheckpointConfig(Config):
     """Checkpoints to resume from."""
 
     interval: int | None = Field(None, gt=0)
-    """Steps between checkpoints; none by default but the last."""
+    """Steps between checkpoints, beside those by time; the last step, and a trainer that is told to stop, always make
+    one."""
+
+    interval_minutes: float | None = Field(10.0, gt=0)
+    """Minutes between checkpoints; None makes none by time."""
 
     keep_last: int = Field(2, gt=0)
     """Checkpoints kept."""

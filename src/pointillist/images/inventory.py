@@ -2,16 +2,18 @@
 
 import hashlib
 import os
+import re
 import stat
 import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from pointillist.errors import ImageError
+from pointillist.errors import ImageError, PointillistError
 from pointillist.images.decode import ImageLimits, decode_rgb
 from pointillist.images.sniff import format_of
 from pointillist.images.store import STORED_NAME, TEMPORARY_SUFFIX
@@ -20,6 +22,11 @@ Condition = Literal["good", "corrupt", "half-written", "foreign"]
 
 LAYOUTS_FOLDER: Final = "layouts"
 """Folder of a store that holds settings behind fingerprints, not images."""
+
+USERS_FOLDER: Final = "runs"
+"""Folder of a store with a file for each run that uses it, which holds the path of the run's folder."""
+
+_OWN_FOLDER: Final = re.compile(r"[0-9a-f]{2}")
 
 _AHEAD: Final = 4
 """Files that wait for each thread of `verify_store`: enough that none is idle while the caller takes a result."""
@@ -41,8 +48,9 @@ class StoreEntry:
 
 def list_store(root: Path) -> Iterator[StoreEntry]:
     """All files of a store, by name; nothing is read and no symbolic link followed. Holds one folder's names."""
+    beside = (root / LAYOUTS_FOLDER, root / USERS_FOLDER)
     for folder, subfolders, names in os.walk(root, followlinks=False):
-        subfolders[:] = sorted(name for name in subfolders if Path(folder, name) != root / LAYOUTS_FOLDER)
+        subfolders[:] = sorted(name for name in subfolders if Path(folder, name) not in beside)
         links = [name for name in subfolders if Path(folder, name).is_symlink()]
         for name in sorted([*names, *links]):
             try:
@@ -82,6 +90,44 @@ def verify_entry(entry: StoreEntry, limits: ImageLimits) -> StoreEntry:
     return entry if intact else StoreEntry(entry.path, entry.sha256, entry.num_bytes, entry.modified, "corrupt")
 
 
+def add_user(root: Path, output_dir: Path) -> None:
+    """Notes in a store that a run uses it, so that `store gc` knows whom to ask.
+
+    Args:
+        root: The store; made if it is not there.
+        output_dir: The run's folder.
+    """
+    name = hashlib.sha256(os.fsencode(output_dir)).hexdigest()[:16]
+    path = root / USERS_FOLDER / name
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+        temporary.write_bytes(os.fsencode(output_dir))
+        temporary.replace(path)
+
+
+def users_of(root: Path) -> list[Path]:
+    """Folders of the runs that are known to use a store and still exist."""
+    noted = [Path(os.fsdecode(path.read_bytes())) for path in (root / USERS_FOLDER).glob("*") if path.is_file()]
+    own = root.parent.parent  # <output_dir>/assets/images
+    return sorted({folder for folder in (*noted, own) if (folder / "configs").is_dir()})
+
+
+def check_is_store(root: Path) -> None:
+    """Makes sure that a folder is an image store, before anything in it is removed.
+
+    Raises:
+        PointillistError: It holds something that a store does not.
+    """
+    for path in root.iterdir():
+        known = path.name in (LAYOUTS_FOLDER, USERS_FOLDER) or path.name.endswith(TEMPORARY_SUFFIX)
+        if not known and not (_OWN_FOLDER.fullmatch(path.name) and path.is_dir() and not path.is_symlink()):
+            raise PointillistError(
+                f"{root} holds {path.name}, so it is no image store: expected folders of two hex digits, as in "
+                "<output_dir>/assets/images"
+            )
+
+
 def collect_garbage(root: Path, *, keep: frozenset[str] | None, older_than: float, dry_run: bool) -> list[StoreEntry]:
     """Removes half-written files, and images that nobody refers to.
 
@@ -99,9 +145,12 @@ def collect_garbage(root: Path, *, keep: frozenset[str] | None, older_than: floa
     for entry in list_store(root):
         unreferenced = keep is not None and entry.sha256 is not None and entry.sha256 not in keep
         if entry.modified <= horizon and (entry.condition == "half-written" or unreferenced):
-            gone.append(entry)
-            if not dry_run:
-                entry.path.unlink(missing_ok=True)
+            # Looked at once more: whoever stores the same bytes meanwhile gives the file a new time.
+            with suppress(FileNotFoundError):
+                if entry.path.lstat().st_mtime <= horizon:
+                    gone.append(entry)
+                    if not dry_run:
+                        entry.path.unlink()
     return gone
 
 

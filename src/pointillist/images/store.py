@@ -69,7 +69,7 @@ class ImageStore:
         self.limits = limits
 
     def put(self, data: bytes) -> StoredImage:
-        """Stores an encoded image under its hash; storing the same bytes again writes nothing.
+        """Stores an encoded image under its hash; storing the same bytes again only gives the file the time of now.
 
         Safe from any number of processes at once: a reader never sees half a file. Returns once a file
         that it wrote, and its name, are on disk.
@@ -81,10 +81,21 @@ class ImageStore:
         sha256 = hashlib.sha256(data).hexdigest()
         header = read_header(data, self.limits)
         path = self.root / sha256[:2] / f"{sha256}.{header.format}"
-        if not _holds(path, data):
+        if not (_holds(path, data) and _freshened(path)):
             decode_rgb(data, self.limits)  # refuses what has a good header and broken pixels
             write_image(path, data)
         return StoredImage(sha256=sha256, uri=file_uri(path), header=header, num_bytes=len(data))
+
+
+def _freshened(path: Path) -> bool:
+    """Marks a file as in use now, so that `store gc` keeps it; False if it has gone meanwhile."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    except OSError:  # a file of another user: whoever may not touch it may still read it
+        return path.exists()
+    return True
 
 
 def usable_folder(folder: Path) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from pointillist.config import RUN_KEY, AssetServerConfig, RLConfig, RunPaths, write_toml
+from pointillist.config import RUN_KEY, AssetServerConfig, RLConfig, RunPaths, literal_dir, write_toml
 from pointillist.errors import LaunchError
 from pointillist.launch.devices import gpu_shares
 from pointillist.launch.supervisor import Spec
@@ -108,7 +108,8 @@ def write_configs(config: RLConfig, layout: Layout, nodes: Sequence[Node], paths
     """Writes the run's config and that of each process."""
     for component in (config.inference, config.orchestrator, config.trainer):
         component.output_dir = paths.output_dir
-    write_toml(config, paths.configs / "rl.toml")
+    # How this start was told to go on is no part of what the run is.
+    write_toml(config.model_copy(update={"resume": False, "resume_with_changes": False}), paths.configs / "rl.toml")
     write_toml(config.orchestrator, paths.configs / "orchestrator.toml")
     write_toml(config.trainer, paths.configs / "trainer.toml")
     write_toml(
@@ -149,14 +150,14 @@ def specs(
     if index in layout.training:
         found.append(_trainer_spec(config, layout, nodes, index, paths, {**environ, **shares.trainer()}))
     if index == layout.head:
-        found.append(_spec("orchestrator", "orchestrator", paths, environ))
+        found.append(_spec("orchestrator", "orchestrator", paths, environ, beats=True))
     return found
 
 
 def image_dir_everywhere(config: RLConfig, image_dir: Path) -> None:
-    """Writes the one resolution of the image folder into every component: nobody resolves anything else."""
+    """Writes the one resolution of the image folder into every component, in a form that no reader expands again."""
     for component in (config, config.inference, config.orchestrator, config.trainer):
-        component.multimodal.offload_dir = str(image_dir)
+        component.multimodal.offload_dir = literal_dir(image_dir)
 
 
 def host_of(address: str) -> str:
@@ -204,7 +205,7 @@ def _trainer_spec(
             "-m",
         ]
     name = "trainer" if len(layout.training) == 1 else f"trainer_{layout.training.index(index)}"
-    return _spec(name, "trainer", paths, environ, before=torchrun)
+    return _spec(name, "trainer", paths, environ, before=torchrun, beats=True)
 
 
 def _spec(
@@ -215,6 +216,7 @@ def _spec(
     *,
     url: str | None = None,
     before: Sequence[str] = (),
+    beats: bool = False,
 ) -> Spec:
     # The trainer's nodes have one config; their logs are apart.
     toml = "trainer" if command == "trainer" else name
@@ -226,6 +228,8 @@ def _spec(
         paths.logs / f"{name}.log",
         health_url=f"{url}/health" if url else None,
         metrics_url=f"{url}/metrics" if url and command == "inference" else None,
+        state=paths.state if beats else None,
+        saves=command == "trainer",
     )
 
 

@@ -75,9 +75,15 @@ def _status(
     if orchestrator:
         parts.append(f"reward {orchestrator[0]['reward/mean']:.3f}")
     if evals:
-        parts.append(f"held-out {evals[0]['eval/accuracy']:.3f} (step {evals[0]['step']})")
+        failed = evals[0]["eval/failed"]
+        lost = f", {failed} of {evals[0]['eval/tasks']} failed" if failed else ""
+        parts.append(f"held-out {evals[0]['eval/accuracy']:.3f} (step {evals[0]['step']}{lost})")
     if orchestrator:
         parts.append(f"{orchestrator[0]['rollouts/per_second']:.0f} rollouts/s")
+        if dropped := orchestrator[0]["errors/dropped"]:
+            parts.append(f"{dropped} rollouts dropped")
+        if flat := orchestrator[0]["groups/dropped_zero_variance"]:
+            parts.append(f"{flat} of {orchestrator[0]['groups/total']} groups taught nothing")
     if trainer:
         parts.append(f"mismatch {trainer[0]['mismatch/mean_abs']:.0e}")
     return (int(trainer[0]["step"]) if trainer else 0), "  ".join(parts)

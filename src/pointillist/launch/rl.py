@@ -17,7 +17,11 @@ from typing import Final
 from rich.console import Console
 
 from pointillist.config import CARRIER, RUN_KEY, RLConfig, RunPaths, resolve_image_dir
+from pointillist.config.rl import NOT_RECORDED
+from pointillist.config.run_paths import latest_checkpoint
+from pointillist.errors import ConfigError, LaunchError, PointillistError
 from pointillist.families import load_family, resolve_model_dir
+from pointillist.launch.changes import record_start, refuse_changes
 from pointillist.launch.layout import (
     Layout,
     Node,
@@ -32,10 +36,11 @@ from pointillist.launch.metrics import MetricsEndpoint
 from pointillist.launch.monitors import Watching, check_monitors
 from pointillist.launch.processes import Child
 from pointillist.launch.progress import Progress
-from pointillist.launch.run_dir import check_fresh, resume_step, rewind
+from pointillist.launch.run_dir import check_fresh, make_fresh, resume_step, rewind
 from pointillist.launch.summary import summarize
 from pointillist.launch.supervisor import Supervisor
 from pointillist.render import FolderTokenizer
+from pointillist.run_lock import Job, RunLock, refuse_if_held
 
 _LOG_LINES: Final = 15
 _WORK: Final = ("trainer", "orchestrator")
@@ -43,10 +48,11 @@ _WORK: Final = ("trainer", "orchestrator")
 console = Console()
 
 
-class Interrupted(Exception):
-    """SIGINT or SIGTERM came."""
+class Interrupted(PointillistError):
+    """SIGINT, SIGTERM or SIGHUP came."""
 
     def __init__(self, number: int) -> None:
+        super().__init__(f"{signal.Signals(number).name} came")
         self.number = number
 
 
@@ -68,28 +74,46 @@ def run_rl(config: RLConfig) -> int:
     return run_on_one_node(config, paths, environment(config, secrets.token_hex(16)))
 
 
-def run_on_one_node(config: RLConfig, paths: RunPaths, environ: Mapping[str, str]) -> int:
+def run_on_one_node(config: RLConfig, paths: RunPaths, environ: Mapping[str, str], job: Job | None = None) -> int:
     """Runs everything on this machine; returns the exit code.
 
+    Args:
+        config: Of the run.
+        paths: Its folder.
+        environ: Environment of all processes.
+        job: The batch job that this is a start of.
+
     Raises:
-        ConfigError: The model can not be had.
-        LaunchError: The run can not start.
+        ConfigError: The model can not be had, or `resume` with a config that means another run.
+        LaunchError: The run can not start, or another launcher has the folder.
     """
     layout = Layout(config)
-    if not config.dry_run:
-        check_model(config)
-    if config.resume and not config.dry_run:
-        go_back(config, paths, resume_step(paths))
-    elif config.slurm is None:  # a job's folder was checked when it was submitted
-        check_fresh(paths)
+    if config.dry_run:
+        refuse_if_held(paths.output_dir)
+        if not config.resume:
+            check_fresh(paths)
+        _settled(config, layout, paths)
+        console.print(f"config is valid; resolved configs are in {paths.configs}")
+        return 0
+    check_model(config)
+    with RunLock.take(paths.output_dir, job=job, say=_say) as lock, interruptible() as signals:
+        if config.resume:
+            step = resume_step(paths)
+            refuse_changes(config, paths)
+            go_back(config, paths, step)
+        elif job is None:  # a job's folder was checked when it was submitted
+            make_fresh(paths, _say)
+        nodes = _settled(config, layout, paths)
+        record_start(config, paths)
+        return _supervise(config, layout, nodes, paths, environ, lock, signals)
+
+
+def _settled(config: RLConfig, layout: Layout, paths: RunPaths) -> list[Node]:
+    """Chooses ports, and writes the config of every process."""
     nodes = [choose_ports(config, layout, 0, "127.0.0.1")]
     settle(config, layout, nodes)
     write_configs(config, layout, nodes, paths)
-    if config.dry_run:
-        console.print(f"config is valid; resolved configs are in {paths.configs}")
-        return 0
-    with signals_as_exceptions():
-        return _supervise(config, layout, nodes, paths, environ)
+    return nodes
 
 
 def prepare(config: RLConfig) -> RunPaths:
@@ -99,7 +123,8 @@ def prepare(config: RLConfig) -> RunPaths:
         ConfigError: The image folder names a variable that is not set, a key is not set, or a monitor is not
             installed.
     """
-    paths = RunPaths(config.output_dir.expanduser().resolve())
+    config.resume = config.resume or config.resume_with_changes
+    paths = RunPaths(_run_folder(config.output_dir))
     config.output_dir = paths.output_dir
     check_keys(config)
     check_monitors(config.monitors)
@@ -112,6 +137,22 @@ def prepare(config: RLConfig) -> RunPaths:
         )
     image_dir_everywhere(config, image_dir)
     return paths
+
+
+def _run_folder(folder: Path) -> Path:
+    """The absolute folder of a run.
+
+    Raises:
+        ConfigError: A path that configs and URLs cannot hold, or one that the system does not take.
+    """
+    try:
+        resolved = folder.expanduser().resolve()
+        str(resolved).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"output_dir {os.fsencode(folder)!r} is not UTF-8, which configs and URLs need") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"output_dir {str(folder)[:200]!r} cannot be resolved ({error})") from None
+    return resolved
 
 
 def check_model(config: RLConfig) -> None:
@@ -136,7 +177,15 @@ def go_back(config: RLConfig, paths: RunPaths, step: int) -> None:
 
 
 def environment(config: RLConfig, run_key: str) -> dict[str, str]:
-    """Environment of all processes; the image folder is the launcher's word, whatever was there before."""
+    """Environment of all processes; the image folder is the launcher's word, whatever was there before.
+
+    Raises:
+        ConfigError: `env_vars` comes from a config that a run has written, which holds no values.
+    """
+    if missing := [name for name, value in config.env_vars.items() if value == NOT_RECORDED]:
+        raise ConfigError(
+            f"env_vars.{missing[0]} has no value: configs that a run writes keep names only, give it anew"
+        )
     return {
         # Threads of torch's operators wait for each other by spinning. By default they spin for milliseconds, which is
         # ruinous where anything else wants the core (measured on two cores: 18 s instead of 0.7; so, 2 s).
@@ -151,7 +200,13 @@ def environment(config: RLConfig, run_key: str) -> dict[str, str]:
 
 
 def _supervise(
-    config: RLConfig, layout: Layout, nodes: Sequence[Node], paths: RunPaths, environ: Mapping[str, str]
+    config: RLConfig,
+    layout: Layout,
+    nodes: Sequence[Node],
+    paths: RunPaths,
+    environ: Mapping[str, str],
+    lock: RunLock,
+    signals: "Signals",
 ) -> int:
     """Runs everything on this machine, as a whole; returns the exit code."""
     supervisor = Supervisor(specs(config, layout, nodes, 0, paths, environ), config.supervision, _say)
@@ -159,27 +214,33 @@ def _supervise(
     resumes = 0
     endpoint = MetricsEndpoint(config.metrics, paths, supervisor, server_headers(config, environ))
     watching = Watching.of(config, paths, _say)
+
+    def poll() -> None:
+        keep_lock(lock)
+        progress.update()
+
     try:
         supervisor.start()
         endpoint.start()
         watching.start()
         _say(f"metrics of all processes: {endpoint.url}")
         with progress:
-            while (dead := supervisor.run(lambda: True, progress.update)) is not None:
+            while (dead := supervisor.run(lambda: True, poll)) is not None:
                 if dead.name not in _WORK or resumes == config.supervision.max_resumes:
                     break
                 resumes += 1
                 _say(f"{dead.cause()}; going back ({resumes} of {config.supervision.max_resumes}, max_resumes)")
-                supervisor.end(_WORK)
+                supervisor.end(_WORK, signals.hurry)
                 go_back(config, paths, resume_step(paths))
                 write_configs(config, layout, nodes, paths)
                 supervisor.start_again(_WORK)
     except Interrupted as interrupt:
-        supervisor.stop()
-        console.print(f"stopped by {signal.Signals(interrupt.number).name}; continue with --resume")
+        _say(f"{signal.Signals(interrupt.number).name}: stopping, the trainer writes a checkpoint; again to hurry")
+        supervisor.stop(signals.hurry)
+        console.print(f"stopped by {signal.Signals(interrupt.number).name}; {where_it_goes_on(paths)}", soft_wrap=True)
         return 128 + interrupt.number
     finally:
-        supervisor.stop()
+        supervisor.stop(signals.hurry)
         endpoint.stop()
         watching.stop()
     if dead is not None:
@@ -187,6 +248,22 @@ def _supervise(
         return 1
     summarize(config, paths, console, restarts=supervisor.restarts(), resumes=resumes)
     return 0
+
+
+def keep_lock(lock: RunLock) -> None:
+    """Makes sure that the run's folder is still this launcher's.
+
+    Raises:
+        LaunchError: It is not: another run must not be written into.
+    """
+    if lock.lost is not None:
+        raise LaunchError(f"the run was stopped: {lock.lost}")
+
+
+def where_it_goes_on(paths: RunPaths) -> str:
+    """What `--resume` will do."""
+    step = latest_checkpoint(paths)
+    return f"--resume goes on after step {step}" if step else "there is no checkpoint yet: --resume begins at step 1"
 
 
 def server_headers(config: RLConfig, environ: Mapping[str, str]) -> dict[str, str]:
@@ -207,16 +284,32 @@ def _say(text: str) -> None:
     console.print(text, highlight=False, soft_wrap=True)
 
 
+class Signals:
+    """What the terminal or the system has told the launcher."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        """Signals that came so far; the first raised `Interrupted`."""
+
+    def hurry(self) -> bool:
+        """Whether a second one came: whoever stops the run does not want to wait for a checkpoint."""
+        return self.count > 1
+
+
 @contextmanager
-def signals_as_exceptions() -> Iterator[None]:
-    """Inside it, SIGINT and SIGTERM raise `Interrupted`."""
+def interruptible() -> Iterator[Signals]:
+    """Inside it the first SIGINT, SIGTERM or SIGHUP raises `Interrupted`; later ones are counted."""
+    signals = Signals()
 
     def interrupt(number: int, _: FrameType | None) -> None:
-        raise Interrupted(number)
+        signals.count += 1
+        if signals.count == 1:
+            raise Interrupted(number)
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, interrupt) for number in handled}
     try:
-        yield
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,8 +1,11 @@
 """The output folder before a run: refused if it holds another run, cleaned of undone steps on resume."""
 
 import json
+import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pointillist.config import own_image_dir
 from pointillist.config.run_paths import (
@@ -10,17 +13,31 @@ from pointillist.config.run_paths import (
     evals_in,
     latest_checkpoint,
     read_jsonl,
+    remove,
     remove_steps_after,
+    steps_in,
     write_atomically,
 )
 from pointillist.errors import LaunchError
 from pointillist.images.inventory import collect_garbage
+from pointillist.run_lock import LOCK_FILE
 
 METRIC_FILES = ("trainer.jsonl", "orchestrator.jsonl", "eval.jsonl")
 
 
+# What a run puts into its folder beside images; the launcher may remove it if nothing was trained.
+_LEFT = (
+    "broadcasts", "configs", "faults.jsonl", "logs", "metrics", "monitors", "nodes", "quarantine.jsonl", "rollouts",
+    "state",
+)  # fmt: skip
+_KEPT = ("assets", LOCK_FILE, ".run_env", ".run_key", "rl.sbatch")
+
+
 def check_fresh(paths: RunPaths) -> None:
-    """Makes sure that nothing of an earlier run is overwritten.
+    """Makes sure that nothing of an earlier run would be overwritten.
+
+    A dry run leaves configs alone, and a run that failed before its first step leaves nothing that anyone needs: its
+    folder counts as fresh.
 
     Raises:
         LaunchError: The folder holds a run, or something that is none.
@@ -29,26 +46,51 @@ def check_fresh(paths: RunPaths) -> None:
         return
     if not paths.output_dir.is_dir():
         raise LaunchError(f"output_dir {paths.output_dir} is not a folder")
-    # A dry run leaves configs alone; they are written anew.
-    found = sorted(path.name for path in paths.output_dir.iterdir() if path != paths.configs)
-    if found:
+    found = sorted(path.name for path in paths.output_dir.iterdir())
+    foreign = [name for name in found if name not in (*_LEFT, *_KEPT)]
+    trained = read_jsonl(paths.metrics / "trainer.jsonl") or latest_checkpoint(paths) is not None
+    is_ours = (paths.configs / "rl.toml").is_file() or not [name for name in found if name not in _KEPT]
+    if foreign or trained or not is_ours:
         raise LaunchError(
-            f"output_dir {paths.output_dir} already holds {', '.join(found[:4])}: choose another output_dir, or "
-            "continue that run with --resume"
+            f"output_dir {paths.output_dir} already holds {', '.join(foreign[:4] or found[:4])}: choose another "
+            "output_dir, or continue that run with --resume"
         )
 
 
-def resume_step(paths: RunPaths) -> int:
-    """Step of a run's last complete checkpoint; 0, its beginning, if it died before the first.
+def make_fresh(paths: RunPaths, say: Callable[[str], None]) -> None:
+    """Removes what a run left that failed before its first step; its pictures stay, as a cache.
 
     Raises:
-        LaunchError: There is no run, or its checkpoints came out of an archive.
+        LaunchError: As `check_fresh`.
+    """
+    check_fresh(paths)
+    left = [name for name in _LEFT if (paths.output_dir / name).exists()]
+    if set(left) - {"configs"}:
+        say(f"an earlier start in {paths.output_dir} ended before its first step: beginning anew")
+    for name in left:
+        path = paths.output_dir / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def resume_step(paths: RunPaths) -> int:
+    """Step of a run's last whole checkpoint; 0, its beginning, if it died before the first.
+
+    Nothing is removed here: `rewind` cuts what comes after that step, once its checkpoint is known to be good.
+
+    Raises:
+        LaunchError: There is no run, its checkpoints came out of an archive, or all of them are damaged.
     """
     if not (paths.configs / "rl.toml").is_file():
         raise LaunchError(f"nothing to resume: {paths.output_dir} holds no run")
     if paths.imported.exists():
         raise LaunchError(f"checkpoints of an imported run are programs; if you trust them, remove {paths.imported}")
-    return latest_checkpoint(paths) or 0
+    step = latest_checkpoint(paths)
+    if step is None and (found := steps_in(paths.checkpoints)):
+        raise LaunchError(
+            f"none of the checkpoints {found} in {paths.checkpoints} is whole, so this run cannot be continued; "
+            "nothing was removed. To begin it again from step 0, remove that folder"
+        )
+    return step or 0
 
 
 def rewind(paths: RunPaths, step: int) -> None:
@@ -62,7 +104,12 @@ def rewind(paths: RunPaths, step: int) -> None:
             paths.eval_file(version).unlink()
     remove_steps_after(paths.broadcasts, step - 1)  # the trainer broadcasts the resumed weights itself
     for half in paths.checkpoints.glob(".step_*.tmp"):
-        shutil.rmtree(half)
+        remove(half)
+    for later in steps_in(paths.checkpoints):
+        if later > step:  # damaged: kept for a look at it, under a name that no checkpoint has
+            aside = paths.checkpoint_step(later).with_suffix(".damaged")
+            remove(aside)
+            paths.checkpoint_step(later).rename(aside)
     for name in METRIC_FILES:
         _keep_until(paths.metrics / name, step)
     _keep_until(paths.quarantine, step)
@@ -71,5 +118,11 @@ def rewind(paths: RunPaths, step: int) -> None:
 
 def _keep_until(path: Path, step: int) -> None:
     if path.is_file():
-        kept = [record for record in read_jsonl(path) if record["step"] <= step]
+        kept = [record for record in read_jsonl(path) if _step_of(record) <= step]
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+
+
+def _step_of(record: dict[str, Any]) -> float:
+    """Of a record that has none, infinity: it is not kept."""
+    step = record.get("step")
+    return step if isinstance(step, int | float) else math.inf

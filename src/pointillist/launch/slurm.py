@@ -4,6 +4,7 @@ The script has no logic: which roles a node has, where images and logs lie, what
 in their environment is decided here and in `launch.layout`, by the functions that a local run calls, too.
 """
 
+import json
 import os
 import re
 import secrets
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
@@ -19,27 +21,35 @@ import jinja2
 from rich.console import Console
 
 from pointillist.config import RLConfig, RunPaths, SlurmConfig, write_toml
-from pointillist.config.run_paths import latest_checkpoint, write_atomically
+from pointillist.config.run_paths import write_atomically
 from pointillist.errors import LaunchError
+from pointillist.launch.changes import record_start, refuse_changes
 from pointillist.launch.layout import Layout, Node, address_towards, choose_ports, settle, specs, write_configs
 from pointillist.launch.monitors import Watching
 from pointillist.launch.rendezvous import Rendezvous
 from pointillist.launch.rl import (
     Interrupted,
+    Signals,
     check_model,
     environment,
     go_back,
+    interruptible,
+    keep_lock,
     run_on_one_node,
     show_death,
-    signals_as_exceptions,
+    where_it_goes_on,
 )
-from pointillist.launch.run_dir import check_fresh, resume_step
+from pointillist.launch.run_dir import make_fresh, resume_step
 from pointillist.launch.summary import summarize
 from pointillist.launch.supervisor import Supervisor
+from pointillist.run_lock import Job, RunLock, refuse_if_held
 
 _TEMPLATE: Final = Path(__file__).parent / "templates" / "rl.sbatch.j2"
 _SCRIPT: Final = "rl.sbatch"
 _KEY_FILE: Final = ".run_key"
+"""What the job's processes know each other by."""
+_ENVIRONMENT_FILE: Final = ".run_env"
+"""Values of `env_vars`, which no config holds."""
 
 
 def render(slurm: SlurmConfig, paths: RunPaths) -> str:
@@ -75,13 +85,15 @@ def submit(config: RLConfig, paths: RunPaths, console: Console) -> int:
         console.print(script, markup=False, highlight=False, soft_wrap=True, end="")
         return 0
     check_model(config)
+    refuse_if_held(paths.output_dir)
     if config.resume:
         resume_step(paths)
+        refuse_changes(config, paths)
     else:
-        check_fresh(paths)
+        make_fresh(paths, console.print)
     write_toml(config, paths.configs / "rl.toml")
     paths.logs.mkdir(parents=True, exist_ok=True)  # SLURM does not make it
-    _write_key(paths.output_dir / _KEY_FILE)
+    _write_secrets(paths.output_dir, config.env_vars)
     write_atomically(paths.output_dir / _SCRIPT, script.encode())
     job = _sbatch(paths.output_dir / _SCRIPT)
     console.print(f"submitted job {job}; logs are in {paths.logs}", highlight=False, soft_wrap=True)
@@ -95,13 +107,14 @@ def run_node(config: RLConfig, console: Console) -> int:
         LaunchError: Not in a SLURM job, or the nodes did not find each other.
     """
     paths = RunPaths(config.output_dir)
+    config.env_vars = _read_environment(paths.output_dir / _ENVIRONMENT_FILE)
     environ = environment(config, _read_key(paths.output_dir / _KEY_FILE))
     layout = Layout(config)
     index = int(_variable("SLURM_NODEID"))
     # A job that was requeued continues its run; one that is submitted with --resume does, too.
     config.resume = config.resume or _restart_count() > 0
     if layout.num_nodes == 1:
-        return run_on_one_node(config, paths, environ)
+        return run_on_one_node(config, paths, environ, _job())
     start = f"{_variable('SLURM_JOB_ID')}.{_restart_count()}"
     assert config.slurm is not None  # noqa: S101 - several nodes
     meeting = Rendezvous(paths.output_dir / "nodes" / start, layout.num_nodes, config.slurm.startup_timeout)
@@ -109,15 +122,23 @@ def run_node(config: RLConfig, console: Console) -> int:
     meeting.join(node)
     nodes = meeting.nodes()
     settle(config, layout, nodes)
-    if index == layout.head:
-        if config.resume:
-            go_back(config, paths, latest_checkpoint(paths) or 0)
-        write_configs(config, layout, nodes, paths)
-        meeting.announce(config.orchestrator.resume_step or 0)
-    else:
-        meeting.wait_for_go()
-    with signals_as_exceptions():
-        return _watch(config, layout, nodes, index, paths, environ, meeting, console)
+    with ExitStack() as stack, interruptible() as signals:
+        lock = None
+        if index == layout.head:
+            lock = stack.enter_context(RunLock.take(paths.output_dir, job=_job(), say=console.print))
+            if config.resume:
+                go_back(config, paths, resume_step(paths))
+            write_configs(config, layout, nodes, paths)
+            record_start(config, paths)
+            meeting.announce(config.orchestrator.resume_step or 0)
+        else:
+            meeting.wait_for_go()
+        return _watch(config, layout, nodes, index, paths, environ, meeting, console, lock, signals)
+
+
+def _job() -> Job:
+    """This start of the batch job."""
+    return Job(_variable("SLURM_JOB_ID"), _restart_count())
 
 
 def _watch(
@@ -129,6 +150,8 @@ def _watch(
     environ: Mapping[str, str],
     meeting: Rendezvous,
     console: Console,
+    lock: RunLock | None,
+    signals: Signals,
 ) -> int:
     supervisor = Supervisor(specs(config, layout, nodes, index, paths, environ), config.supervision, console.print)
     serves_only = index not in layout.training
@@ -137,14 +160,16 @@ def _watch(
         supervisor.start()
         if index == layout.head:
             watching.start()
-        dead = supervisor.run(lambda: not serves_only or meeting.is_finished(), lambda: None)
-    except Interrupted as interrupt:
-        console.print(
-            f"node {index} stopped by {signal.Signals(interrupt.number).name}; the run continues with --resume"
+        dead = supervisor.run(
+            lambda: not serves_only or meeting.is_finished(), lambda: None if lock is None else keep_lock(lock)
         )
+    except Interrupted as interrupt:
+        supervisor.stop(signals.hurry)
+        name = signal.Signals(interrupt.number).name
+        console.print(f"node {index} stopped by {name}; {where_it_goes_on(paths)}", soft_wrap=True)
         return 128 + interrupt.number
     finally:
-        supervisor.stop()
+        supervisor.stop(signals.hurry)
         watching.stop()
     if dead is not None:
         show_death(dead)
@@ -183,11 +208,19 @@ def _sbatch(script: Path) -> str:
     return re.split(r"[;\s]", done.stdout.strip())[0]
 
 
-def _write_key(path: Path) -> None:
-    """The word by which the job's processes know each other; readable for this user only."""
-    if not path.exists():
-        path.touch(mode=0o600)
-        path.write_text(secrets.token_hex(16), encoding="ascii")
+def _write_secrets(folder: Path, env_vars: Mapping[str, str]) -> None:
+    """What the job's processes must know and no config may hold, readable for this user only."""
+    if not (folder / _KEY_FILE).exists():
+        write_atomically(folder / _KEY_FILE, secrets.token_hex(16).encode(), private=True)
+    write_atomically(folder / _ENVIRONMENT_FILE, json.dumps(dict(env_vars)).encode(), private=True)
+
+
+def _read_environment(path: Path) -> dict[str, str]:
+    try:
+        values: dict[str, str] = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise LaunchError(f"{path} cannot be read ({error}): submit runs with `pointillist rl`") from None
+    return values
 
 
 def _read_key(path: Path) -> str:

@@ -1,9 +1,10 @@
 """What came of a run: `summary.json`, a table on the terminal, and the learning curve."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from rich.console import Console
 from rich.table import Table
@@ -11,6 +12,8 @@ from rich.table import Table
 from pointillist.config import RLConfig, RunPaths
 from pointillist.config.run_paths import read_jsonl, write_atomically
 from pointillist.view.curve import draw_curve
+
+_NO_KINDS: Final = ("dropped", "by_policy", "retried")
 
 
 def summarize(
@@ -34,10 +37,32 @@ def summarize(
     draw_curve(orchestrator, evals, curve, title=f"{config.env.id}: {Path(config.model.name).name}")
     table = Table(title="summary", show_header=False)
     for key, value in summary.items():
-        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+        table.add_row(key, _shown(value))
     console.print(table)
+    if (step := summary["solved_at_step"]) is not None:
+        console.print(
+            f"solved at step {step}: every rollout had at least the reward orchestrator.solved_reward = "
+            f"{config.orchestrator.solved_reward:g}", highlight=False, soft_wrap=True,
+        )  # fmt: skip
     console.print(f"learning curve: {curve}", highlight=False, soft_wrap=True)
     console.print(f"trained model:  {paths.model}", highlight=False, soft_wrap=True)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {count}" for name, count in value.items()) or "none"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def by_kind(records: list[dict[str, Any]], prefix: str) -> dict[str, int]:
+    """How many rollouts failed, by kind of failure: sums of the metrics `<prefix><kind>`."""
+    counts: Counter[str] = Counter()
+    for record in records:
+        for name, value in record.items():
+            kind = name.removeprefix(prefix)
+            if kind != name and kind not in _NO_KINDS:
+                counts[kind] += value
+    return dict(counts.most_common())
 
 
 def build_summary(
@@ -54,10 +79,15 @@ def build_summary(
     return {
         "initial_accuracy": evals[0]["eval/accuracy"] if evals else None,
         "final_accuracy": evals[-1]["eval/accuracy"] if evals else None,
+        # Failed ones have answered nothing: they are in the accuracy, as wrong.
+        "final_eval_tasks": evals[-1]["eval/tasks"] if evals else None,
+        "final_eval_failed": by_kind(evals[-1:], "eval/failed/") if evals else None,
         "steps": trainer[-1]["step"] if trainer else 0,
+        "solved_at_step": next((record["step"] for record in orchestrator if record.get("solved")), None),
         "train_seconds": sum(record["time/step"] for record in trainer),
         "rollouts": sum(record["rollouts/total"] for record in orchestrator),
         "rollouts_dropped": sum(record["errors/dropped"] for record in orchestrator),
+        "rollouts_failed": by_kind(orchestrator, "errors/"),
         "images_materialized": int(sum(record["mm/images_materialized"] for record in trainer)),
         "image_wait_fraction": sum(record["time/mm_wait"] for record in trainer)
         / max(sum(record["time/step"] for record in trainer), 1e-9),

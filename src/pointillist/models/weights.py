@@ -9,39 +9,45 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from pointillist.config.run_paths import DIGESTS_FILE, WEIGHTS_FILE, write_atomically
-from pointillist.errors import InferenceError
+from pointillist.config.run_paths import WEIGHTS_FILE, write_atomically
+from pointillist.digests import DIGESTS_FILE, MAX_DIGESTS_BYTES, FileDigest, decode_digests, digest_of, write_digests
+from pointillist.errors import InferenceError, TrainingError
 
 _TRAINED_TYPES: Final = (torch.float32, torch.bfloat16)
 _CHUNK_BYTES: Final = 4 * 1024 * 1024
-_MAX_DIGESTS_BYTES: Final = 1024 * 1024
 _MAX_HEADER_BYTES: Final = 100 * 1024 * 1024
 """Of a safetensors file, as the format defines it."""
 
 
-class _FileDigest(msgspec.Struct):
-    sha256: str
-    bytes: int
-
-
-class _Digests(msgspec.Struct):
-    files: dict[str, _FileDigest]
-
-
 def write_weights(weights: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Writes a full state dict; tensors that share memory (tied embeddings) are written once."""
+    """Writes a full state dict and its `digests.json`; tensors that share memory (tied embeddings) are written once."""
     seen: set[int] = set()
     unique: dict[str, torch.Tensor] = {}
     for name, tensor in weights.items():
         if tensor.data_ptr() not in seen:
             seen.add(tensor.data_ptr())
             unique[name] = tensor.detach().cpu().contiguous()
-    write_atomically(folder / WEIGHTS_FILE, save(unique))
+    data = save(unique)
+    (folder / DIGESTS_FILE).unlink(missing_ok=True)  # of other weights of this version: it would call these corrupt
+    write_atomically(folder / WEIGHTS_FILE, data)
+    write_digests(folder, {WEIGHTS_FILE: digest_of(data)})
+
+
+def check_finite(weights: Mapping[str, torch.Tensor]) -> None:
+    """Checks trained weights before they leave the trainer.
+
+    Raises:
+        TrainingError: A value is not finite.
+    """
+    if broken := [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]:
+        raise TrainingError(
+            f"{len(broken)} of {len(weights)} weights have values that are not finite, the first is {broken[0]}: "
+            "training has diverged"
+        )
 
 
 class OpenWeights:
@@ -165,14 +171,14 @@ def _copy(file: BinaryIO, target: int, num_bytes: int) -> str:
     return digest.hexdigest()
 
 
-def _expected_digest(folder: int) -> _FileDigest | None:
+def _expected_digest(folder: int) -> FileDigest | None:
     """What `digests.json` says of the weights; None if it is not there."""
     try:
         with _opened_regular(folder, DIGESTS_FILE) as file:
-            return msgspec.json.decode(file.read(_MAX_DIGESTS_BYTES), type=_Digests).files[WEIGHTS_FILE]
+            return decode_digests(file.read(MAX_DIGESTS_BYTES))[WEIGHTS_FILE]
     except FileNotFoundError:
         return None
-    except (msgspec.MsgspecError, KeyError, ValueError, RecursionError) as error:
+    except (KeyError, ValueError) as error:
         raise InferenceError(f"{DIGESTS_FILE} beside the weights cannot be used ({error})") from None
 
 

@@ -12,7 +12,7 @@ def group_advantages(rewards: Sequence[float], *, normalize_std: bool) -> list[f
     """Advantage of each rollout over its group's mean.
 
     Args:
-        rewards: Of the rollouts of one task.
+        rewards: Of the rollouts of one task, each within plus or minus 1e9.
         normalize_std: Divide by the group's standard deviation too, as GRPO does (DeepSeekMath, arXiv 2402.03300,
             section 4.1.2); without it the mean is the only baseline (Dr. GRPO, arXiv 2503.20783).
 
@@ -21,7 +21,7 @@ def group_advantages(rewards: Sequence[float], *, normalize_std: bool) -> list[f
     """
     mean = sum(rewards) / len(rewards)
     centred = [reward - mean for reward in rewards]
-    if max(map(abs, centred)) < _SAME:
+    if max(map(abs, centred)) < _SAME * max(1.0, *map(abs, rewards)):
         return None
     if not normalize_std:
         return centred

@@ -6,6 +6,9 @@ At `max_off_policy_steps = 0` a step's rollouts wait for the weights of the step
 many versions earlier, and new weights reach the servers while they run. The bound holds for every token: a rollout with
 an older one (a server that came back with old weights) is tried again. Held-out tasks are evaluated greedily, through
 the same renderer and the same wire, before the first step, every `eval.interval` steps and after the last.
+
+Where every rollout of ten rounds has at least the reward `solved_reward`, nothing is left to learn: that step's batch
+is empty and ends the training, as the last of `max_steps` does.
 """
 
 import asyncio
@@ -13,23 +16,29 @@ import json
 import logging
 import sys
 import time
-from typing import Any, Literal
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import msgspec
 
 from pointillist.config import OrchestratorConfig, RunPaths
 from pointillist.config.run_paths import ORCHESTRATOR_STATE, append_jsonl, read_jsonl
-from pointillist.errors import InferenceError, PointillistError
+from pointillist.errors import InferenceError, PointillistError, RefError, TransportError
 from pointillist.families import load_family, resolve_model_dir
+from pointillist.heartbeat import SERVERS, beating, enter
 from pointillist.orchestrator.advantages import group_advantages
 from pointillist.orchestrator.packing import OverlongMultimodalSample, pack
 from pointillist.orchestrator.records import Outcome, RolloutRecorder, write_records
-from pointillist.orchestrator.runner import RolloutErrors, RolloutRunner
-from pointillist.orchestrator.samples import make_sample
+from pointillist.orchestrator.runner import RolloutRunner
+from pointillist.orchestrator.samples import make_sample, with_advantage
 from pointillist.orchestrator.tasks import TaskOrder
 from pointillist.orchestrator.weights import WeightWatcher
 from pointillist.pools import SENDING
 from pointillist.render import FolderTokenizer
 from pointillist.rollouts import InferenceClient
 from pointillist.rollouts.executor import Executor, RolloutHost, RolloutResult
+from pointillist.rollouts.failures import failure_of
 from pointillist.rollouts.workers import WorkerPool
 from pointillist.system import resident_mb
 from pointillist.transport import RankBatch, Sender, TrainingSample, make_sender
@@ -37,8 +46,10 @@ from pointillist.transport.types import encoded_image_bytes
 
 logger = logging.getLogger(__name__)
 
-_EMPTY_ROUNDS = 10
-"""Rounds without a single group to learn from after which the run stops."""
+_EMPTY_ROUNDS: Final = 10
+"""Rounds without a single group to learn from after which the run ends."""
+_DROPPED_WHEN_SOLVED: Final = 0.05
+"""Part of the rollouts that may have failed where the others say that the tasks are solved."""
 
 
 async def orchestrate(config: OrchestratorConfig) -> None:
@@ -49,13 +60,15 @@ async def orchestrate(config: OrchestratorConfig) -> None:
         EnvironmentLoadError: The environment can not be had.
         InferenceError: The server refused weights, or no group could be rolled out.
     """
-    orchestrator = Orchestrator(config)
-    try:
-        await orchestrator.run()
-    finally:
-        await orchestrator.host.aclose()
-        orchestrator.sender.close()
-        await orchestrator.client.aclose()
+    with beating(RunPaths(config.output_dir.resolve()).state, "orchestrator"):
+        enter("start_environment")
+        orchestrator = Orchestrator(config)
+        try:
+            await orchestrator.run()
+        finally:
+            await orchestrator.host.aclose()
+            orchestrator.sender.close()
+            await orchestrator.client.aclose()
 
 
 class Orchestrator:
@@ -81,6 +94,7 @@ class Orchestrator:
         await self.host.start()
         self.tasks = TaskOrder(len(await self.host.task_ids("train")), config.seed, self._resume_position())
         self.eval_tasks = (await self.host.task_ids("eval"))[: config.eval.max_tasks]
+        enter("wait_for_servers", waits_for=SERVERS)
         await self.client.wait_until_ready(config.client.startup_timeout)
         async with asyncio.TaskGroup() as group:
             follower = group.create_task(self.weights.follow())
@@ -89,38 +103,48 @@ class Orchestrator:
 
     async def _run_steps(self) -> None:
         config = self.config
-        await self.weights.wait_for(self.start)
+        await self._wait_for_weights(self.start)
         if self._owes_evaluation():
             await self._evaluate(self.start)
         for step in range(self.start + 1, config.max_steps + 1):
-            await self._step(step)
-            if step % config.eval.interval == 0 or step == config.max_steps:
-                await self.weights.wait_for(step)
+            solved = await self._step(step)
+            if step % config.eval.interval == 0 or step == config.max_steps or solved:
+                await self._wait_for_weights(step)
                 await self._evaluate(step)
+            if solved:
+                break
 
-    async def _step(self, step: int) -> None:
+    async def _step(self, step: int) -> bool:
+        """Rolls out and ships one step; returns whether it is the last, since there is nothing left to learn."""
         started = time.perf_counter()
-        await self.weights.wait_for(step - 1 - self.config.max_off_policy_steps)
+        await self._wait_for_weights(step - 1 - self.config.max_off_policy_steps, step)
         waited = time.perf_counter() - started
+        enter("rollouts", step=step)
         batch = await self._collect(step)
+        solved = not batch.samples
         packing = time.perf_counter()
-        ranks = pack(batch.samples, seq_len=self.config.seq_len, num_workers=self.config.num_train_workers)
+        num_workers = self.config.num_train_workers
+        ranks = (
+            [[]] * num_workers if solved else pack(batch.samples, seq_len=self.config.seq_len, num_workers=num_workers)
+        )
         # Before the batch: whoever looks after images must find every reference that can be trained on.
         write_records(self.paths.rollouts_file(step), batch.records)
         state = json.dumps({"step": step, "task_position": self.tasks.position}).encode()
         packed = [
-            RankBatch(step=step, micro_batches=rows, num_tokens=batch.num_tokens, orchestrator_state=state)
+            RankBatch(
+                step=step, micro_batches=rows, num_tokens=batch.num_tokens, orchestrator_state=state, is_last=solved
+            )
             for rows in ranks
         ]
+        enter("pack_and_send", step=step, waits_for="the trainer to take earlier batches")
         await SENDING.run(self.sender.send, packed)
         ended = time.perf_counter()
-        errors, self.runner.errors = self.runner.errors, RolloutErrors()
+        retried, self.runner.retried = self.runner.retried, 0
         metrics = {
             "step": step,
             **batch.metrics(),
-            "errors/dropped": sum(errors.counts.values()),
-            "errors/retried": errors.retried,
-            **{f"errors/{name}": count for name, count in errors.counts.items()},
+            "errors/retried": retried,
+            "solved": int(solved),
             "weights/version": self.weights.version,
             "rollouts/per_second": len(batch.rollouts) / max(1e-9, packing - started - waited),
             "memory/resident_mb": resident_mb(),
@@ -129,12 +153,25 @@ class Orchestrator:
             "time/pack_and_send": ended - packing,
         }
         append_jsonl(self.paths.metrics / "orchestrator.jsonl", metrics)
-        logger.info("step %d: reward %.3f, %d samples", step, metrics["reward/mean"], len(batch.samples))
+        logger.info("step %d: %s", step, batch.in_words())
+        if solved:
+            logger.info(
+                "step %d: solved, every reward of %d rollouts is at least solved_reward = %g: ending", step,
+                len(batch.rollouts), self.config.solved_reward,
+            )  # fmt: skip
+        return solved
 
     async def _collect(self, step: int) -> "_Batch":
-        """Groups until there is something to learn from."""
+        """Groups until there is something to learn from; none of the batch's groups is where the tasks are solved."""
         config = self.config
-        batch = _Batch(self.recorder, self.family.image_token_id, config.seq_len, config.multimodal.overlong_policy)
+        batch = _Batch(
+            recorder=self.recorder,
+            image_token_id=self.family.image_token_id,
+            seq_len=config.seq_len,
+            overlong_policy=config.multimodal.overlong_policy,
+            normalize_std=config.advantage.normalize_std,
+            failed_reward=config.failed_reward,
+        )
         for attempt in range(_EMPTY_ROUNDS):
             tasks = self.tasks.take(config.batch_size // config.group_size)
             groups = await asyncio.gather(
@@ -144,47 +181,63 @@ class Orchestrator:
                 )
             )
             for rollouts in groups:
-                batch.add_group(rollouts, normalize_std=config.advantage.normalize_std)
+                batch.add_group(rollouts)
             if batch.samples:
                 return batch
             if not batch.rollouts:
                 self._keep_for_the_eye(step, batch)
-                raise InferenceError(f"step {step}: no rollout succeeded; the last failed on {self.runner.errors.last}")
-            logger.warning("step %d: all groups have the same reward throughout, rolling out others", step)
+                raise InferenceError(f"step {step}: no rollout succeeded; the last failed on {batch.last_failure}")
+            logger.warning(
+                "step %d: nothing to learn from in round %d of %d: %s", step, attempt + 1,
+                _EMPTY_ROUNDS, batch.in_words(),
+            )  # fmt: skip
+        if batch.is_solved(config.solved_reward):
+            return batch
         self._keep_for_the_eye(step, batch)
         rewards = sorted({f"{rollout.reward:g}" for rollout in batch.rollouts})
         raise PointillistError(
             f"step {step}: {_EMPTY_ROUNDS} rounds of groups without any difference in reward (rewards were "
-            f"{', '.join(rewards[:4])}): nothing to learn from; see what was said: pointillist view "
-            f"{self.paths.output_dir}"
+            f"{', '.join(rewards[:4])}): nothing to learn from, and less than orchestrator.solved_reward = "
+            f"{config.solved_reward:g}; see what was said: pointillist view {self.paths.output_dir}"
         )
 
     def _keep_for_the_eye(self, step: int, batch: "_Batch") -> None:
         """Writes the rollouts of a step that can not be trained: they say why."""
         write_records(self.paths.rollouts_file(step), batch.records)
 
+    async def _wait_for_weights(self, version: int, step: int | None = None) -> None:
+        enter("wait_for_weights", step=step, waits_for=f"weights of version {version} of the trainer")
+        await self.weights.wait_for(version)
+
     async def _evaluate(self, version: int) -> None:
         if not self.eval_tasks:
             return
+        enter("evaluate", step=version)
         started = time.perf_counter()
         rollouts = await self.runner.run_greedy(self.eval_tasks, version)
         write_records(
             self.paths.eval_file(version),
             [self.recorder.record(rollout, group=f"eval.{rollout.task_id}") for rollout in rollouts],
         )
-        rewards = [rollout.reward for rollout in rollouts if rollout.failure is None]
-        mean = sum(rewards) / len(rewards) if rewards else 0.0
+        failed = Counter(rollout.failure.kind for rollout in rollouts if rollout.failure is not None)
+        # Over all tasks: a rollout that failed has answered nothing.
+        accuracy = sum(rollout.reward for rollout in rollouts if rollout.failure is None) / len(rollouts)
+        self.runner.retried = 0
         metrics = {
             "step": version,
-            "eval/accuracy": mean,
-            "eval/tasks": len(rewards),
-            "eval/failed": len(rollouts) - len(rewards),
+            "eval/accuracy": accuracy,
+            "eval/tasks": len(rollouts),
+            "eval/failed": failed.total(),
+            **{f"eval/failed/{kind}": count for kind, count in failed.items()},
             "time/eval": time.perf_counter() - started,
             # The promise of the environment side, checked where it counts: in the process itself.
             "torch_imported": "torch" in sys.modules,
         }
         append_jsonl(self.paths.metrics / "eval.jsonl", metrics)
-        logger.info("version %d: held-out accuracy %.3f on %d tasks", version, mean, len(rewards))
+        logger.info(
+            "version %d: held-out accuracy %.3f on %d tasks, %d of which failed", version, accuracy, len(rollouts),
+            failed.total(),
+        )  # fmt: skip
 
     def _owes_evaluation(self) -> bool:
         """Whether the weights that the run begins with are to be evaluated: it may have ended before they were."""
@@ -199,63 +252,71 @@ class Orchestrator:
         return int(state["task_position"])
 
 
+@dataclass(kw_only=True)
 class _Batch:
     """Rollouts of one step, as they come in."""
 
-    def __init__(
-        self,
-        recorder: RolloutRecorder,
-        image_token_id: int,
-        seq_len: int,
-        overlong_policy: Literal["drop", "error"],
-    ) -> None:
-        self._recorder = recorder
-        self._image_token_id = image_token_id
-        self._seq_len = seq_len
-        self._overlong_policy = overlong_policy
-        self._overlong = 0
-        self.rollouts: list[RolloutResult] = []
-        """Those that succeeded."""
-        self.records: list[dict[str, Any]] = []
-        """Of all rollouts."""
-        self.samples: list[TrainingSample] = []
-        self.num_tokens = 0
-        self._groups = 0
-        self._flat = 0
-        self._image_bytes = 0
-        self._images = 0
+    recorder: RolloutRecorder
+    image_token_id: int
+    seq_len: int
+    overlong_policy: Literal["drop", "error"]
+    normalize_std: bool
+    failed_reward: float
+    rollouts: list[RolloutResult] = field(default_factory=list)
+    """Those that count: they succeeded, or failed by what the policy did, and have the reward of that."""
+    records: list[dict[str, Any]] = field(default_factory=list)
+    """Of all rollouts."""
+    samples: list[TrainingSample] = field(default_factory=list)
+    num_tokens: int = 0
+    last_failure: str = ""
+    _failures: Counter[str] = field(default_factory=Counter)
+    """By kind, whether they count or not."""
+    _dropped: int = 0
+    _overlong: int = 0
+    _groups: int = 0
+    _flat: int = 0
+    _image_bytes: int = 0
+    _images: int = 0
 
-    def add_group(self, results: list[RolloutResult], *, normalize_std: bool) -> None:
+    def add_group(self, results: list[RolloutResult]) -> None:
         """Adds the rollouts of one task; a group that is too small or all the same gives no samples."""
-        rollouts = [result for result in results if result.failure is None]
         self._groups += 1
-        self.rollouts += rollouts
-        self.num_tokens += sum(sum(branch.sampled) for rollout in rollouts for branch in rollout.branches)
-        comparable = len(rollouts) > 1
-        advantages = (
-            group_advantages([rollout.reward for rollout in rollouts], normalize_std=normalize_std)
-            if comparable
-            else None
-        )
+        counting: list[tuple[RolloutResult, list[TrainingSample]]] = []
+        for each in results:
+            result, samples = self._prepared(each)
+            failure = result.failure
+            if failure is not None:
+                self._failures[failure.kind] += 1
+                self.last_failure = f"task {result.task_id}: {failure.kind}: {failure.message}"
+            if failure is None or failure.by_policy:
+                counting.append((result, samples))
+            else:
+                self._dropped += 1
+                self.records.append(self.recorder.record(result))
+        self.rollouts += [result for result, _ in counting]
+        self.num_tokens += sum(sum(sample.loss_mask) for _, samples in counting for sample in samples)
+        rewards = [result.reward for result, _ in counting]
+        advantages = group_advantages(rewards, normalize_std=self.normalize_std) if len(rewards) > 1 else None
         if advantages is None:
             self._flat += 1
-        self.records += [self._recorder.record(result) for result in results if result.failure is not None]
-        for index, rollout in enumerate(rollouts):
-            if advantages is None:
-                unused: Outcome = "zero_variance" if comparable else "alone"
-                self.records.append(self._recorder.record(rollout, outcome=unused))
-                continue
-            overlong = self._add_samples(rollout, advantages[index])
-            self.records.append(
-                self._recorder.record(rollout, outcome="sent", advantage=advantages[index], overlong=overlong)
-            )
+            unused: Outcome = "zero_variance" if len(rewards) > 1 else "alone"
+            self.records += [self.recorder.record(result, outcome=unused) for result, _ in counting]
+            return
+        for (result, samples), advantage in zip(counting, advantages, strict=True):
+            overlong = self._add_samples(samples, advantage)
+            record = self.recorder.record(result, outcome="sent", advantage=advantage, overlong=overlong)
+            self.records.append(record)
+
+    def is_solved(self, best: float) -> bool:
+        """Whether every rollout that counts has at least this reward, and hardly any is missing."""
+        dropped = self._dropped / (self._dropped + len(self.rollouts))
+        return dropped <= _DROPPED_WHEN_SOLVED and min(rollout.reward for rollout in self.rollouts) >= best
 
     def metrics(self) -> dict[str, float]:
         """Numbers of the batch."""
-        rewards = [rollout.reward for rollout in self.rollouts]
         turns = [rollout.turns for rollout in self.rollouts]
         return {
-            "reward/mean": sum(rewards) / len(rewards),
+            "reward/mean": self._mean_reward(),
             "rollouts/total": len(self.rollouts),
             "rollouts/turns": sum(turns) / len(turns),
             "groups/total": self._groups,
@@ -265,29 +326,58 @@ class _Batch:
             "mm/samples_overlong": self._overlong,
             "mm/images": self._images,
             "mm/bytes_per_image": self._image_bytes / self._images if self._images else 0.0,
+            "errors/dropped": self._dropped,
+            "errors/by_policy": self._failures.total() - self._dropped,
+            **{f"errors/{kind}": count for kind, count in self._failures.items()},
         }
 
-    def _drop_overlong(self, sample: TrainingSample) -> None:
-        """A sample is never cut: its reward was earned by all of it."""
-        error = OverlongMultimodalSample(sample, self._seq_len)
-        if self._overlong_policy == "error":
-            raise error
-        self._overlong += 1
-        logger.warning("dropped: %s", error)
+    def in_words(self) -> str:
+        """What a line of the log says of it."""
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self._failures.most_common(3))
+        return (
+            f"reward {self._mean_reward():.3f}, {len(self.samples)} samples, {self._flat} of {self._groups} groups "
+            f"without difference" + (f", {self._failures.total()} rollouts failed ({kinds})" if kinds else "")
+        )
 
-    def _add_samples(self, rollout: RolloutResult, advantage: float) -> frozenset[int]:
-        """Adds a sample a branch; returns which branches were too long."""
-        overlong = set()
-        for index, branch in enumerate(rollout.branches):
-            sample = make_sample(
-                branch, advantage, image_token_id=self._image_token_id, sample_id=f"{rollout.id}.{index}"
+    def _mean_reward(self) -> float:
+        return sum(rollout.reward for rollout in self.rollouts) / max(1, len(self.rollouts))
+
+    def _prepared(self, result: RolloutResult) -> tuple[RolloutResult, list[TrainingSample]]:
+        """The result with its reward and a sample a branch; a record that can not be trained is a failure."""
+        if result.failure is not None:
+            if not result.failure.by_policy:
+                return result, []
+            result = msgspec.structs.replace(result, reward=self.failed_reward)
+        try:
+            return result, [
+                make_sample(branch, 0.0, image_token_id=self.image_token_id, sample_id=f"{result.id}.{index}")
+                for index, branch in enumerate(result.branches)
+            ]
+        except (RefError, TransportError) as error:
+            failure = failure_of(error, permanent=True)
+            logger.warning(
+                "rollout %s failed, task %s: %s: %s", result.id, result.task_id, failure.kind, failure.message
             )
-            if len(sample.token_ids) > self._seq_len:
+            return msgspec.structs.replace(result, branches=[], failure=failure), []
+
+    def _add_samples(self, samples: list[TrainingSample], advantage: float) -> frozenset[int]:
+        """Adds the samples of a rollout, one a branch; returns which branches were too long."""
+        overlong = set()
+        for index, sample in enumerate(samples):
+            if len(sample.token_ids) > self.seq_len:
                 self._drop_overlong(sample)
                 overlong.add(index)
                 continue
-            self.samples.append(sample)
+            self.samples.append(with_advantage(sample, advantage))
             if sample.mm_refs is not None:
                 self._images += len(sample.mm_refs.images)
                 self._image_bytes += encoded_image_bytes(sample.mm_refs)
         return frozenset(overlong)
+
+    def _drop_overlong(self, sample: TrainingSample) -> None:
+        """A sample is never cut: its reward was earned by all of it."""
+        error = OverlongMultimodalSample(sample, self.seq_len)
+        if self.overlong_policy == "error":
+            raise error
+        self._overlong += 1
+        logger.warning("dropped: %s", error)

@@ -3,10 +3,11 @@
 | key | meaning |
 | --- | --- |
 | `id`, `group`, `split`, `env`, `task` | which rollout; `<step>.<group>.<member>`, or `eval_<version>.<index>` |
+| `answer` | the task's expected answer as a text, null if it has none |
 | `reward`, `turns`, `versions` | what came of it; oldest and newest weights that sampled in it |
 | `outcome` | what the orchestrator did with it, see `Outcome` |
 | `advantage` | null unless it was sent to the trainer |
-| `error` | `{"kind", "message"}` of a rollout that failed for good, else null |
+| `error` | `{"kind", "message", "traceback"}` of a rollout that failed for good, else null |
 | `branches` | per branch: counts, `overlong`, `messages`, `images`, and `sampled_pieces` |
 
 A sampled piece is a stretch that the policy sampled: `{"offset", "texts", "logprobs"}`, where in the branch's tokens it
@@ -22,10 +23,12 @@ from pointillist.config.run_paths import write_atomically
 from pointillist.render import FolderTokenizer
 from pointillist.rollouts import Branch
 from pointillist.rollouts.executor import RolloutResult
+from pointillist.rollouts.failures import RolloutFailure, failure_of
 
 Outcome = Literal["sent", "zero_variance", "alone", "failed", "evaluated"]
 """`sent` to the trainer (but for branches that were too long); in a group of `zero_variance`; `alone`, since all others
-of its group failed; `failed` after all retries; `evaluated` only."""
+of its group failed; `failed` for good, and missing in its group; `evaluated` only. A rollout that failed by what the
+policy did has an `error` and one of the first three: it counts."""
 
 _DIGITS = 4
 
@@ -49,7 +52,7 @@ class RolloutRecorder:
         """The record of a rollout.
 
         Args:
-            rollout: It; one with a failure has the outcome `failed`, whatever else is said.
+            rollout: It; one with a failure has the outcome `failed`, unless it counts in its group.
             group: Of an evaluation's rollout; that of a training rollout is in its id.
             outcome: What became of it.
             advantage: Over its group, if it was sent.
@@ -57,16 +60,18 @@ class RolloutRecorder:
         """
         versions = [version for branch in rollout.branches for version in branch.weight_versions if version >= 0]
         failure = rollout.failure
+        failed = failure is not None and (outcome == "evaluated" or not failure.by_policy)
         return {
             "id": rollout.id,
             "group": group or rollout.id.rpartition(".")[0],
             "split": "eval" if group else "train",
             "env": self._env_id,
             "task": rollout.task_id,
-            "reward": rollout.reward if failure is None else None,
+            "answer": rollout.answer,
+            "reward": None if failed else rollout.reward,
             "advantage": advantage,
-            "outcome": outcome if failure is None else "failed",
-            "error": {"kind": failure.kind, "message": failure.message} if failure is not None else None,
+            "outcome": "failed" if failed else outcome,
+            "error": None if failure is None else _error(failure),
             "turns": rollout.turns,
             "versions": [min(versions), max(versions)] if versions else None,
             "branches": [
@@ -101,4 +106,18 @@ class RolloutRecorder:
 
 def write_records(path: Path, records: list[dict[str, Any]]) -> None:
     """Writes records, one JSON object a line; pictures are URLs of the store."""
-    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records).encode())
+    write_atomically(path, b"".join(map(_line, records)))
+
+
+def _error(failure: RolloutFailure) -> dict[str, str]:
+    return {"kind": failure.kind, "message": failure.message, "traceback": failure.traceback}
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    """A line of UTF-8; a conversation into which an environment has put what JSON can not hold is left out."""
+    try:
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        damage = failure_of(error)
+        text = json.dumps({**record, "branches": [], "error": record["error"] or _error(damage)}, ensure_ascii=False)
+    return text.encode("utf-8", errors="replace") + b"\n"

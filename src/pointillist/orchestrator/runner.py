@@ -1,30 +1,28 @@
-"""Runs groups of rollouts: bounded concurrency, retries, and a record of whatever went wrong."""
+"""Runs groups of rollouts: bounded concurrency, retries, and a log of whatever went wrong."""
 
 import asyncio
 import logging
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from textwrap import indent
+from typing import Final
 
 import msgspec
 
 from pointillist.config import OrchestratorConfig
+from pointillist.heartbeat import progress
 from pointillist.rollouts import Sampling
-from pointillist.rollouts.executor import RolloutFailure, RolloutHost, RolloutRequest, RolloutResult
+from pointillist.rollouts.executor import RolloutHost, RolloutRequest, RolloutResult
+from pointillist.rollouts.failures import RolloutFailure
 from pointillist.rollouts.policy import sampling_of
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class RolloutErrors:
-    """What went wrong since the last step."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    """By exception type, of rollouts that were dropped."""
-    retried: int = 0
-    last: str = ""
+_LINES_PER_CAUSE: Final = 20
+_CAUSES: Final = 1000
 
 
 class RolloutRunner:
@@ -34,11 +32,12 @@ class RolloutRunner:
         self._config = config
         self._host = host
         self._slots = asyncio.Semaphore(config.max_concurrent)
-        self._warned: set[str] = set()
-        self.errors = RolloutErrors()
+        self._causes: Counter[tuple[str, str]] = Counter()
+        self.retried = 0
+        """Rollouts that failed and were tried again."""
 
     async def run_group(self, task: int, step: int, index: int, size: int) -> list[RolloutResult]:
-        """Rollouts of one task, in order; those that failed for good have a `failure` and are counted.
+        """Rollouts of one task, in order; those that failed for good have a `failure`.
 
         Args:
             task: Index of a training task.
@@ -83,23 +82,38 @@ class RolloutRunner:
         async with self._slots:
             while True:
                 result = await self._host.run(msgspec.structs.replace(request, seed=request.seed + attempt * 2**32))
-                if result.failure is None:
+                progress()
+                if result.failure is None or result.failure.by_policy:  # both are trained
                     result = _fresh(result, oldest)
-                if result.failure is None:
+                failure = result.failure
+                if failure is None:
                     return result
-                if result.failure.permanent or attempt == self._config.max_retries:
-                    self._drop(result.task_id, result.failure)
+                final = failure.permanent or attempt == self._config.max_retries
+                self._log(request.id, result.task_id, failure, final=final)
+                if final:
                     return result
-                self.errors.retried += 1
+                self.retried += 1
                 attempt += 1
 
-    def _drop(self, task_id: str, failure: RolloutFailure) -> None:
+    def _log(self, rollout_id: str, task_id: str, failure: RolloutFailure, *, final: bool) -> None:
+        """Each distinct cause once with its traceback, then a line a time, up to a number; records have them all."""
         what = f"task {task_id}: {failure.kind}: {failure.message}"
-        self.errors.counts[failure.kind] += 1
-        self.errors.last = what
-        if what not in self._warned:
-            self._warned.add(what)
-            logger.warning("rollout dropped, %s", what)
+        cause = failure.kind, _where(failure.traceback)
+        if cause not in self._causes and len(self._causes) == _CAUSES:
+            return
+        self._causes[cause] += 1
+        seen = self._causes[cause]
+        if seen > _LINES_PER_CAUSE:
+            return
+        trace = f"\n{failure.traceback}" if seen == 1 and failure.traceback else ""
+        more = "; further ones of this cause are not logged" if seen == _LINES_PER_CAUSE else ""
+        outcome = "failed" if final else "failed and is tried again"
+        logger.warning("rollout %s %s, %s", rollout_id, outcome, indent(f"{what}{more}{trace}", "    ").lstrip())
+
+
+def _where(traceback: str) -> str:
+    """The place in the code where an error was raised; the empty text if that is not known."""
+    return next((line for line in reversed(traceback.splitlines()) if line.lstrip().startswith('File "')), "")
 
 
 def _fresh(result: RolloutResult, oldest: int) -> RolloutResult:

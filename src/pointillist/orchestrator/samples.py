@@ -1,12 +1,22 @@
 """From recorded branches to training samples: only sampled tokens are trained, every image keeps its reference."""
 
+import math
+
+import msgspec
+
+from pointillist.errors import TransportError
 from pointillist.refs.mm_refs import build_mm_refs, mm_token_type_ids
 from pointillist.rollouts import Branch
 from pointillist.transport.types import TrainingSample, check_sample
 
 
+def with_advantage(sample: TrainingSample, advantage: float) -> TrainingSample:
+    """The sample with another advantage of its sampled tokens."""
+    return msgspec.structs.replace(sample, advantages=[advantage if on else 0.0 for on in sample.loss_mask])
+
+
 def make_sample(branch: Branch, advantage: float, *, image_token_id: int, sample_id: str) -> TrainingSample:
-    """The training sample of one branch.
+    """The training sample of one branch, in which an environment may have put anything.
 
     Args:
         branch: What was read and sampled.
@@ -16,8 +26,14 @@ def make_sample(branch: Branch, advantage: float, *, image_token_id: int, sample
 
     Raises:
         RefError: Images and image tokens do not cover each other.
-        TransportError: The branch's lists do not fit together.
+        TransportError: The branch's lists do not fit together, or hold what they should not.
     """
+    try:
+        msgspec.msgpack.decode(msgspec.msgpack.encode(branch), type=Branch)
+        if not math.isfinite(sum(branch.logprobs)):
+            raise TransportError(f"sample {sample_id}: a logprob is not finite")
+    except (msgspec.MsgspecError, TypeError, ValueError, OverflowError) as error:
+        raise TransportError(f"sample {sample_id}: the record of the rollout is damaged ({error})") from None
     types = mm_token_type_ids(branch.token_ids, image_token_id)
     sample = TrainingSample(
         token_ids=branch.token_ids,

@@ -13,17 +13,22 @@ An environment is any class with three methods. It is found by the name of an en
 """
 
 import importlib
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Final, Protocol, cast, runtime_checkable
+from typing import Any, Final, Protocol, cast
 
 from pointillist.errors import EnvironmentLoadError
+from pointillist.rollouts.failures import kind_of, message_of, own_frames
 from pointillist.rollouts.session import Session
 
+logger = logging.getLogger(__name__)
+
 GROUP: Final = "pointillist.environments"
+_ID_CHARACTERS: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,13 @@ class Task:
     """Unique among the tasks of its split."""
     data: dict[str, Any] = field(default_factory=dict)
     """Whatever the environment needs."""
+    answer: Any = None
+    """What is right, for whoever reads the records; by default `data["answer"]` if there is one. Never shown to the
+    policy."""
+
+    def __post_init__(self) -> None:
+        if self.answer is None and isinstance(self.data, Mapping):
+            object.__setattr__(self, "answer", self.data.get("answer"))
 
 
 class Environment(Protocol):
@@ -48,16 +60,10 @@ class Environment(Protocol):
         ...
 
     async def rollout(self, task: Task, session: Session) -> float:
-        """Holds one conversation about a task; returns its reward. Many run at once in one event loop."""
-        ...
+        """Holds one conversation about a task; returns its reward. Many run at once in one event loop.
 
-
-@runtime_checkable
-class Closing(Protocol):
-    """An environment that has something to end, such as processes of its own."""
-
-    async def aclose(self) -> None:
-        """Ends it."""
+        Whatever it raises fails this rollout alone. The reward is a real number within plus or minus 1e9.
+        """
         ...
 
 
@@ -74,20 +80,57 @@ def load_environment(name: str, arguments: Mapping[str, Any]) -> Environment:
     factory = _find(name)
     try:
         environment = factory(**arguments)
-    except Exception as error:
-        raise EnvironmentLoadError(
-            f"environment {name!r} could not be built with {dict(arguments)!r}: {type(error).__name__}: {error}"
-        ) from error
-    missing = [
-        method
-        for method in ("train_tasks", "eval_tasks", "rollout")
-        if not callable(getattr(environment, method, None))
-    ]
+        missing = [
+            method
+            for method in ("train_tasks", "eval_tasks", "rollout")
+            if not callable(getattr(environment, method, None))
+        ]
+    except BaseException as error:
+        raise load_error(f"environment {name!r} could not be built with {dict(arguments)!r}", error) from error
     if missing:
         raise EnvironmentLoadError(
             f"environment {name!r} has no method {missing[0]!r}, expected the three of Environment"
         )
     return cast(Environment, environment)
+
+
+def load_tasks(environment: Environment, split: str) -> list[Task]:
+    """The environment's tasks of a split, `train` or `eval`.
+
+    Raises:
+        EnvironmentLoadError: The method raises or gives no tasks, what it gives are no tasks, or ids are not unique.
+    """
+    method = f"{split}_tasks()"
+    try:
+        tasks = list(getattr(environment, f"{split}_tasks")())
+    except BaseException as error:
+        raise load_error(f"{method} of the environment failed", error) from error
+    if not tasks and split == "train":
+        raise EnvironmentLoadError("environment has no training tasks")
+    seen: set[str] = set()
+    for index, task in enumerate(tasks):
+        if not isinstance(task, Task):
+            raise EnvironmentLoadError(f"{method} of the environment gave {type(task).__name__} at {index}, not a Task")
+        if not isinstance(task.id, str) or not task.id.isprintable() or not 0 < len(task.id) <= _ID_CHARACTERS:
+            raise EnvironmentLoadError(
+                f"environment has {split} task {index} with the id {str(task.id)[:80]!r}, expected a text of 1 to "
+                f"{_ID_CHARACTERS} printable characters"
+            )
+        if task.id in seen:
+            raise EnvironmentLoadError(
+                f"environment has two {split} tasks with the id {task.id!r}, expected unique ids"
+            )
+        seen.add(task.id)
+    return tasks
+
+
+def load_error(what: str, error: BaseException) -> EnvironmentLoadError:
+    """The error of an environment that can not be had; where its own code raised is logged."""
+    if isinstance(error, EnvironmentLoadError):
+        return error
+    if frames := own_frames(error):
+        logger.error("%s, in\n%s", what, frames)
+    return EnvironmentLoadError(f"{what}: {kind_of(error)}: {message_of(error)}")
 
 
 def _find(name: str) -> Any:
@@ -104,7 +147,5 @@ def _find(name: str) -> Any:
         sys.path.insert(0, str(Path.cwd()))
     try:
         return getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:
-        raise EnvironmentLoadError(
-            f"environment {name!r} can not be imported: {type(error).__name__}: {error}"
-        ) from error
+    except BaseException as error:
+        raise load_error(f"environment {name!r} can not be imported", error) from error

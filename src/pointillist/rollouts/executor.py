@@ -1,20 +1,39 @@
-"""Runs an environment's rollouts in this process, whichever it is: the orchestrator itself or an environment worker."""
+"""Runs an environment's rollouts in this process, whichever it is: the orchestrator itself or an environment worker.
+
+The environment's code runs in tasks of its own that hand back whatever it returns or raises, so nothing that it does
+to its task reaches the loop: a `SystemExit` is a failed rollout like any other, and so is a `CancelledError` that is
+not of our making. A rollout that blocks the loop is interrupted after its time (`loop.LoopWatch`), where Python code
+or a system call blocks; what ends or stops the process itself is what workers are for.
+"""
 
 import asyncio
+import inspect
 import logging
+import math
 import os
-from collections.abc import Sequence
-from typing import Literal, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal, Protocol
 
 import msgspec
 
 from pointillist.config import CARRIER, LIMITS_CARRIER, RolloutsConfig
-from pointillist.errors import ImageError, LayoutError, PointillistError, RenderError, SourceError
+from pointillist.errors import (
+    ContextLengthError,
+    ImageError,
+    LayoutError,
+    RenderError,
+    RewardError,
+    RolloutTimeoutError,
+    SourceError,
+)
 from pointillist.pools import give_threads_to_environments
-from pointillist.rollouts.environment import Closing, Task, load_environment
+from pointillist.rollouts.environment import Task, load_environment, load_tasks
+from pointillist.rollouts.failures import RolloutFailure, answer_text, failure_of
 from pointillist.rollouts.gateway import Gateway
+from pointillist.rollouts.loop import LoopWatch, in_environment
 from pointillist.rollouts.policy import Policy
-from pointillist.rollouts.session import Sampling
+from pointillist.rollouts.session import Sampling, Session
 from pointillist.rollouts.trace import Branch
 
 logger = logging.getLogger(__name__)
@@ -22,7 +41,11 @@ logger = logging.getLogger(__name__)
 Split = Literal["train", "eval"]
 
 # Errors that lie in the task itself: trying again would give the same.
-_PERMANENT = (SourceError, ImageError, LayoutError, RenderError)
+_PERMANENT: Final = (SourceError, ImageError, LayoutError, RenderError)
+LARGEST_REWARD: Final = 1e9
+"""Beyond it squares of differences, and the trainer's float32, would overflow."""
+_CANCEL_SECONDS: Final = 5.0
+_CLOSE_SECONDS: Final = 30.0
 
 
 class RolloutRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,24 +61,18 @@ class RolloutRequest(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
 
 
-class RolloutFailure(msgspec.Struct, frozen=True, kw_only=True):
-    """Why a rollout gave nothing."""
-
-    kind: str
-    """Type of the exception."""
-    message: str
-    permanent: bool
-    """It would fail again."""
-
-
 class RolloutResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of a rollout: a failure, or everything else."""
+    """What came of a rollout."""
 
     id: str
     task_id: str
+    answer: str | None = None
+    """What the task says is right."""
     reward: float = 0.0
+    """Means nothing if there is a failure."""
     turns: int = 0
     branches: list[Branch] = []
+    """Of a rollout that failed: up to there."""
     failure: RolloutFailure | None = None
 
 
@@ -87,16 +104,17 @@ class Executor:
 
         Raises:
             ConfigError: The model folder is unusable.
-            EnvironmentLoadError: The environment can not be had.
-            PointillistError: It has no training tasks, or two tasks of one id.
+            EnvironmentLoadError: The environment can not be had, or its tasks are not usable.
         """
         self._timeout = config.rollout_timeout
         self._max_concurrent = config.max_concurrent
         self._environment = load_environment(config.env.id, config.env.args)
         self._tasks: dict[Split, Sequence[Task]] = {
-            "train": _checked(self._environment.train_tasks(), "train"),
-            "eval": _checked(self._environment.eval_tasks(), "eval"),
+            "train": load_tasks(self._environment, "train"),
+            "eval": load_tasks(self._environment, "eval"),
         }
+        self._running: set[asyncio.Task[_Ended]] = set()
+        self._watch = LoopWatch(self._timeout)
         self._policy = Policy.from_config(config, blank_images=config.env.blank_images)
         # For whatever writes images on its own here or is started from here: one folder, told in one way, and limits.
         os.environ[CARRIER] = str(self._policy.sources.store_root)
@@ -107,6 +125,7 @@ class Executor:
         """Starts the gateway."""
         give_threads_to_environments(self._max_concurrent)
         await self._gateway.start()
+        self._watch.start()
 
     async def task_ids(self, split: Split) -> list[str]:
         """Ids of the environment's tasks."""
@@ -118,34 +137,124 @@ class Executor:
         session = self._policy.open(request.sampling, request.seed, request.group)
         key = self._gateway.add(session)
         try:
-            async with asyncio.timeout(self._timeout):
-                reward = float(await self._environment.rollout(task, session))
-        except Exception as error:  # an environment may raise anything; the others go on
-            late = isinstance(error, TimeoutError) and not str(error)
-            failure = RolloutFailure(
-                kind=type(error).__name__,
-                message=f"took longer than rollout_timeout = {self._timeout:g} s" if late else str(error),
-                permanent=isinstance(error, _PERMANENT),
-            )
-            return RolloutResult(id=request.id, task_id=task.id, failure=failure)
+            ended = await self._guarded(lambda: self._rewarded(task, session), "rollout_timeout", self._timeout)
         finally:
             self._gateway.close(key)
-        return RolloutResult(
-            id=request.id, task_id=task.id, reward=reward, turns=len(session.turns), branches=session.branches
-        )
+        result = RolloutResult(id=request.id, task_id=task.id, answer=answer_text(task.answer))
+        if ended.error is None:
+            reward, turns, branches = ended.value
+            return msgspec.structs.replace(result, reward=reward, turns=turns, branches=branches)
+        turns, branches = _record_so_far(session)
+        failure = _failure(ended.error, session, turns)
+        return msgspec.structs.replace(result, turns=turns, branches=branches, failure=failure)
 
     async def aclose(self) -> None:
         """Ends the environment, if it has an `aclose`, and the gateway."""
-        if isinstance(self._environment, Closing):
-            await self._environment.aclose()
+        for task in self._running:
+            task.cancel()
+        ended = await self._guarded(self._close_environment, "the time to close", _CLOSE_SECONDS)
+        if ended.error is not None:
+            failure = failure_of(ended.error)
+            logger.warning(
+                "closing the environment failed: %s: %s\n%s", failure.kind, failure.message, failure.traceback
+            )
+        self._watch.stop()
         await self._gateway.aclose()
         await self._policy.client.aclose()
 
+    async def _rewarded(self, task: Task, session: Session) -> tuple[float, int, list[Branch]]:
+        """What a rollout gives: reward, number of turns, branches."""
+        rollout = self._environment.rollout(task, session)
+        if not inspect.isawaitable(rollout):
+            raise RewardError(f"rollout returned {type(rollout).__name__} at once, expected 'async def rollout'")
+        reward = _real(await rollout)
+        return reward, len(session.turns), session.branches
 
-def _checked(tasks: Sequence[Task], split: str) -> Sequence[Task]:
-    tasks = list(tasks)
-    if not tasks and split == "train":
-        raise PointillistError("environment has no training tasks")
-    if len({task.id for task in tasks}) != len(tasks):
-        raise PointillistError(f"environment has {split} tasks with the same id, expected unique ids")
-    return tasks
+    async def _close_environment(self) -> None:
+        aclose = getattr(self._environment, "aclose", None)
+        if aclose is not None:
+            await aclose()
+
+    async def _guarded(self, call: Callable[[], Any], limit: str, seconds: float) -> "_Ended":
+        """What the environment's code returned or raised; it is cancelled where it takes longer than it may."""
+        task = asyncio.get_running_loop().create_task(_caught(call))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        try:
+            await asyncio.wait({task}, timeout=seconds)
+            if task.done():
+                return _ended(task)
+            task.cancel()
+            await asyncio.wait({task}, timeout=_CANCEL_SECONDS)
+        except asyncio.CancelledError:  # ours: whoever asked for the rollout no longer wants it
+            task.cancel()
+            raise
+        late = f"took longer than {limit} = {seconds:g} s"
+        if not task.done():
+            return _Ended(error=RolloutTimeoutError(f"{late}, and goes on although it was cancelled"))
+        stopped = _ended(task).error
+        where = stopped.__traceback__ if stopped is not None else None
+        return _Ended(error=RolloutTimeoutError(late).with_traceback(where))
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """How a call of the environment's code ended."""
+
+    value: Any = None
+    error: BaseException | None = None
+
+
+async def _caught(call: Callable[[], Any]) -> _Ended:
+    in_environment.set(True)
+    try:
+        return _Ended(await call())
+    except BaseException as error:  # out of a task, SystemExit would end the process
+        return _Ended(error=error)
+
+
+def _ended(task: "asyncio.Task[_Ended]") -> _Ended:
+    """Of a task that is done; one that was cancelled before its first step has no result."""
+    return _Ended(error=asyncio.CancelledError()) if task.cancelled() else task.result()
+
+
+def _record_so_far(session: Session) -> tuple[int, list[Branch]]:
+    """What was recorded before a rollout failed; nothing if the environment has broken the record itself."""
+    try:
+        return len(session.turns), session.branches
+    except Exception:
+        logger.exception("the record of a failed rollout can not be read")
+        return 0, []
+
+
+def _failure(error: BaseException, session: Session, turns: int) -> RolloutFailure:
+    """A conversation outgrows `seq_len` by what the policy did, unless it did so before the first answer.
+
+    Agents behind the gateway raise an error of their own then, so it is the session that knows.
+    """
+    outgrown = isinstance(error, ContextLengthError) or (
+        session.outgrown and not isinstance(error, (RolloutTimeoutError, RewardError))
+    )
+    by_policy = outgrown and turns > 0
+    return failure_of(error, permanent=by_policy or isinstance(error, _PERMANENT), by_policy=by_policy)
+
+
+def _real(reward: Any) -> float:
+    """A reward as a float.
+
+    Raises:
+        RewardError: It is no real number, not finite, or beyond `LARGEST_REWARD`.
+    """
+    expected = f"expected a real number within plus or minus {LARGEST_REWARD:g}"
+    if inspect.iscoroutine(reward):
+        reward.close()
+        raise RewardError(f"reward is a coroutine that was not awaited, {expected}")
+    if isinstance(reward, (str, bytes, bytearray)):
+        raise RewardError(f"reward is {type(reward).__name__}, {expected}")
+    try:
+        value = float(reward)
+    except (TypeError, ValueError, OverflowError):
+        raise RewardError(f"reward is {type(reward).__name__}, {expected}") from None
+    if not math.isfinite(value) or abs(value) > LARGEST_REWARD:
+        raise RewardError(f"reward is {value:g}, {expected}")
+    return value

@@ -24,6 +24,8 @@ class Policy:
     sources: Sources
     client: InferenceClient
     seq_len: int
+    max_images: int
+    """In one prompt."""
 
     @classmethod
     def from_config(cls, config: PolicyConfig, *, blank_images: bool = False) -> "Policy":
@@ -50,14 +52,23 @@ class Policy:
             transform=partial(blank_image, limits=store.limits) if blank_images else None,
             fetch=RemoteImages(store.limits.max_bytes).fetch if config.multimodal.allow_remote else None,
         )
-        unsampleable = unsampleable_token_ids(family, tokenizer, ModelFiles(folder).vocab_size)
-        client = InferenceClient.from_config(config.client, unsampleable)
-        return cls(config.model.name, renderer, sources, client, config.seq_len)
+        vocab_size = ModelFiles(folder).vocab_size
+        unsampleable = unsampleable_token_ids(family, tokenizer, vocab_size)
+        client = InferenceClient.from_config(config.client, unsampleable, vocab_size)
+        max_images = config.multimodal.limits.max_images_per_request
+        return cls(config.model.name, renderer, sources, client, config.seq_len, max_images)
 
     def open(self, sampling: Sampling, seed: int, affinity: str = "") -> Session:
         """A new session; see `Session`."""
         return Session(
-            self.renderer, self.sources, self.client, sampling, seq_len=self.seq_len, seed=seed, affinity=affinity
+            self.renderer,
+            self.sources,
+            self.client,
+            sampling,
+            seq_len=self.seq_len,
+            max_images=self.max_images,
+            seed=seed,
+            affinity=affinity,
         )
 
 

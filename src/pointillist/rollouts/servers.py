@@ -8,6 +8,7 @@ again, and elsewhere, gives the same.
 
 import asyncio
 import contextlib
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
@@ -15,9 +16,11 @@ from typing import Any, Final
 
 import aiohttp
 import msgspec
+from aiohttp.abc import AbstractResolver, ResolveResult
 from cachetools import LRUCache
 
 from pointillist.errors import InferenceError
+from pointillist.pools import RESOLVING
 
 _KEEPALIVE_SECONDS: Final = 4.0
 """Idle connections are closed by us before uvicorn closes them (5 s) under a request."""
@@ -26,28 +29,36 @@ _HEALTH_SECONDS: Final = 5.0
 _FIRST_REST_SECONDS: Final = 0.1
 _LONGEST_REST_SECONDS: Final = 2.0
 _REMEMBERED: Final = 100_000
-_ANSWER_BYTES: Final = 256 * 1024 * 1024
-"""Longest answer that is read of a server: 128 completions of 8,192 tokens have a quarter of it."""
-_HEALTH_BYTES: Final = 64 * 1024
+_ANSWER_BYTES: Final = 1024 * 1024
 _UNAVAILABLE: Final = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
-
-
-async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
-    """The body of an answer.
-
-    Raises:
-        InferenceError: It is longer than `limit` bytes.
-    """
-    data = bytearray()
-    async for chunk in response.content.iter_any():
-        data += chunk
-        if len(data) > limit:
-            raise InferenceError(f"inference server at {response.url.origin()} answers with more than {limit} bytes")
-    return bytes(data)
 
 
 class UnreachableError(InferenceError):
     """A server that can not be reached, or ended in the middle of an answer."""
+
+
+class _Resolver(AbstractResolver):
+    """Names to addresses, in threads of our own: those of the event loop may all be held by environments."""
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        """Addresses of a host."""
+        found = await RESOLVING.run(socket.getaddrinfo, host, port, family, socket.SOCK_STREAM)
+        return [
+            ResolveResult(
+                hostname=host,
+                host=str(address[0]),
+                port=int(address[1]),
+                family=kind,
+                proto=proto,
+                flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
+            )
+            for kind, _, proto, _, address in found
+        ]
+
+    async def close(self) -> None:
+        """Has nothing to close."""
 
 
 class Server:
@@ -68,21 +79,25 @@ class Server:
         """Seconds for which this server is still to be left alone; 0 if it can be asked."""
         return max(0.0, self._rests_until - time.monotonic())
 
-    async def post(self, path: str, body: bytes, headers: Mapping[str, str] | None = None) -> tuple[int, bytes]:
+    async def post(
+        self, path: str, body: bytes, headers: Mapping[str, str] | None = None, *, max_bytes: int = _ANSWER_BYTES
+    ) -> tuple[int, bytes]:
         """Status and body of an answer.
 
         Args:
             path: Of the route.
             body: JSON.
             headers: HTTP headers in place of those of the same name that every request has.
+            max_bytes: Longest answer.
 
         Raises:
             UnreachableError: No connection, no whole answer, or a server that is not available.
-            InferenceError: No answer in time.
+            InferenceError: No answer in time, or one that is too long.
         """
         try:
-            async with self._http.post(path, data=body, headers=headers) as response:
-                status, data = response.status, await _read(response, _ANSWER_BYTES)
+            # A redirect would take the request, and the key, to wherever the server says.
+            async with self._http.post(path, data=body, headers=headers, allow_redirects=False) as response:
+                status, data = response.status, await self._read(response, max_bytes)
             if status in _UNAVAILABLE:
                 raise UnreachableError(f"inference server at {self.url} answered {path} with {status}")
         except TimeoutError:
@@ -119,15 +134,25 @@ class Server:
     async def health(self) -> dict[str, Any] | None:
         """What the server says of itself, which may be nothing; None if it is not healthy."""
         try:
-            async with self._http.get("/health", timeout=aiohttp.ClientTimeout(total=_HEALTH_SECONDS)) as response:
+            async with self._http.get(
+                "/health", allow_redirects=False, timeout=aiohttp.ClientTimeout(total=_HEALTH_SECONDS)
+            ) as response:
                 if response.status != HTTPStatus.OK:
                     return None
-                data = await _read(response, _HEALTH_BYTES)
+                data = await self._read(response, _ANSWER_BYTES)
         except (aiohttp.ClientError, TimeoutError, InferenceError):
             return None
-        with contextlib.suppress(msgspec.MsgspecError):
+        with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return msgspec.json.decode(data, type=dict[str, Any])
         return {}
+
+    async def _read(self, response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
+        data = bytearray()
+        async for chunk in response.content.iter_any():
+            data += chunk
+            if len(data) > max_bytes:
+                raise InferenceError(f"inference server at {self.url} answered more than {max_bytes} bytes")
+        return bytes(data)
 
     async def aclose(self) -> None:
         """Closes all connections."""
@@ -138,9 +163,13 @@ class Server:
     def _http(self) -> aiohttp.ClientSession:
         """Opened at the first request, since it belongs to the event loop that is then running."""
         if self._session is None:
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_SECONDS)
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_SECONDS, resolver=_Resolver())
             self._session = aiohttp.ClientSession(
-                self.url, headers=self._headers, timeout=self._timeout, connector=connector
+                self.url,
+                headers={**self._headers, "Accept-Encoding": "identity"},
+                timeout=self._timeout,
+                connector=connector,
+                auto_decompress=False,  # a small answer could become a large one
             )
         return self._session
 
@@ -163,17 +192,18 @@ class Servers:
         self._unreachable_timeout = unreachable_timeout
         self._home: LRUCache[str, Server] = LRUCache(_REMEMBERED)
 
-    async def post(self, path: str, body: bytes, affinity: str) -> tuple[int, bytes]:
+    async def post(self, path: str, body: bytes, affinity: str, *, max_bytes: int = _ANSWER_BYTES) -> tuple[int, bytes]:
         """Status and body of an answer.
 
         Args:
             path: Of the route.
             body: JSON.
             affinity: Requests with the same word go to the same server while it can be reached.
+            max_bytes: Longest answer.
 
         Raises:
             UnreachableError: No server could be reached for `unreachable_timeout` seconds.
-            InferenceError: No answer in time.
+            InferenceError: No answer in time, or one that is too long.
         """
         deadline: float | None = None
         while True:
@@ -181,7 +211,7 @@ class Servers:
             server.in_flight += 1  # before anything is awaited: the next request must know of this one
             try:
                 await asyncio.sleep(server.rest)
-                return await server.post(path, body)
+                return await server.post(path, body, max_bytes=max_bytes)
             except UnreachableError:
                 deadline = deadline or time.monotonic() + self._unreachable_timeout
                 if time.monotonic() >= deadline:

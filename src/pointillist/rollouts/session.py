@@ -15,17 +15,21 @@ training sample.
 import asyncio
 import dataclasses
 import json
+import threading
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
+
+import msgspec
 
 from pointillist.errors import ContextLengthError, HistoryError, RenderError
 from pointillist.images.sources import Sources, normalize_images
 from pointillist.images.store import StoredImage
 from pointillist.pools import READING, WRITING
 from pointillist.render.raw import Message, RawRenderer, RenderedPrompt
-from pointillist.rollouts.client import Completion, InferenceClient
+from pointillist.rollouts.answers import Completion
+from pointillist.rollouts.client import InferenceClient
 from pointillist.rollouts.messages import History, call_key, canonical, check_tool_results
 from pointillist.rollouts.trace import Branch, Node, Trace
 
@@ -36,6 +40,14 @@ _LONG_CHARACTERS: Final = 50_000
 requests of a group, which are sent as one if they are made within a moment."""
 _MESSAGE_CHARACTERS: Final = 100
 """What a message costs beside its text, in characters."""
+_IMAGE_CHARACTERS: Final = 1000
+"""What an image costs, in characters."""
+_LONG_READ: Final = 100_000
+"""Tokens that a turn's answers have read together, from which on they are recorded in a thread."""
+_LONG_TOKEN: Final = 32
+"""Characters: a text of longer tokens on average (white space, say) is nothing that an agent has a use for."""
+_MORE_CHARACTERS: Final = 16_384
+"""What the text of a conversation may have besides, however short `seq_len` is."""
 _LONG_ANSWER: Final = 2_000
 """Tokens of a turn's answers from which on they are read in a thread."""
 T = TypeVar("T")
@@ -115,6 +127,7 @@ class Session:
         *,
         seq_len: int,
         seed: int,
+        max_images: int = 256,
         affinity: str = "",
         tools: Tools | None = None,
     ) -> None:
@@ -127,6 +140,7 @@ class Session:
             sampling: For every turn that asks for nothing else.
             seq_len: Longest conversation, in tokens.
             seed: Of the first turn.
+            max_images: Images that one request of an agent may bring.
             affinity: Sessions with the same word are served by the same server; by default each has its own.
             tools: What the policy may call in the session's own conversation; an environment may set it.
         """
@@ -141,7 +155,10 @@ class Session:
         self._own = Conversation([], [])
         self._trace = Trace()
         self._issued_calls: dict[str, str] = {}
+        self._recording = threading.Lock()
+        """Held while the record is written or read as a whole, which may be in a thread."""
         self.sampling = sampling
+        self.max_images = max_images
         self.tools = tools
         self.gateway_url = ""
         """The gateway that serves this session."""
@@ -149,6 +166,8 @@ class Session:
         """What the gateway knows this session by."""
         self.api_key = "none"
         """What the gateway asks for."""
+        self.outgrown = False
+        """Whether the last conversation that was to be answered had no room left in `seq_len`."""
         self.turns: list[Turn] = []
         """All answers, of all conversations, in the order in which they were sampled."""
 
@@ -170,7 +189,8 @@ class Session:
     @property
     def branches(self) -> list[Branch]:
         """What to train on."""
-        return self._trace.branches()
+        with self._recording:
+            return self._trace.branches()
 
     async def generate(self, messages: Sequence[Mapping[str, Any]]) -> Turn:
         """Adds messages to the session's own conversation and samples the policy's answer.
@@ -258,8 +278,8 @@ class Session:
             RenderError: The messages do not fit the template, or the conversation has outgrown `seq_len`.
             InferenceError: The server refused or failed the request.
         """
-        messages = conversation.messages
-        await _in_thread_if(_is_long(messages), check_tool_results, messages, self._issued_calls)
+        long = _is_long(conversation, tools)
+        await _in_thread_if(long, check_tool_results, conversation.messages, self._issued_calls)
         return await self._sample(conversation, tools, sampling or self.sampling, n, stop, wait=False)
 
     def compact_images(self, keep_last: int, replacement: str = "[image removed]") -> int:
@@ -296,10 +316,11 @@ class Session:
         history = conversation.messages
         if not history or history[-1]["role"] == "assistant":
             raise HistoryError("messages must end with a user or tool message for the policy to answer")
-        prepared = await _in_thread_if(_is_long(history), self._prepare, conversation, tools)
+        prepared = await _in_thread_if(_is_long(conversation, tools), self._prepare, conversation, tools)
         prompt = prepared.prompt
         room = self._seq_len - len(prompt.token_ids)
-        if room < 1:
+        self.outgrown = room < 1
+        if self.outgrown:
             raise ContextLengthError(f"conversation has {len(prompt.token_ids)} tokens, seq_len is {self._seq_len}")
         parameters = self._sampling_params(sampling, room)
         seed = self._seed + _SEEDS_PER_TURN * self._requests
@@ -310,41 +331,67 @@ class Session:
                 for index in range(n)
             )
         )
-        long = sum(len(sampled.token_ids) for sampled in completions) > _LONG_ANSWER
-        read = await _in_thread_if(long, lambda: [self._read_answer(each, stop, prompt) for each in completions])
-        turns = []
-        for completion, stopped_by, parsed in read:
-            message = self._message(parsed, stopped_by)
-            self._trace.record(
-                prepared.parent,
-                prompt,
-                completion,
-                temperature=sampling.temperature,
-                key=prepared.prefixes.key_after(message),
-                messages=[*history, message],
-            )
-            turns.append(Turn(message, completion, len(prompt.token_ids), stopped_by))
-        self.turns += turns
-        return turns
+        long = (
+            sum(len(sampled.token_ids) for sampled in completions) > _LONG_ANSWER
+            or n * len(prompt.token_ids) > _LONG_READ
+        )
+        return await _in_thread_if(
+            long or self._recording.locked(), self._record, history, prepared, completions, sampling, stop
+        )
 
     def _prepare(self, conversation: Conversation, tools: Tools | None) -> "_Prepared":
         """Finds a conversation in the record and renders it; long ones in a thread.
 
         Raises:
-            RenderError: The messages do not fit the template.
+            RenderError: The messages do not fit the template, or are far longer than `seq_len`.
         """
+        self._refuse_hopeless(conversation.messages, tools)
         prefixes = History(tools)
         keys = [prefixes.add(message) for message in conversation.messages]
         parent, seen = self._trace.find(keys)
         return _Prepared(parent, prefixes, self._prompt(parent, conversation, seen, tools))
 
+    def _record(
+        self,
+        history: list[Message],
+        prepared: "_Prepared",
+        completions: Sequence[Completion],
+        sampling: Sampling,
+        stop: Sequence[str],
+    ) -> list[Turn]:
+        """Reads what was sampled and puts it on record; long answers in a thread.
+
+        Raises:
+            RenderError: The policy sampled what it must not, or what can not be read.
+        """
+        prompt = prepared.prompt
+        read = [self._read_answer(each, stop, prompt) for each in completions]
+        turns = []
+        with self._recording:
+            for completion, stopped_by, parsed in read:
+                message = self._message(parsed, stopped_by)
+                self._trace.record(
+                    prepared.parent,
+                    prompt,
+                    completion,
+                    temperature=sampling.temperature,
+                    key=prepared.prefixes.key_after(message),
+                    messages=[*history, message],
+                )
+                turns.append(Turn(message, completion, len(prompt.token_ids), stopped_by))
+            self.turns += turns
+        return turns
+
     def _read_answer(
         self, sampled: Completion, stop: Sequence[str], prompt: RenderedPrompt
     ) -> tuple[Completion, str | None, Any]:
-        """What was sampled, cut at a stop text, that text, and what `renderers` reads in it; long ones in a thread."""
+        """What was sampled, cut at a stop text, that text, and what `renderers` reads in it."""
         self._refuse_sampled_media(sampled)
         completion, stopped_by = self._cut(sampled, stop)
-        return completion, stopped_by, self._renderer.parse(completion.token_ids, prompt)
+        try:
+            return completion, stopped_by, self._renderer.parse(completion.token_ids, prompt)
+        except RecursionError:
+            raise RenderError("the policy's answer is nested too deeply to be read") from None
 
     def _prompt(
         self,
@@ -370,6 +417,18 @@ class Session:
             "stop_token_ids": self._renderer.stop_token_ids,
             "logprobs": 0,
         }
+
+    def _refuse_hopeless(self, messages: Sequence[Message], tools: Tools | None) -> None:
+        """Refuses what is far too long before it is turned into tokens: that takes 200 bytes for each byte of text.
+
+        Raises:
+            ContextLengthError: `seq_len` tokens would have to be unusually long ones.
+        """
+        characters = sum(map(_characters, messages)) + (len(msgspec.json.encode(list(tools))) if tools else 0)
+        if characters > self._seq_len * _LONG_TOKEN + _MORE_CHARACTERS:
+            raise ContextLengthError(
+                f"conversation has {characters} characters, more text than seq_len = {self._seq_len} tokens can hold"
+            )
 
     def _refuse_sampled_media(self, completion: Completion) -> None:
         forbidden = self._renderer.family.vision_token_ids
@@ -424,17 +483,22 @@ class Session:
         return made
 
 
-def _is_long(messages: Sequence[Message]) -> bool:
+def _is_long(conversation: Conversation, tools: Tools | None) -> bool:
     """Whether rendering takes so long that other rollouts of the event loop would notice."""
-    characters = 0
-    for message in messages:
-        content = message["content"]
-        parts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
-        characters += _MESSAGE_CHARACTERS + sum(map(len, parts))
-        characters += sum(len(call["function"]["arguments"]) for call in message.get("tool_calls", []))
+    characters = _IMAGE_CHARACTERS * len(conversation.images) + (len(msgspec.json.encode(list(tools))) if tools else 0)
+    for message in conversation.messages:
+        characters += _MESSAGE_CHARACTERS + _characters(message)
         if characters > _LONG_CHARACTERS:
             return True
     return False
+
+
+def _characters(message: Message) -> int:
+    """Text of a canonical message."""
+    content = message["content"]
+    texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
+    texts += [call["function"]["arguments"] for call in message.get("tool_calls", [])]
+    return sum(map(len, texts)) + len(message.get("reasoning_content", ""))
 
 
 async def _in_thread_if(long: bool, function: Callable[..., T], *args: Any) -> T:

@@ -16,7 +16,7 @@ import msgspec
 
 from pointillist.refs.mm_refs import MMImageRef
 from pointillist.render.raw import Message, PromptImage, RenderedPrompt
-from pointillist.rollouts.client import Completion
+from pointillist.rollouts.answers import Completion
 
 
 class Branch(msgspec.Struct, kw_only=True):

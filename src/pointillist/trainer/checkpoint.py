@@ -2,10 +2,10 @@
 
 `checkpoints/step_<n>/` holds the trainer's weights, optimiser, schedule and random state (torch.distributed
 checkpoint, so the number of ranks may change) and the orchestrator's state after the same step, which came with the
-step's batch. There is one writer, so there is no step of which only a half exists.
+step's batch. There is one writer, so there is no step of which only a half exists. `digests.json` is written last; a
+checkpoint whose bytes are not those it names is not loaded.
 """
 
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,8 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from pointillist.config.run_paths import ORCHESTRATOR_STATE, RunPaths, steps_in
+from pointillist.config.run_paths import ORCHESTRATOR_STATE, RunPaths, remove, steps_in
+from pointillist.digests import fault_in, move_sealed, seal_folder
 from pointillist.errors import TrainingError
 from pointillist.trainer.parallel import Ranks
 
@@ -42,7 +43,7 @@ class Checkpoints:
         final = self._paths.checkpoint_step(step)
         temporary = final.with_name(f".{final.name}.tmp")
         if self._ranks.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove(temporary)
             temporary.mkdir(parents=True)
         self._ranks.barrier()
         model_state, optimizer_state = get_state_dict(policy, optimizer)
@@ -56,21 +57,24 @@ class Checkpoints:
             dcp.save(state, checkpoint_id=temporary / "trainer", no_dist=self._ranks.world_size == 1)
         if self._ranks.is_main:
             (temporary / ORCHESTRATOR_STATE).write_bytes(orchestrator_state)
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
-            for old in steps_in(self._paths.checkpoints)[: -self._keep_last]:
-                shutil.rmtree(self._paths.checkpoint_step(old))
+            seal_folder(temporary)
+            remove(final)
+            move_sealed(temporary, final)
+            done = [old for old in steps_in(self._paths.checkpoints) if old <= step]
+            for old in done[: -self._keep_last]:
+                remove(self._paths.checkpoint_step(old))
         self._ranks.barrier()
 
     def load(self, step: int, policy: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
         """Restores the state after a step.
 
         Raises:
-            TrainingError: No such checkpoint, or one of another model.
+            TrainingError: No such checkpoint, a damaged one, or one of another model.
         """
         folder = self._paths.checkpoint_step(step)
-        if not (folder / ORCHESTRATOR_STATE).is_file():
-            raise TrainingError(f"no checkpoint at {folder}")
+        fault = fault_in(folder) if self._ranks.is_main else None
+        if self._ranks.max({"fault": float(fault is not None)})["fault"]:  # all ranks end together
+            raise TrainingError(f"no whole checkpoint at {folder}: {fault or 'the main rank says why'}")
         model_state, optimizer_state = get_state_dict(policy, optimizer)
         state: dict[str, Any] = {
             "model": model_state,

@@ -49,6 +49,11 @@ class RowFeed:
         self._changed = threading.Condition()
         threading.Thread(target=self._run, name="feed", daemon=True).start()
 
+    def wait(self, seconds: float) -> bool:
+        """Waits for what comes next, so long at most; returns whether it is there."""
+        with self._changed:
+            return bool(self._changed.wait_for(lambda: self._ready, seconds))
+
     def batch(self) -> RankBatch:
         """The next step's batch.
 
@@ -92,6 +97,8 @@ class RowFeed:
                 for micro_batch in batch.micro_batches:
                     tensors = self._loader.load(micro_batch)
                     self._put(ReadyRow(tensors, *self._loader.take_counts()))
+                if batch.is_last:
+                    return
         except BaseException as error:  # the trainer raises it where it takes the row
             self._put(error)
 

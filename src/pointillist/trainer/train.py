@@ -21,11 +21,12 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from pointillist.config import RunPaths, TrainerConfig
-from pointillist.config.run_paths import append_jsonl, steps_in
+from pointillist.config.run_paths import append_jsonl, remove, steps_in
 from pointillist.config.trainer import SchedulerConfig
 from pointillist.errors import TrainingError
 from pointillist.families import RawImageMaterializer, resolve_model_dir
-from pointillist.models import LoadedModel, load_model, pick_device, write_weights
+from pointillist.heartbeat import beating, enter, progress
+from pointillist.models import LoadedModel, check_finite, load_model, pick_device, write_weights
 from pointillist.system import die_with_parent, resident_mb
 from pointillist.trainer.checkpoint import Checkpoints
 from pointillist.trainer.data import ImageCounts, ImageFault, RowLoader, RowTensors
@@ -35,15 +36,17 @@ from pointillist.trainer.options import merge_lora, prepare_model
 from pointillist.trainer.packing_check import check_packing
 from pointillist.trainer.parallel import Ranks
 from pointillist.trainer.policy import Policy, TokenStats
+from pointillist.trainer.stopping import STOPPED, Stop
 from pointillist.transport import RankBatch, make_receiver
 
 logger = logging.getLogger(__name__)
 
 _BROADCASTS_KEPT = 2
+_AGREE_SECONDS = 0.5
 
 
 def train(config: TrainerConfig) -> None:
-    """Trains until `max_steps`.
+    """Trains until `max_steps`, or until a batch is the last.
 
     Raises:
         ConfigError: The model can not be loaded.
@@ -51,24 +54,31 @@ def train(config: TrainerConfig) -> None:
         TransportError: A batch that must not be trained.
         RefError: A reference that does not fit its image.
         MissingImageError: A referenced image that is not there.
+        SystemExit: 143, after a checkpoint of the last finished step: SIGINT or SIGTERM came.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()  # torchrun gives its ranks sessions of their own: whoever kills it would leave them
     torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
     torch.use_deterministic_algorithms(config.deterministic)
-    trainer = Trainer(config)
-    try:
-        trainer.run()
-    finally:
-        trainer.ranks.close()
+    stop = Stop()
+    stop.at_once = True
+    rank = int(os.environ.get("RANK", "0"))
+    with beating(RunPaths(config.output_dir.resolve()).state, "trainer", rank), stop.listening():
+        enter("load")
+        trainer = Trainer(config, stop)
+        try:
+            trainer.run()
+        finally:
+            trainer.ranks.close()
 
 
 class Trainer:
     """One rank of the trainer."""
 
-    def __init__(self, config: TrainerConfig) -> None:
+    def __init__(self, config: TrainerConfig, stop: Stop | None = None) -> None:
         self.config = config
+        self.stop = stop or Stop()
         self.paths = RunPaths(config.output_dir.resolve())
         self.ranks = Ranks(pick_device(config.device))  # before loading: it chooses this rank's GPU
         # Weights and optimiser state are float32 whatever the activations are: small updates vanish in bfloat16.
@@ -95,6 +105,10 @@ class Trainer:
         )
         self.receiver = make_receiver(config.transport, self.paths, self.ranks.rank)
         self.phases: dict[str, float] = {}
+        self.step = 0
+        self.finished: tuple[int, bytes] | None = None
+        """The last finished step that is in no checkpoint, and the orchestrator's state after it."""
+        self.saved_at = time.monotonic()
 
     def run(self) -> None:
         """The loop of this module's docstring."""
@@ -102,6 +116,7 @@ class Trainer:
         if start:
             self.checkpoints.load(start, self.policy, self.optimizer, self.scheduler)
             logger.info("resumed from step %d", start)
+        enter("packing_check")
         with self._autocast():
             proof = check_packing(self.policy, self.loaded)
         self.loader.packed = proof.can_pack
@@ -110,33 +125,75 @@ class Trainer:
             "packed" if proof.can_pack else "padded, this model can not keep packed ones apart",
             proof.packed, proof.padded, proof.leaking,
         )  # fmt: skip
+        enter("broadcast_weights")
         self._broadcast(start)
         steps = range(start + 1, self.config.max_steps + 1)
         feed = RowFeed(self.receiver, self.loader, steps, self.config.multimodal.inflight_bytes)
+        self.stop.at_once = False
+        self.saved_at = time.monotonic()
         for step in steps:
-            self._step(step, feed)
+            if self._step(step, feed):
+                break
+        enter("export")
         self._export()
         self.ranks.barrier()  # a rank that leaves early takes the others' connections with it
 
-    def _step(self, step: int, feed: RowFeed) -> None:
+    def _step(self, step: int, feed: RowFeed) -> bool:
+        """Trains one step; returns whether it is the last."""
         self.phases = dict.fromkeys(("mm_wait", "mm_materialize"), 0.0)
+        self.step = step
         started = time.perf_counter()
         with self._phase("wait_for_batch"):
+            is_due = self._wait_for_batch(feed)
             batch = feed.batch()
         with self._phase("forward_backward"):
             sums, largest = self._accumulate(batch, feed)
             sums, largest = self.ranks.sum(sums), self.ranks.max(largest)
         self._stop_if_too_many_faults(step, sums)
         with self._phase("optimizer"):
-            grad_norm = self._update()
+            grad_norm = (
+                self._update(batch) if batch.micro_batches else 0.0
+            )  # AdamW moves weights without a gradient, too
         with self._phase("broadcast_weights"):
             self._broadcast(step)
-        if step == self.config.max_steps or (self.config.ckpt.interval and step % self.config.ckpt.interval == 0):
+        self.finished = step, batch.orchestrator_state
+        interval = self.config.ckpt.interval
+        is_last = batch.is_last or step == self.config.max_steps
+        if is_last or is_due or (interval and step % interval == 0):
             with self._phase("checkpoint"):
-                self.checkpoints.save(step, self.policy, self.optimizer, self.scheduler, batch.orchestrator_state)
+                self._save()
         self.phases["step"] = time.perf_counter() - started
         self._report(step, sums, largest, grad_norm)
         self.receiver.discard_before(step)
+        return is_last
+
+    def _wait_for_batch(self, feed: RowFeed) -> bool:
+        """Waits until every rank has its batch; returns whether a checkpoint is due by time after it.
+
+        The ranks decide together, again and again while one of them has no batch: none begins a step that another one
+        does not begin.
+
+        Raises:
+            SystemExit: 143: a rank was told to stop. What was finished is saved.
+        """
+        while True:
+            is_ready = feed.wait(_AGREE_SECONDS)
+            minutes = (time.monotonic() - self.saved_at) / 60
+            agreed = self.ranks.max({"waits": not is_ready, "stops": self.stop.asked, "minutes": minutes})
+            if agreed["stops"]:
+                self._save()
+                logger.info("told to stop: ending")
+                raise SystemExit(STOPPED)
+            if not agreed["waits"]:
+                return agreed["minutes"] >= (self.config.ckpt.interval_minutes or math.inf)
+
+    def _save(self) -> None:
+        """Writes a checkpoint of the last finished step, if there is none of it."""
+        if self.finished is not None:
+            step, orchestrator_state = self.finished
+            self.checkpoints.save(step, self.policy, self.optimizer, self.scheduler, orchestrator_state)
+            self.finished, self.saved_at = None, time.monotonic()
+            logger.info("saved the checkpoint of step %d", step)
 
     def _accumulate(self, batch: RankBatch, feed: RowFeed) -> tuple[dict[str, float], dict[str, float]]:
         """Gradients of all rows; returns sums and largest values over this rank's trained tokens."""
@@ -147,12 +204,18 @@ class Trainer:
         largest = {"ratio": 0.0, "stale": 0.0}
         counts = ImageCounts()
         for micro_batch in batch.micro_batches:
+            progress()
             started = time.perf_counter()
             ready = feed.row()
             self.phases["mm_wait"] += time.perf_counter() - started
             counts.add(ready.counts)
             self._note_faults(batch.step, ready.faults)
             stats, terms, staleness = self._row(ready.tensors, batch)
+            if not bool(torch.isfinite(terms.loss)):
+                raise TrainingError(
+                    f"step {batch.step}: the loss is {float(terms.loss.detach())} on the row of samples "
+                    f"{', '.join(micro_batch.sample_ids)}; see their records in {self.paths.rollouts_file(batch.step)}"
+                )
             # FSDP averages gradients over the ranks; the loss is a sum over all of them.
             (terms.loss * self.ranks.world_size).backward()
             for name, value in (
@@ -212,11 +275,15 @@ class Trainer:
                     f"than multimodal.missing_image_max_fraction = {limit}"
                 )
 
-    def _update(self) -> float:
+    def _update(self, batch: RankBatch) -> float:
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.optim.max_grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if not bool(torch.isfinite(norm)):
-            raise TrainingError(f"gradient norm is {float(norm)}")
+            samples = [name for micro_batch in batch.micro_batches for name in micro_batch.sample_ids]
+            raise TrainingError(
+                f"step {batch.step}: the gradient norm is {float(norm)}; samples of rank {self.ranks.rank}: "
+                f"{', '.join(samples)}"
+            )
         self.optimizer.step()
         self.scheduler.step()
         return float(norm)
@@ -229,9 +296,13 @@ class Trainer:
     def _broadcast(self, version: int) -> None:
         weights = self._weights()
         if self.ranks.is_main:
+            try:
+                check_finite(weights)
+            except TrainingError as error:
+                raise TrainingError(f"weight version {version} is not broadcast: {error}") from None
             write_weights(weights, self.paths.broadcast_step(version))
             for old in steps_in(self.paths.broadcasts)[:-_BROADCASTS_KEPT]:
-                shutil.rmtree(self.paths.broadcast_step(old))
+                remove(self.paths.broadcast_step(old))
 
     def _export(self) -> None:
         """The trained model as a folder that `from_pretrained` loads."""
@@ -295,6 +366,7 @@ class Trainer:
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
+        enter(name, step=self.step, waits_for="a batch of the orchestrator" if name == "wait_for_batch" else None)
         started = time.perf_counter()
         yield
         self.phases[name] = time.perf_counter() - started

@@ -15,7 +15,7 @@ import msgspec
 from pointillist.errors import RefError, TransportError
 from pointillist.refs.mm_refs import IMAGE, VIDEO, MMImageRef, MMRefs, check_spans
 
-FORMAT: Final = "pointillist.rank_batch.1"
+FORMAT: Final = "pointillist.rank_batch.2"
 
 
 class TrainingSample(msgspec.Struct, array_like=True, kw_only=True):
@@ -70,6 +70,8 @@ class RankBatch(msgspec.Struct, array_like=True, kw_only=True):
     divided by, so that a step's gradient does not grow as more groups agree with themselves."""
     orchestrator_state: bytes
     """What the orchestrator needs to continue after this step; the trainer keeps it in its checkpoint."""
+    is_last: bool = False
+    """Training ends with this step, before `max_steps`: the tasks are solved. The batch may be empty."""
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -95,7 +97,7 @@ def decode_rank_batch(data: bytes) -> RankBatch:
     """
     try:
         batch = _decoder.decode(data)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # the last of deep nesting
         hint = ": mm_kwargs is not None, processed tensors do not travel" if "null" in str(error) else ""
         raise TransportError(f"training batch is malformed ({error}){hint}") from None
     if batch.format != FORMAT:

@@ -56,6 +56,7 @@ class ErrorRecord(msgspec.Struct):
 
     kind: _Name
     message: str
+    traceback: str = ""
 
 
 class RolloutRecord(msgspec.Struct):
@@ -66,6 +67,7 @@ class RolloutRecord(msgspec.Struct):
     split: _Name = "train"
     env: _Name = ""
     task: str = ""
+    answer: str | None = None
     reward: float | None = None
     advantage: float | None = None
     outcome: _Name = ""
@@ -111,6 +113,10 @@ _UNUSED: Final[dict[str, Fate]] = {
 }
 
 
+_COUNTED: Final = ("sent", "zero_variance", "alone")
+"""Outcomes of a rollout that counts in its group, even if it failed."""
+
+
 def fate_of(record: RolloutRecord, branch: int, faults: list[Fault], trained_steps: int) -> Fate:
     """What the trainer did with a branch of a rollout.
 
@@ -120,8 +126,8 @@ def fate_of(record: RolloutRecord, branch: int, faults: list[Fault], trained_ste
         faults: The trainer's faults with this sample.
         trained_steps: Steps that the trainer has finished.
     """
-    if record.error is not None:
-        return Fate("dropped", f"failed after all retries: {record.error.kind}: {record.error.message}")
+    if record.error is not None and record.outcome not in _COUNTED:
+        return Fate("dropped", f"failed for good: {record.error.kind}: {record.error.message}")
     if record.outcome in _UNUSED:
         return _UNUSED[record.outcome]
     if record.branches[branch].overlong:
@@ -132,7 +138,8 @@ def fate_of(record: RolloutRecord, branch: int, faults: list[Fault], trained_ste
         return Fate("zeroed", f"no loss: {faults[0].message}")
     if record.step > trained_steps:
         return Fate("waiting", "sent to the trainer, whose step is not finished")
-    return Fate("trained", f"in step {record.step}")
+    failed = "" if record.error is None else f", as a rollout that failed by what the policy did ({record.error.kind})"
+    return Fate("trained", f"in step {record.step}{failed}")
 
 
 @dataclass(frozen=True, slots=True)

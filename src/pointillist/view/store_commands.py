@@ -1,6 +1,7 @@
 """`pointillist store`: look after the images of runs."""
 
 import os
+import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +14,8 @@ from pointillist.config import OrchestratorConfig, RunPaths, load_toml
 from pointillist.errors import PointillistError
 from pointillist.families import Family, RawImageMaterializer, load_family
 from pointillist.images.decode import STORED_LIMITS
-from pointillist.images.inventory import StoreEntry, collect_garbage, list_store, verify_store
+from pointillist.images.inventory import StoreEntry, check_is_store, collect_garbage, list_store, users_of, verify_store
+from pointillist.run_lock import live_holder
 from pointillist.view.references import HeldReference, image_dir_of, run_hashes, run_references
 from pointillist.view.run_archive import ArchiveCounts, export_run, import_run
 from pointillist.view.terminal import plain
@@ -21,6 +23,8 @@ from pointillist.view.terminal import plain
 console = Console()
 _EXISTING = click.Path(exists=True, file_okay=False, path_type=Path)
 _SHOWN = 20
+_MARGIN_SECONDS = 3600.0
+"""Clocks of machines that share a store may differ by so much."""
 
 
 @click.group()
@@ -67,9 +71,20 @@ def verify_command(folder: Path | None, run: Path | None) -> None:
 @click.option("--older-than", default=3600.0, show_default=True, help="Only files at least this many seconds old.")
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 def gc_command(folder: Path, keep_runs: tuple[Path, ...], older_than: float, dry_run: bool) -> None:
-    """Remove half-written files and, with --keep-runs, images that no kept run refers to."""
-    keep = frozenset[str]().union(*(run_hashes(RunPaths(run.resolve())) for run in keep_runs)) if keep_runs else None
-    gone = collect_garbage(folder.resolve(), keep=keep, older_than=older_than, dry_run=dry_run)
+    """Remove half-written files and, with --keep-runs, images that no kept run refers to.
+
+    Runs that are going on are always kept: what they have stored since they were started is in no record yet.
+    """
+    root = folder.resolve()
+    check_is_store(root)
+    kept = {run.resolve() for run in keep_runs}
+    for run in {*kept, *users_of(root)}:
+        if (holder := live_holder(run)) is not None:
+            kept.add(run)
+            older_than = max(older_than, time.time() - holder.since_seconds + _MARGIN_SECONDS)
+            click.echo(f"{run} is going on ({holder}): what it has stored is kept")
+    keep = frozenset[str]().union(*(run_hashes(RunPaths(run)) for run in kept)) if keep_runs else None
+    gone = collect_garbage(root, keep=keep, older_than=older_than, dry_run=dry_run)
     freed = sum(entry.num_bytes for entry in gone)
     click.echo(f"{'would remove' if dry_run else 'removed'} {len(gone)} files, {freed:,} bytes")
 

@@ -92,10 +92,12 @@ def _print_facts(console: Console, run: ViewedRun, record: RolloutRecord) -> Non
     advantage = "none" if record.advantage is None else f"{record.advantage:+.3g}"
     for name, value in (
         ("task", record.task),
+        ("expected answer", record.answer or ""),
         ("environment", record.env),
         ("reward, advantage", f"{reward}, {advantage}"),
         ("turns", str(record.turns)),
         ("error", f"{record.error.kind}: {record.error.message}" if record.error else ""),
+        ("traceback", record.error.traceback if record.error else ""),
     ):
         if value:
             table.add_row(name, Text(plain(value)))

@@ -42,8 +42,14 @@ def _write(record: dict[str, Any], run: Path, page: Path) -> int:
     root = image_dir_of(RunPaths(run.resolve()))
     pictures = page.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
-    result = f"failed: {_code(record['error']['kind'])}" if record["reward"] is None else f"reward {record['reward']:g}"
+    error, answer = record.get("error"), record.get("answer")
+    result = "no reward" if record["reward"] is None else f"reward {record['reward']:g}"
     lines = [f"# Rollout {_code(record['id'])}", "", f"Task {_code(record['task'])}, {result}.", ""]
+    if answer is not None:
+        lines += ["**expected answer**", "", *_block(answer), ""]
+    if error is not None:
+        said = f"{error['kind']}: {error['message']}\n{error.get('traceback', '')}".rstrip()
+        lines += ["**failed**", "", *_block(said), ""]
     count = 0
     for number, branch in enumerate(record["branches"]):
         if len(record["branches"]) > 1:

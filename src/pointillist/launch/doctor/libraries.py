@@ -43,7 +43,7 @@ print(json.dumps({
 def check_libraries() -> Iterator[Finding]:
     """Findings about the libraries."""
     yield _torch()
-    yield _ranged("transformers", "models", "warning", _TRAIN)
+    yield _ranged("transformers", "models", "problem", _TRAIN)
     yield _vllm()
     yield _images()
     for name, (purpose, extra) in _OPTIONAL.items():
@@ -74,7 +74,7 @@ def _torch() -> Finding:
     try:
         version("torch")
     except PackageNotFoundError:
-        return Finding("torch", "warning", f"not installed; server and trainer need it: {_TRAIN}")
+        return Finding("torch", "problem", f"not installed; server and trainer need it: {_TRAIN}")
     try:
         done = subprocess.run(
             [sys.executable, "-c", _TORCH], capture_output=True, text=True, timeout=_TORCH_SECONDS, check=False

@@ -87,7 +87,8 @@ def rows_of(paths: RunPaths, step: int, count: int) -> list[Row]:
     """
     records = [record for _, record in read_records(paths.rollouts_file(step))]
     try:
-        records = [record for record in records if record["branches"]]  # a rollout that failed has none
+        # Without those that failed: they have no reward.
+        records = [record for record in records if record["branches"] and record["reward"] is not None]
         root = image_dir_of(paths)
         chosen = min(count, len(records))
         return [_row(records[index * len(records) // chosen], root) for index in range(chosen)]

@@ -6,7 +6,7 @@ from typing import Any
 
 from pointillist.config.sampling import MAX_VOCABULARY
 from pointillist.render.raw import Message
-from pointillist.rollouts.gateway.call import Call, common, optional, positive, required_list, stop_texts
+from pointillist.rollouts.gateway.call import Call, common, message_list, optional, positive, stop_texts
 from pointillist.rollouts.gateway.errors import ApiError
 from pointillist.rollouts.session import Turn
 
@@ -20,7 +20,7 @@ def parse(body: dict[str, Any]) -> Call:
     messages: list[Message] = []
     if body.get("system"):
         messages.append({"role": "system", "content": body["system"]})
-    for index, message in enumerate(required_list(body, "messages")):
+    for index, message in enumerate(message_list(body, "messages")):
         where = f"messages[{index}]"
         if not isinstance(message, dict):
             raise ApiError(f"{where} is not an object", param=where)

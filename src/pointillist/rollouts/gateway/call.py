@@ -1,9 +1,11 @@
 """What the chat APIs have in common: a call that they are all read into, and the fields that several of them have."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
+
+import msgspec
 
 from pointillist.config.sampling import MAX_SEQUENCE, MIN_TEMPERATURE
 from pointillist.render.raw import Message
@@ -15,7 +17,13 @@ T = TypeVar("T")
 MAX_STOP_TEXTS: Final = 64
 MAX_STOP_CHARACTERS: Final = 4096
 """Of all stop texts of a request together."""
-_MAX_TOOLS: Final = 1024
+MAX_TOOLS: Final = 1024
+MAX_TOOLS_BYTES: Final = 1024 * 1024
+"""Of all specifications together, as JSON."""
+MAX_METADATA_BYTES: Final = 64 * 1024
+MAX_MESSAGES: Final = 10_000
+MAX_NAME_CHARACTERS: Final = 512
+"""Of the names of a model, a session or a response."""
 _MIN_TOP_P: Final = 1e-6
 """Below it a float32 sum of probabilities may leave no token at all."""
 _LONG_BITS: Final = 128
@@ -40,6 +48,7 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "conversation": (),
     "truncation": ("disabled",),
 }
+_NAMES: Final = frozenset({"model", "pointillist_session", "previous_response_id"})
 
 
 @dataclass(slots=True)
@@ -63,6 +72,8 @@ class Call:
     max_tokens: int | None = None
     session: str = ""
     """Key of the session, where the path does not name it."""
+    images: int = 0
+    """How many its body has."""
     previous: str | None = None
     """Id of the response that this one follows (Responses API)."""
 
@@ -92,8 +103,13 @@ def common(body: Mapping[str, Any], messages: list[Message], **fields: Any) -> C
         if value is not None and value not in values:
             raise ApiError(f"{name} = {shown(value)} is not supported", param=name, code="unsupported_parameter")
     _refuse_forced_tools(body.get("tool_choice"))
-    if len(tools := fields.get("tools", [])) > _MAX_TOOLS:
-        raise ApiError(f"tools has {len(tools)} entries, expected at most {_MAX_TOOLS}", param="tools")
+    tools = fields.get("tools", [])
+    check_count(tools, "tools", MAX_TOOLS)
+    _check_bytes(tools, "tools", MAX_TOOLS_BYTES)
+    _check_bytes(optional(body, "metadata", dict) or {}, "metadata", MAX_METADATA_BYTES)
+    seed = optional(body, "seed", int)  # not used: a session has its own
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise ApiError(f"seed is {shown(seed)}, expected an integer of 64 bits", param="seed")
     return Call(
         messages=messages,
         model=optional(body, "model", str) or "",
@@ -109,26 +125,44 @@ def optional(body: Mapping[str, Any], name: str, kind: type[T]) -> T | None:
     """A field that may be absent or null.
 
     Raises:
-        ApiError: 400: of another type.
+        ApiError: 400: of another type, or a name that is too long.
     """
     value = body.get(name)
     if value is None:
         return None
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ApiError(f"{name} is {shown(value)}, expected {_KINDS[kind]}", param=name)
+    if name in _NAMES and isinstance(value, str) and len(value) > MAX_NAME_CHARACTERS:
+        raise ApiError(f"{name} has {len(value)} characters, expected at most {MAX_NAME_CHARACTERS}", param=name)
     return value
 
 
-def required_list(body: Mapping[str, Any], name: str) -> list[Any]:
-    """A field that must be a list.
+def message_list(body: Mapping[str, Any], name: str) -> list[Any]:
+    """A list of messages.
 
     Raises:
-        ApiError: 400: absent or of another type.
+        ApiError: 400: absent, of another type, or too long.
     """
     value = optional(body, name, list)
     if value is None:
         raise ApiError(f"{name} is missing, expected a list", param=name)
+    check_count(value, name, MAX_MESSAGES)
     return value
+
+
+def check_count(values: Sequence[object], name: str, most: int) -> None:
+    """Checks how many entries a list has.
+
+    Raises:
+        ApiError: 400: too many.
+    """
+    if len(values) > most:
+        raise ApiError(f"{name} has {len(values)} entries, expected at most {most}", param=name)
+
+
+def _check_bytes(value: object, name: str, most: int) -> None:
+    if (size := len(msgspec.json.encode(value))) > most:
+        raise ApiError(f"{name} has {size} bytes, expected at most {most}", param=name)
 
 
 def number(body: Mapping[str, Any], name: str, low: float, high: float) -> float | None:

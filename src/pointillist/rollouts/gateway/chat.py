@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pointillist.config.sampling import MAX_CHOICES
-from pointillist.rollouts.gateway.call import Call, common, optional, positive, required_list, stop_texts
+from pointillist.rollouts.gateway.call import Call, common, message_list, optional, positive, stop_texts
 from pointillist.rollouts.gateway.errors import ApiError
 from pointillist.rollouts.session import Turn
 
@@ -22,7 +22,7 @@ def parse(body: dict[str, Any]) -> Call:
             raise ApiError(
                 f"tools[{index}] is not {{type: 'function', function: {{name, ...}}}}", param=f"tools[{index}]"
             )
-    messages = required_list(body, "messages")
+    messages = message_list(body, "messages")
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             raise ApiError(f"messages[{index}] is not an object", param=f"messages[{index}]")

@@ -31,7 +31,13 @@ class ApiError(PointillistError):
     @property
     def kind(self) -> str:
         """The `type` that both APIs use for this status."""
-        names = {401: "authentication_error", 404: "not_found_error", 410: "not_found_error"}
+        names = {
+            401: "authentication_error",
+            403: "permission_error",
+            404: "not_found_error",
+            410: "not_found_error",
+            429: "rate_limit_error",
+        }
         return names.get(
             self.status, "api_error" if self.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
         )
@@ -59,7 +65,7 @@ _CODES: tuple[tuple[type[PointillistError], str], ...] = (
 def api_error(error: PointillistError) -> ApiError:
     """What a client is told of an error."""
     if isinstance(error, RequestRefusedError):
-        return ApiError(str(error), code="refused_by_server")
+        return ApiError(str(error), param=error.param and error.param.rpartition(".")[2], code="refused_by_server")
     if isinstance(error, InferenceError):
         return ApiError(str(error), status=502, code="inference_failed")
     if isinstance(error, StorageError):

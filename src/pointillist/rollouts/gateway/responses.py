@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pointillist.render.raw import Message
-from pointillist.rollouts.gateway.call import Call, common, optional, positive
+from pointillist.rollouts.gateway.call import MAX_MESSAGES, Call, check_count, common, optional, positive
 from pointillist.rollouts.gateway.errors import ApiError
 from pointillist.rollouts.session import Turn
 
@@ -20,13 +20,14 @@ def parse(body: dict[str, Any]) -> Call:
     items = [{"role": "user", "content": given}] if isinstance(given, str) else given
     if not isinstance(items, list):
         raise ApiError("input must be a text or a list of items", param="input")
+    check_count(items, "input", MAX_MESSAGES)
     messages: list[Message] = []
     if instructions := optional(body, "instructions", str):
         messages.append({"role": "system", "content": instructions})
     for index, item in enumerate(items):
         _add(messages, item, f"input[{index}]")
     text_format = (optional(body, "text", dict) or {}).get("format") or {}
-    if text_format.get("type", "text") != "text":
+    if not isinstance(text_format, dict) or text_format.get("type", "text") != "text":
         raise ApiError("text.format other than text is not supported", param="text", code="unsupported_parameter")
     tools = [_tool(tool, index) for index, tool in enumerate(optional(body, "tools", list) or [])]
     return common(

@@ -40,7 +40,7 @@ from pointillist.http_guard import Guard, HttpLimits, HttpRefusal, check_address
 from pointillist.pools import READING, WRITING
 from pointillist.rollouts.client import api_key
 from pointillist.rollouts.gateway import anthropic, chat, responses
-from pointillist.rollouts.gateway.call import Call
+from pointillist.rollouts.gateway.call import Call, shown
 from pointillist.rollouts.gateway.errors import ApiError, api_error
 from pointillist.rollouts.session import Conversation, Session, Turn
 from pointillist.system import http_url
@@ -52,9 +52,11 @@ _CLOSED_REMEMBERED: Final = 10_000
 _RESPONSES_REMEMBERED: Final = 1000
 """Of one session: what `previous_response_id` may name."""
 _CLIENT_GONE: Final = 499
-_MAX_VALUES: Final = 2_000_000
+_MAX_VALUES: Final = 500_000
 """Values in a body: a list takes 2 bytes of it and 56 of memory."""
 _MAX_DEPTH: Final = 100
+_INTEGER_BITS: Final = 63
+_IMAGE_TYPES: Final = frozenset({"image", "image_url", "input_image"})
 _LONG_ANSWER: Final = 1000
 """Tokens of an answer from which on it is encoded in a thread."""
 
@@ -66,6 +68,26 @@ class _Entry:
         self.session = session
         self.responses: OrderedDict[str, Conversation] = OrderedDict()
         """What `previous_response_id` may name."""
+        self._requests = 0
+
+    @contextlib.contextmanager
+    def serving(self, most: int) -> Iterator[None]:
+        """Counts a request.
+
+        Raises:
+            ApiError: 429: there are too many.
+        """
+        if self._requests >= most:
+            raise ApiError(
+                f"session has {self._requests} requests under way, gateway.max_session_requests is {most}",
+                status=429,
+                code="too_many_requests",
+            )
+        self._requests += 1
+        try:
+            yield
+        finally:
+            self._requests -= 1
 
     def remember(self, name: str, conversation: Conversation) -> None:
         """Keeps a response for those that follow it; the oldest are dropped."""
@@ -176,9 +198,10 @@ class Gateway:
         elif request.scope["path"].startswith("/sessions"):
             # Whoever may open sessions needs no key on loopback, so at least no page of the web may.
             check_address(request, loopback=self._config.is_loopback)
-        _, *place = request.scope["path"].split("/", 4)  # /s/<session>/v1/<route>
-        if place[0] == "s" and place[-1] in _APIS:
-            self._entry(place[1])
+        if request.scope["path"].startswith("/s/"):
+            session, _, route = request.scope["path"][len("/s/") :].partition("/v1/")
+            if route in _APIS:
+                self._entry(session)
 
     def _endpoint(self, api: Any) -> Callable[[Request], Awaitable[Response]]:
         async def serve(request: Request) -> Response:
@@ -192,7 +215,36 @@ class Gateway:
         return serve
 
     async def _serve(self, api: Any, request: Request) -> Response:
-        entry, call, conversation = await self._receive(api, request)
+        body = b"".join([chunk async for chunk in request.stream()])  # not by request.body(), which keeps it
+        call = await READING.run(self._taken_in, api, body)
+        del body
+        entry = self._entry(request.path_params.get("key", call.session))
+        with entry.serving(self._config.max_session_requests):
+            conversation = await self._read(entry, call)
+            release_body(request)
+            return await self._answer(api, request, entry, call, conversation)
+
+    async def _read(self, entry: _Entry, call: Call) -> Conversation:
+        """A request's messages, their pictures stored; nothing of its body is held afterwards."""
+        most = entry.session.max_images
+        if call.images > most:
+            raise ApiError(
+                f"request has {call.images} images, expected at most {most}", param="messages", code="too_many_images"
+            )
+        messages, call.messages = call.messages, []
+        conversation = await entry.session.read(messages, from_client=True)
+        before = entry.responses.get(call.previous or "")
+        if call.previous is not None and before is None:
+            raise ApiError(
+                f"previous_response_id {call.previous[:64]!r} is not a response of this session, or it was forgotten: "
+                f"the newest {_RESPONSES_REMEMBERED} are remembered",
+                status=404, param="previous_response_id", code="previous_response_not_found",
+            )  # fmt: skip
+        return _joined(before, conversation)
+
+    async def _answer(
+        self, api: Any, request: Request, entry: _Entry, call: Call, conversation: Conversation
+    ) -> Response:
         session = entry.session
         answering = asyncio.ensure_future(
             session.chat(
@@ -220,31 +272,12 @@ class Gateway:
             return StreamingResponse(_all(chunks), media_type="text/event-stream")
         return Response(chunks[0], media_type="application/json")
 
-    async def _receive(self, api: Any, request: Request) -> tuple[_Entry, Call, Conversation]:
-        """Reads a request and stores its pictures; nothing of its body is held afterwards."""
-        body = b"".join([chunk async for chunk in request.stream()])  # not by request.body(), which keeps it
-        try:
-            call, entry = await READING.run(self._taken_in, api, body, request.path_params.get("key"))
-            del body
-            messages, call.messages = call.messages, []
-            conversation = await entry.session.read(messages, from_client=True)
-            del messages
-        finally:
-            release_body(request)
-        before = entry.responses.get(call.previous or "")
-        if call.previous is not None and before is None:
-            raise ApiError(
-                f"previous_response_id {call.previous[:64]!r} is not a response of this session",
-                status=404, param="previous_response_id", code="previous_response_not_found",
-            )  # fmt: skip
-        return entry, call, _joined(before, conversation)
-
-    def _taken_in(self, api: Any, body: bytes, named: str | None) -> tuple[Call, _Entry]:
+    def _taken_in(self, api: Any, body: bytes) -> Call:
         """What a body says; runs in a thread."""
         call = _parsed(api, body)
         if call.n > self._config.max_choices:
             raise ApiError(f"n is {call.n}, expected an integer from 1 to {self._config.max_choices}", param="n")
-        return call, self._entry(call.session if named is None else named)
+        return call
 
     def _entry(self, key: str) -> _Entry:
         if key in self._entries:
@@ -341,32 +374,39 @@ def _parsed(api: Any, body: bytes) -> Call:
         raise ApiError(f"body is not JSON that can be read ({error})") from None
     if not isinstance(data, dict):
         raise ApiError("body is not a JSON object")
-    _check_depth(data)
+    images = _count_images(data)
     try:
         call: Call = api.parse(data)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         # A shape that a parser does not expect is its sender's fault, and costs this request only.
         logger.warning("a request of an unexpected shape was refused", exc_info=error)
         raise ApiError("a field of the request has a shape that this API does not have") from None
+    call.images = images
     return call
 
 
-def _check_depth(data: Any) -> None:
-    """Refuses what is nested so deeply that code which walks through it might fail.
+def _count_images(body: dict[str, Any]) -> int:
+    """Counts the images of a body; refuses what code that walks through it, or writes it again, might fail at.
 
     Raises:
-        ApiError: 400.
+        ApiError: 400: nested too deeply, or an integer of more than 63 bits.
     """
-    level = [data]
+    images = 0
+    level: list[Any] = [value for value in body.values() if isinstance(value, dict | list)]
     for _ in range(_MAX_DEPTH):
-        level = [
-            inner
-            for value in level
-            for inner in (value.values() if isinstance(value, dict) else value)
-            if isinstance(inner, dict | list)
-        ]
-        if not level:
-            return
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                kind = value.get("type")
+                images += isinstance(kind, str) and kind in _IMAGE_TYPES
+                below += value.values()
+            elif isinstance(value, list):
+                below += value
+            elif isinstance(value, int) and value.bit_length() > _INTEGER_BITS:
+                raise ApiError(f"body has {shown(value)}, expected integers of at most {_INTEGER_BITS} bits")
+        if not below:
+            return images
+        level = below
     raise ApiError(f"body is nested more than {_MAX_DEPTH} levels deep")
 
 

@@ -11,15 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import zmq
 import zmq.asyncio
 
+from pointillist.channel import secure_listener
 from pointillist.config import EnvWorkerConfig, OrchestratorConfig, RunPaths, write_toml
-from pointillist.errors import EnvironmentLoadError, TransportError
+from pointillist.errors import EnvironmentLoadError, PointillistError, TransportError
 from pointillist.pools import READING
-from pointillist.rollouts.executor import RolloutFailure, RolloutRequest, RolloutResult, Split
+from pointillist.rollouts.executor import RolloutRequest, RolloutResult, Split
+from pointillist.rollouts.failures import RolloutFailure
 from pointillist.rollouts.workers.protocol import (
-    TOKEN_VARIABLE,
+    KEY_VARIABLE,
+    MAX_BYTES,
     Done,
     FromWorker,
     Hello,
@@ -60,13 +64,13 @@ class WorkerPool:
         """Prepares; nothing is started yet."""
         self._config = config
         self._paths = RunPaths(config.output_dir.resolve())
-        self._token = secrets.token_hex(16)
+        self._key = secrets.token_hex(32)
         self._workers: dict[int, _Worker] = {}
         self._tasks: dict[Split, list[str]] = {}
         self._changed = asyncio.Condition()
         self._background: set[asyncio.Task[None]] = set()
         self._failed_starts = 0
-        self._failure: EnvironmentLoadError | None = None
+        self._failure: PointillistError | None = None
 
     async def start(self) -> None:
         """Starts the workers and waits for the first to be ready.
@@ -77,6 +81,7 @@ class WorkerPool:
         self._context = zmq.asyncio.Context()
         self._wire = self._context.socket(zmq.ROUTER)
         self._wire.linger = 0
+        secure_listener(self._wire, self._key, max_bytes=MAX_BYTES)
         port = self._wire.bind_to_random_port("tcp://127.0.0.1")
         fields = {name: getattr(self._config, name) for name in EnvWorkerConfig.model_fields if name != "address"}
         self._config_path = self._paths.configs / "env_worker.toml"
@@ -96,13 +101,15 @@ class WorkerPool:
 
         Raises:
             EnvironmentLoadError: No worker can be had any more.
+            TransportError: The pool itself has failed.
         """
         worker = await self._ready(request.group)
         future: asyncio.Future[RolloutResult] = asyncio.get_running_loop().create_future()
         worker.running[request.id] = (request.group, future)
         try:
             await self._send(worker, Run(request))
-            return await future
+            # Of a worker that died it is the pool that knows what it was at.
+            return msgspec.structs.replace(await future, task_id=self._tasks[request.split][request.index])
         finally:
             worker.running.pop(request.id, None)
 
@@ -139,7 +146,7 @@ class WorkerPool:
             with log.open("ab") as output:
                 process = await asyncio.create_subprocess_exec(
                     sys.executable, "-m", "pointillist", "env-worker", "@", str(self._config_path),
-                    env={**os.environ, TOKEN_VARIABLE: self._token}, stdin=asyncio.subprocess.DEVNULL,
+                    env={**os.environ, KEY_VARIABLE: self._key}, stdin=asyncio.subprocess.DEVNULL,
                     stdout=output, stderr=output,
                 )  # fmt: skip
             worker = _Worker(number, process, started=time.monotonic())
@@ -174,11 +181,11 @@ class WorkerPool:
 
     async def _listen(self) -> None:
         while True:
-            identity, data = await self._wire.recv_multipart()
+            identity, *frames = await self._wire.recv_multipart()
             try:
-                await self._heard(identity, decode_from_worker(data))
+                await self._heard(identity, decode_from_worker(frames))
             except TransportError as error:
-                logger.warning("message from somebody who is not a worker is ignored (%s)", error)
+                logger.warning("a message to the environment workers' pool is ignored: %s", error)
 
     async def _heard(self, identity: bytes, message: FromWorker) -> None:
         if isinstance(message, Hello):
@@ -195,9 +202,8 @@ class WorkerPool:
 
     async def _greet(self, identity: bytes, hello: Hello) -> None:
         worker = next((worker for worker in self._workers.values() if worker.process.pid == hello.pid), None)
-        if worker is None or not secrets.compare_digest(hello.token.encode(), self._token.encode()):
-            logger.warning("hello from somebody who is not a worker of this run is ignored")
-            return
+        if worker is None:
+            raise TransportError(f"hello from process {hello.pid}, which is not a worker of this pool")
         tasks: dict[Split, list[str]] = {"train": hello.train_ids, "eval": hello.eval_ids}
         async with self._changed:
             if self._tasks and self._tasks != tasks:
@@ -232,4 +238,21 @@ class WorkerPool:
     def _spawn(self, coroutine: object) -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(coroutine)  # type: ignore[arg-type]
         self._background.add(task)
-        task.add_done_callback(self._background.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """A task of the pool that fails is a pool that fails: its rollouts would wait for ever."""
+        self._background.discard(task)
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        logger.error("the environment workers' pool has failed", exc_info=error)
+        self._failure = self._failure or TransportError(f"the environment workers' pool has failed: {error!r}")
+        for worker in self._workers.values():
+            for _, future in worker.running.values():
+                if not future.done():
+                    future.set_exception(self._failure)
+        self._spawn(self._notify())
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()

@@ -1,7 +1,8 @@
 """What orchestrator and environment workers say to each other: compressed msgpack over ZMQ, typed, no pickle.
 
-A worker connects, says `Hello`, and then answers: `Pong` to `Ping`, `Done` to `Run`. Its answers come from the event
-loop that runs the rollouts, so an environment that blocks it is found out.
+Only processes with the pool's key can connect (`pointillist.channel`). A worker says `Hello`, and then answers: `Pong`
+to `Ping`, `Done` to `Run`. Its answers come from the event loop that runs the rollouts, so an environment that blocks
+it is found out.
 """
 
 import zlib
@@ -9,17 +10,22 @@ from typing import Final, TypeVar
 
 import msgspec
 
+from pointillist.channel import decode, decompress, one_frame
 from pointillist.errors import TransportError
 from pointillist.rollouts.executor import RolloutRequest, RolloutResult
 
-TOKEN_VARIABLE: Final = "POINTILLIST_WORKER_TOKEN"  # noqa: S105 - a name
-"""Environment variable by which the orchestrator tells its workers what to say in `Hello`."""
+KEY_VARIABLE: Final = "POINTILLIST_WORKER_KEY"
+"""Environment variable by which the orchestrator tells its workers the key of their connection."""
+
+MAX_BYTES: Final = 64 * 1024**2
+"""Of a message as it travels."""
+
+_MAX_UNPACKED_BYTES: Final = 512 * 1024**2
 
 
 class Hello(msgspec.Struct, tag=True):
     """A worker is ready."""
 
-    token: str
     pid: int
     train_ids: list[str]
     eval_ids: list[str]
@@ -54,30 +60,45 @@ _to_worker: "msgspec.msgpack.Decoder[ToWorker]" = msgspec.msgpack.Decoder(ToWork
 
 
 def encode(message: FromWorker | ToWorker) -> bytes:
-    """Bytes of a message; compressed, since an image's placeholders are the same token thousands of times."""
-    return zlib.compress(_encoder.encode(message), level=1)
+    """Bytes of a message; compressed, since an image's placeholders are the same token thousands of times.
+
+    Raises:
+        TransportError: The other end would refuse a message of this size.
+    """
+    raw = _encoder.encode(message)
+    data = zlib.compress(raw, level=1) if len(raw) <= _MAX_UNPACKED_BYTES else b""
+    if not data or len(data) > MAX_BYTES:
+        raise TransportError(
+            f"{type(message).__name__} has {len(raw)} bytes, {len(data) or 'not'} compressed; expected at most "
+            f"{_MAX_UNPACKED_BYTES}, {MAX_BYTES} compressed"
+        )
+    return data
 
 
-def decode_from_worker(data: bytes) -> FromWorker:
+def decode_from_worker(frames: list[bytes]) -> FromWorker:
     """What a worker said.
+
+    Args:
+        frames: Of the message, without its routing id.
 
     Raises:
         TransportError: Not a worker's message.
     """
-    return _decode(_from_worker, data, "a worker's")
+    return _decode(_from_worker, frames, "a worker's message")
 
 
-def decode_to_worker(data: bytes) -> ToWorker:
+def decode_to_worker(frames: list[bytes]) -> ToWorker:
     """What the orchestrator said.
+
+    Args:
+        frames: Of the message.
 
     Raises:
         TransportError: Not an orchestrator's message.
     """
-    return _decode(_to_worker, data, "an orchestrator's")
+    return _decode(_to_worker, frames, "an orchestrator's message")
 
 
-def _decode(decoder: "msgspec.msgpack.Decoder[T]", data: bytes, whose: str) -> T:
-    try:
-        return decoder.decode(zlib.decompress(data))
-    except (zlib.error, msgspec.MsgspecError) as error:
-        raise TransportError(f"not {whose} message ({error})") from None
+def _decode(decoder: "msgspec.msgpack.Decoder[T]", frames: list[bytes], what: str) -> T:
+    raw = decompress(one_frame(frames, what), max_bytes=_MAX_UNPACKED_BYTES, what=what)
+    return decode(decoder, raw, what)

@@ -8,10 +8,13 @@ from typing import Final
 import zmq
 import zmq.asyncio
 
+from pointillist.channel import key_from_environment, secure_client
 from pointillist.config import EnvWorkerConfig
-from pointillist.rollouts.executor import Executor, RolloutRequest
+from pointillist.rollouts.executor import Executor, RolloutRequest, RolloutResult
+from pointillist.rollouts.failures import failure_of
 from pointillist.rollouts.workers.protocol import (
-    TOKEN_VARIABLE,
+    KEY_VARIABLE,
+    MAX_BYTES,
     Done,
     FromWorker,
     Hello,
@@ -34,13 +37,17 @@ async def serve(config: EnvWorkerConfig) -> None:
     Raises:
         ConfigError: The model folder is unusable.
         EnvironmentLoadError: The environment can not be had.
+        TransportError: The worker has no key, or the orchestrator's message is malformed.
     """
     die_with_parent()
+    key = key_from_environment(KEY_VARIABLE, "an environment worker")
+    del os.environ[KEY_VARIABLE]  # the programs that an environment starts have no use for it
     executor = Executor(config)
     await executor.start()
     context = zmq.asyncio.Context()
     wire = context.socket(zmq.DEALER)
     wire.linger = 0
+    secure_client(wire, key, max_bytes=MAX_BYTES)
     wire.connect(config.address)
     rollouts: set[asyncio.Task[None]] = set()
 
@@ -48,13 +55,19 @@ async def serve(config: EnvWorkerConfig) -> None:
         await wire.send(encode(message))
 
     async def run(request: RolloutRequest) -> None:
-        await send(Done(await executor.run(request)))
+        result = await executor.run(request)
+        try:
+            data = encode(Done(result))
+        except Exception as error:  # the environment has put into the record what cannot be sent
+            failure = failure_of(error, permanent=True)
+            empty = RolloutResult(id=result.id, task_id=result.task_id, answer=result.answer, failure=failure)
+            data = encode(Done(empty))
+        await wire.send(data)
 
     try:
-        token = os.environ.get(TOKEN_VARIABLE, "")
-        await send(Hello(token, os.getpid(), await executor.task_ids("train"), await executor.task_ids("eval")))
+        await send(Hello(os.getpid(), await executor.task_ids("train"), await executor.task_ids("eval")))
         while await wire.poll(_ORPHAN_SECONDS * 1000):
-            message = decode_to_worker(await wire.recv())
+            message = decode_to_worker(await wire.recv_multipart())
             if isinstance(message, Ping):
                 await send(Pong())
                 continue

@@ -11,13 +11,15 @@ from pointillist.view.web.charts import Chart, Line, line_chart, number
 # key, component, metric, title, what it means
 _METRICS: Final = (
     ("reward", "orchestrator", "reward/mean", "Training reward", "mean reward of a step's rollouts, sampled"),
-    ("accuracy", "eval", "eval/accuracy", "Held-out accuracy", "mean reward on held-out tasks, greedy"),
+    ("accuracy", "eval", "eval/accuracy", "Held-out accuracy", "mean reward on held-out tasks, failed ones 0; greedy"),
+    ("failed", "eval", "eval/failed", "Failed held-out tasks", "held-out tasks whose rollout failed"),
     ("loss", "trainer", "loss", "Loss", "policy-gradient loss of a step"),
     ("entropy", "trainer", "entropy", "Entropy", "mean entropy of the policy at trained tokens, in nats"),
     ("mismatch", "trainer", "mismatch/mean_abs", "Mismatch", "trainer's logprobs less the sampler's, mean absolute"),
     ("staleness", "trainer", "off_policy/mean", "Staleness", "mean age of a trained token, in weight versions"),
     ("flat", "orchestrator", "groups/dropped_zero_variance", "Groups without variance", "groups that taught nothing"),
-    ("dropped", "orchestrator", "errors/dropped", "Dropped rollouts", "rollouts that failed after all retries"),
+    ("dropped", "orchestrator", "errors/dropped", "Dropped rollouts", "rollouts that failed and are in no group"),
+    ("counted", "orchestrator", "errors/by_policy", "Failed by the policy", "rollouts that failed, and count as that"),
     ("images", "trainer", "mm/images_total", "Images", "image spans that were trained on, a step"),
     ("hits", "trainer", "mm/hit_rate", "Image cache hits", "part of the image spans that was in the trainer's cache"),
     ("missing", "trainer", "mm/images_missing", "Missing images", "image spans whose file was not there"),
@@ -65,9 +67,21 @@ def summary(run: ViewedRun) -> list[tuple[str, str]]:
             "held-out accuracy",
             f"{number(accuracy.values[0])} at first, {number(accuracy.last)} now" if accuracy.values else "",
         ),
+        ("held-out tasks that failed", _last_failed(run)),
+        ("solved", f"at step {trained}" if run.column("orchestrator", "solved").last else ""),
         ("rollouts", f"{sum(counts.values()):,}"),
         *((f"rollouts: {_WORDS.get(name, name)}", f"{count:,}") for name, count in counts.items()),
     ]
+
+
+def _last_failed(run: ViewedRun) -> str:
+    """Of the newest evaluation, by kind; a kind that it does not name has not occurred in it."""
+    newest = run.column("eval", "step").last
+    return ", ".join(
+        f"{column.values[-1]:.0f} {name.removeprefix('eval/failed/')}"
+        for name, column in run.columns("eval").items()
+        if name.startswith("eval/failed/") and column.steps[-1] == newest
+    )
 
 
 def side_by_side(runs: Sequence[ViewedRun]) -> list[tuple[str, list[str]]]:

@@ -1,0 +1,171 @@
+"""What a run means, and whether `--resume` would go on with something else.
+
+The config that a run was begun with lies in `configs/rl.toml`, every start's in `configs/history/<n>.toml`, and what
+the model folder held in `configs/model.json`. A resumed run may run elsewhere and faster; what decides what is learned,
+and from what, stays as it is unless `--resume-with-changes` is given.
+"""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from pointillist.config import RLConfig, RunPaths, resolve_image_dir
+from pointillist.config.base import dump_toml
+from pointillist.config.run_paths import write_atomically
+from pointillist.errors import ConfigError, LaunchError
+from pointillist.families import load_family
+from pointillist.images.inventory import add_user
+
+# Keys that decide where and how fast a run runs, what is shown of it, and what happens when something dies.
+_FREE: Final = (
+    "dry_run", "env_vars", "inference.engine.admission_window", "inference.engine.device",
+    "inference.engine.max_batch_size", "inference.engine.num_threads", "inference.server", "log_level", "max_steps",
+    "metrics",
+    "monitors", "num_servers", "orchestrator.client", "orchestrator.eval", "orchestrator.gateway",
+    "orchestrator.max_concurrent", "orchestrator.max_retries", "orchestrator.num_train_workers",
+    "orchestrator.resume_step", "orchestrator.workers", "output_dir", "resume", "resume_with_changes", "slurm",
+    "supervision", "trainer.activation_checkpointing", "trainer.ckpt", "trainer.compile", "trainer.device",
+    "trainer.num_threads", "trainer.num_workers", "trainer.resume_step", "transport",
+)  # fmt: skip
+# Of every component: its own log, and how it reads images.
+_FREE_ANYWHERE: Final = (
+    "log_level", "max_steps", "multimodal.assets", "multimodal.cache_bytes", "multimodal.inflight_bytes",
+    "multimodal.materialize_threads", "multimodal.missing_image_retries", "output_dir", "transport",
+)  # fmt: skip
+_COMPONENTS: Final = ("trainer", "orchestrator", "inference")
+_SMALL_BYTES: Final = 64 * 1024 * 1024
+_SHOWN: Final = 60
+
+
+def config_changes(config: RLConfig, paths: RunPaths) -> list[str]:
+    """Keys whose new value means another run, as `key: old -> new`.
+
+    Args:
+        config: As it is to go on.
+        paths: The run's folder, with the config that it was begun with.
+
+    Raises:
+        LaunchError: The recorded config cannot be read.
+    """
+    recorded = paths.configs / "rl.toml"
+    try:
+        old = dict(_leaves(tomllib.loads(recorded.read_text(encoding="utf-8"))))
+    except (OSError, UnicodeError, tomllib.TOMLDecodeError) as error:
+        raise LaunchError(
+            f"{recorded} cannot be read ({error}); with --resume-with-changes the run goes on with the config given"
+        ) from None
+    new = dict(_leaves(tomllib.loads(dump_toml(config))))
+    if not old:
+        raise LaunchError(f"{recorded} is empty; with --resume-with-changes the run goes on with the config given")
+    defaults = dict(_leaves(tomllib.loads(dump_toml(_with_defaults(config)))))
+    changes = []
+    for key in sorted(old.keys() | new.keys()):
+        # A key that an older version did not have had what is the default now.
+        before, after = old.get(key, defaults.get(key)), new.get(key)
+        if before == after or _is_free(key) or _is_same_place(key, before, after, old, config):
+            continue
+        changes.append(f"{key}: {_short(before)} -> {_short(after)}")
+    return changes
+
+
+def model_changes(config: RLConfig, paths: RunPaths) -> list[str]:
+    """Files of the model folder that are not what the run was begun with.
+
+    Args:
+        config: Of the run.
+        paths: Its folder.
+    """
+    try:
+        old = json.loads(paths.model_record.read_bytes())
+    except (OSError, ValueError):
+        return []
+    if not isinstance(old, dict):
+        return []
+    new = model_record(config.model.name)
+    return [
+        f"model {key}: {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def model_record(name: str) -> dict[str, str]:
+    """What a model folder holds: digests of its settings, sizes of its weights, and the fingerprint of its layout.
+
+    Args:
+        name: A folder or a hub name; of a hub name there is the fingerprint alone.
+    """
+    record = {"layout_fingerprint": load_family(name).layout_fingerprint}
+    folder = Path(name).expanduser()
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if not path.is_file():
+            continue
+        size = path.stat().st_size
+        weights = path.suffix in (".safetensors", ".bin", ".pt") or size > _SMALL_BYTES
+        record[path.name] = f"{size} bytes" if weights else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return record
+
+
+def record_start(config: RLConfig, paths: RunPaths) -> None:
+    """Keeps this start's config beside those before it, what the model folder holds, and in the store who uses it."""
+    numbers = [int(path.stem) for path in paths.history.glob("*.toml") if path.stem.isdecimal() and path.stem.isascii()]
+    text = (paths.configs / "rl.toml").read_bytes()
+    write_atomically(paths.history / f"{max(numbers, default=0) + 1}.toml", text, private=True)
+    record = json.dumps(model_record(config.model.name), indent=1).encode()
+    write_atomically(paths.model_record, record)
+    add_user(resolve_image_dir(config.multimodal, paths.output_dir, {}), paths.output_dir)
+
+
+def refuse_changes(config: RLConfig, paths: RunPaths) -> None:
+    """Makes sure that a resumed run is the run that was begun.
+
+    Raises:
+        ConfigError: It is another one; the message names every difference.
+    """
+    if config.resume_with_changes:
+        return
+    if changes := [*config_changes(config, paths), *model_changes(config, paths)]:
+        raise ConfigError(
+            "--resume with a config that means another run:\n  "
+            + "\n  ".join(changes)
+            + "\nset these as they were, or go on all the same with --resume-with-changes"
+        )
+
+
+def _with_defaults(config: RLConfig) -> RLConfig:
+    """The config of the same model and environment with nothing else set."""
+    made: RLConfig = RLConfig.model_validate({"model": {"name": config.model.name}, "env": {"id": config.env.id}})
+    return made
+
+
+def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _is_free(key: str) -> bool:
+    component, _, rest = key.partition(".")
+    own = rest if component in _COMPONENTS else key
+    return any(key == free or key.startswith(f"{free}.") for free in _FREE) or any(
+        own == free or own.startswith(f"{free}.") for free in _FREE_ANYWHERE
+    )
+
+
+def _is_same_place(key: str, before: Any, after: Any, old: Mapping[str, Any], config: RLConfig) -> bool:
+    """Whether a path differs only since the run's folder, or the model's, was moved."""
+    if key.endswith("model.name"):
+        return True  # what is in the folder is compared by `model_changes`
+    if key.endswith("multimodal.offload_dir"):
+        return str(before).removeprefix(str(old.get("output_dir"))) == str(after).removeprefix(str(config.output_dir))
+    return False
+
+
+def _short(value: Any) -> str:
+    text = "not set" if value is None else repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -1,0 +1,107 @@
+"""The client of the inference servers: requests for one prompt travel together, and each gets its own answer."""
+
+import asyncio
+from typing import Any
+
+import msgspec
+import pytest
+
+from pointillist.config.run_paths import WEIGHTS_FILE, RunPaths
+from pointillist.orchestrator.weights import WeightWatcher
+from pointillist.render import RawRenderer, RenderedPrompt
+from pointillist.rollouts import InferenceClient
+
+
+class Answering:
+    """Stands for the servers: choice i of a request says which seed it was sampled with; choices come backwards."""
+
+    def __init__(self) -> None:
+        self.requests: list[dict[str, Any]] = []
+        self.all: list[Any] = []
+
+    async def post(self, path: str, body: bytes, *_: Any, **__: Any) -> tuple[int, bytes]:
+        request = msgspec.json.decode(body)
+        self.requests.append(request)
+        params = request["sampling_params"]
+        choices = [_choice(index, params["seed"] + index) for index in range(params.get("n", 1))]
+        return 200, msgspec.json.encode({"choices": choices[::-1]})
+
+    async def aclose(self) -> None:
+        pass
+
+
+def _choice(index: int, token: int) -> dict[str, Any]:
+    content = [{"token_id": token, "logprob": -0.5, "rank": 1, "top_logprobs": []}]
+    return {
+        "index": index,
+        "token_ids": [token],
+        "logprobs": {"content": content},
+        "weight_versions": [{"start": 0, "end": 1, "version": "0"}],
+        "finish_reason": "stop",
+    }
+
+
+@pytest.fixture
+def prompt(renderer: RawRenderer) -> RenderedPrompt:
+    return renderer.render([{"role": "user", "content": "What?"}], [])
+
+
+@pytest.mark.parametrize(
+    ("seeds", "requests"),
+    [
+        ([5, 6, 7], [(5, 3)]),
+        ([7, 5, 6], [(5, 3)]),
+        ([5, 7, 8], [(5, 1), (7, 2)]),  # a gap: choice i is sampled with seed + i
+        ([3, 3], [(3, 1), (3, 1)]),
+    ],
+)
+async def test_every_rollout_gets_the_answer_of_its_own_seed(
+    prompt: RenderedPrompt, seeds: list[int], requests: list[tuple[int, int]]
+) -> None:
+    client, servers = InferenceClient(["http://127.0.0.1:1"]), Answering()
+    client._servers = servers  # type: ignore[assignment]
+    completions = await asyncio.gather(*(client.generate(prompt, {"temperature": 1.0}, seed) for seed in seeds))
+    assert [completion.token_ids for completion in completions] == [[seed] for seed in seeds]
+    asked = [(request["sampling_params"]["seed"], request["sampling_params"]["n"]) for request in servers.requests]
+    assert sorted(asked) == requests
+
+
+class _Server:
+    """A server that takes weights when it is allowed to."""
+
+    def __init__(self) -> None:
+        self.rest = 0.0
+        self.may_take = asyncio.Event()
+        self.taken = asyncio.Event()
+
+
+async def test_a_step_waits_until_every_server_has_the_weights(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One server with new weights is not enough."""
+    paths = RunPaths(tmp_path)
+    file = paths.broadcast_step(1) / WEIGHTS_FILE
+    file.parent.mkdir(parents=True)
+    file.touch()
+    servers = [_Server(), _Server()]
+
+    async def health() -> None:
+        return None
+
+    async def take(server: _Server, folder: str, version: int, *, rewind: bool) -> None:
+        await server.may_take.wait()
+        server.taken.set()
+
+    for server in servers:
+        server.health = health  # type: ignore[attr-defined]
+    monkeypatch.setattr("pointillist.orchestrator.weights.update_weights", take)
+    client = type("Client", (), {"servers": servers})()
+    watcher = WeightWatcher(paths, client, 0)
+    following = asyncio.create_task(watcher.follow())
+    waiting = asyncio.create_task(watcher.wait_for(1))
+    servers[0].may_take.set()
+    await asyncio.wait_for(servers[0].taken.wait(), 120)
+    await asyncio.sleep(0.05)  # time in which it would be done if one server were enough
+    assert not waiting.done()
+    servers[1].may_take.set()
+    await asyncio.wait_for(waiting, 120)
+    assert servers[1].taken.is_set()
+    following.cancel()

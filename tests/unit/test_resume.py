@@ -1,0 +1,212 @@
+"""`--resume` goes on with the run that was begun, or says what differs; a start that failed early occupies nothing."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from pointillist.cli import cli
+from pointillist.config import EnvConfig, ModelConfig, RLConfig, RunPaths
+from pointillist.config.rl import NOT_RECORDED
+from pointillist.errors import ConfigError, LaunchError
+from pointillist.images import ImageLimits, ImageStore
+from pointillist.images.inventory import add_user
+from pointillist.images.store import local_path
+from pointillist.launch.changes import config_changes, model_changes, record_start, refuse_changes
+from pointillist.launch.layout import write_configs
+from pointillist.launch.rl import environment
+from pointillist.launch.run_dir import check_fresh, make_fresh
+from pointillist.run_lock import RunLock
+from tests.conftest import encoded, picture
+
+
+def _config(model_dir: Path, run: Path, **fields: Any) -> RLConfig:
+    return RLConfig.model_validate(
+        {"model": ModelConfig(name=str(model_dir)), "env": EnvConfig(id="digits"), "output_dir": run, **fields}
+    )
+
+
+def _begun(config: RLConfig) -> RunPaths:
+    """A run that was begun with a config."""
+    from pointillist.launch.layout import Layout
+
+    paths = RunPaths(config.output_dir)
+    write_configs(config, Layout(config), [], paths)
+    record_start(config, paths)
+    return paths
+
+
+MEANING = [
+    ({"seed": 5}, "seed: 0 -> 5"),
+    ({"env": {"id": "digits", "blank_images": True}}, "env.blank_images: False -> True"),
+    ({"env": {"id": "hunt"}}, "env.id: 'digits' -> 'hunt'"),
+    ({"env": {"id": "digits", "args": {"data_dir": "x"}}}, "env.args"),
+    ({"orchestrator": {"batch_size": 64}}, "orchestrator.batch_size: 128 -> 64"),
+    ({"orchestrator": {"sampling": {"temperature": 0.5}}}, "orchestrator.sampling.temperature: 1.0 -> 0.5"),
+    ({"trainer": {"optim": {"lr": 1.0}}}, "trainer.optim.lr"),
+    ({"trainer": {"freeze_vision": True}}, "trainer.freeze_vision"),
+    ({"multimodal": {"limits": {"max_pixels": 100}}}, "multimodal.limits.max_pixels"),
+    ({"seq_len": 512}, "seq_len: 2048 -> 512"),
+    ({"inference": {"engine": {"dtype": "bfloat16"}}}, "inference.engine.dtype"),
+]
+FREE = [
+    {"max_steps": 500},
+    {"max_steps": 5},
+    {"log_level": "debug"},
+    {"num_servers": 2},
+    {"supervision": {"max_resumes": 3}},
+    {"orchestrator": {"max_concurrent": 8, "workers": {"count": 2}, "eval": {"interval": 7}}},
+    {"trainer": {"ckpt": {"interval": 3}, "num_threads": 2}},
+    {"transport": {"type": "zmq"}},
+    {"multimodal": {"cache_bytes": 1000}},
+    {"env_vars": {"TOKEN": "secret"}},
+]
+
+
+@pytest.mark.parametrize(("fields", "said"), MEANING)
+def test_another_run_is_refused_by_name(model_dir: Path, tmp_path: Path, fields: dict[str, Any], said: str) -> None:
+    paths = _begun(_config(model_dir, tmp_path))
+    with pytest.raises(ConfigError, match="--resume-with-changes") as caught:
+        refuse_changes(_config(model_dir, tmp_path, **fields), paths)
+    assert said in str(caught.value)
+    refuse_changes(_config(model_dir, tmp_path, resume_with_changes=True, **fields), paths)
+
+
+@pytest.mark.parametrize("fields", FREE)
+def test_the_same_run_elsewhere_or_faster_goes_on(model_dir: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    paths = _begun(_config(model_dir, tmp_path))
+    assert config_changes(_config(model_dir, tmp_path, **fields), paths) == []
+
+
+def test_another_model_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    import shutil
+
+    model, run = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(model_dir, model)
+    config = _config(model, run)
+    paths = _begun(config)
+    assert model_changes(config, paths) == []
+    moved = shutil.copytree(model, tmp_path / "moved")
+    refuse_changes(_config(moved, run), paths)  # the same model in another place
+    settings = json.loads((model / "preprocessor_config.json").read_text())
+    settings["image_mean"] = [0.1] * 3
+    (model / "preprocessor_config.json").write_text(json.dumps(settings))
+    changes = model_changes(config, paths)
+    assert [change.split(":")[0] for change in changes] == [
+        "model layout_fingerprint",
+        "model preprocessor_config.json",
+    ]
+
+
+def test_every_start_is_kept_and_values_of_env_vars_are_not(model_dir: Path, tmp_path: Path) -> None:
+    paths = _begun(_config(model_dir, tmp_path, env_vars={"TOKEN": "hush-hush"}))
+    _begun(_config(model_dir, tmp_path, max_steps=300, env_vars={"TOKEN": "hush-hush"}))
+    assert sorted(path.name for path in paths.history.iterdir()) == ["1.toml", "2.toml"]
+    for path in paths.output_dir.rglob("*"):
+        if path.is_file():
+            assert b"hush-hush" not in path.read_bytes(), path
+    assert all(path.stat().st_mode & 0o077 == 0 for path in paths.configs.glob("*.toml"))
+    again = RLConfig.model_validate({**_config(model_dir, tmp_path).model_dump(), "env_vars": {"TOKEN": NOT_RECORDED}})
+    with pytest.raises(ConfigError, match=r"env_vars.TOKEN has no value"):
+        environment(again, "key")
+
+
+def test_a_start_that_failed_before_its_first_step_occupies_nothing(model_dir: Path, tmp_path: Path) -> None:
+    paths = _begun(_config(model_dir, tmp_path / "run"))
+    paths.logs.mkdir()
+    (paths.logs / "trainer.log").write_text("old error")
+    paths.rollouts_file(1).parent.mkdir(parents=True)
+    stored = ImageStore(paths.output_dir / "assets/images", ImageLimits()).put(encoded(picture(8, 8)))
+    said: list[str] = []
+    make_fresh(paths, said.append)
+    assert "ended before its first step" in said[0]
+    assert not paths.logs.exists()
+    assert not paths.rollouts.exists()
+    assert local_path(stored.uri).is_file()
+    (paths.metrics).mkdir()
+    (paths.metrics / "trainer.jsonl").write_text('{"step": 1}\n')
+    (paths.configs).mkdir(exist_ok=True)
+    (paths.configs / "rl.toml").touch()
+    with pytest.raises(LaunchError, match="already holds"):
+        make_fresh(paths, said.append)
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "model", "checkpoints"])
+def test_a_folder_with_other_things_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(LaunchError, match=f"already holds {name}"):
+        check_fresh(RunPaths(tmp_path))
+
+
+def _gc(*arguments: object) -> str:
+    result = CliRunner().invoke(cli, ["store", "gc", *map(str, arguments)])
+    return result.output if result.exit_code == 0 else f"exit {result.exit_code}: {result.output}"
+
+
+def _aged(store: ImageStore, seed: int, seconds: float = 1e6) -> Path:
+    path = local_path(store.put(encoded(picture(8, 8, seed))).uri)
+    os.utime(path, (time.time() - seconds,) * 2)
+    return path
+
+
+def test_gc_keeps_what_a_live_run_has_stored(model_dir: Path, tmp_path: Path) -> None:
+    """A picture that lay there for long and is stored again by a live run is in no record yet."""
+    store = ImageStore(tmp_path / "shared", ImageLimits())
+    done, live = tmp_path / "done", tmp_path / "live"
+    for run in (done, live):
+        (run / "configs").mkdir(parents=True)
+        add_user(store.root, run)
+    old, again = _aged(store, 1), _aged(store, 2)
+    with RunLock.take(live):
+        store.put(encoded(picture(8, 8, 2)))
+        fresh = local_path(store.put(encoded(picture(8, 8, 3))).uri)
+        output = _gc(store.root, "--keep-runs", done, "--older-than", 0)
+        assert "is going on (process" in output
+        assert "removed 1 files" in output
+        assert [path.exists() for path in (old, again, fresh)] == [False, True, True]
+    assert "removed 2 files" in _gc(store.root, "--keep-runs", done, "--older-than", 0)
+
+
+def test_gc_takes_no_other_folder_for_a_store(tmp_path: Path) -> None:
+    (tmp_path / "ab").mkdir()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / ".x.tmp").write_text("half")
+    output = _gc(tmp_path, "--older-than", 0)
+    assert "holds photos, so it is no image store" in output
+    assert (tmp_path / "photos" / ".x.tmp").exists()
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        ("/proc/no/run", "error:"),
+        (b"run-\xff".decode(errors="surrogateescape"), "is not UTF-8"),
+        ("x" * 5000, "error:"),
+    ],
+)
+def test_folders_that_cannot_be_had_are_one_message(
+    model_dir: Path, tmp_path: Path, folder: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(
+        cli, ["rl", "--model.name", str(model_dir), "--env.id", "digits", "--output-dir", folder]
+    )
+    assert result.exit_code == 1
+    assert said in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_dollar_in_the_folder_is_a_dollar(model_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "a$HOME-$$b"
+    result = CliRunner().invoke(
+        cli, ["rl", "--model.name", str(model_dir), "--env.id", "digits", "--output-dir", str(folder), "--dry-run"]
+    )
+    assert result.exit_code == 0, result.output
+    from pointillist.config import OrchestratorConfig, load_toml, resolve_image_dir
+
+    config = load_toml(OrchestratorConfig, folder / "configs/orchestrator.toml")
+    assert resolve_image_dir(config.multimodal, folder, {"HOME": "x"}) == folder / "assets/images"
