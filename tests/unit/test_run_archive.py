@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pointillist.config import RunPaths
+from pointillist.digests import seal_folder
 from pointillist.errors import LaunchError, PointillistError
 from pointillist.images.decode import STORED_LIMITS
 from pointillist.images.store import file_uri
@@ -200,19 +201,20 @@ def test_checkpoints_travel_only_if_both_sides_ask_and_are_not_resumed(tmp_path:
     trainer.mkdir(parents=True)
     for path in (trainer / ".metadata", trainer / "__0_0.distcp", paths.checkpoint_step(3) / "orchestrator.json"):
         path.write_bytes(b"{}")
+    seal_folder(paths.checkpoint_step(3))
     paths.configs.mkdir()
     (paths.configs / "rl.toml").write_text('a = 1\n[env_vars]\nTOKEN = "a-secret-word"\n')
     (paths.output_dir / "state").mkdir()
     for name in ("state/trainer.json", ".run_key", ".lock"):
         (paths.output_dir / name).write_text("a-secret-word")
     plain, full = tmp_path / "plain.tar", tmp_path / "full.tar"
-    assert "left out 3 files of checkpoints" in _store("export", paths.output_dir, plain).output
+    assert "left out 4 files of checkpoints" in _store("export", paths.output_dir, plain).output
     assert _store("export", paths.output_dir, full, "--with-checkpoints").exit_code == 0
     for archive in (plain, full):
         assert b"a-secret-word" not in archive.read_bytes()
     assert b"step_3/trainer" not in plain.read_bytes()
 
-    assert "left out 3 files of checkpoints" in _store("import", full, tmp_path / "without").output
+    assert "left out 4 files of checkpoints" in _store("import", full, tmp_path / "without").output
     assert not RunPaths(tmp_path / "without").checkpoints.exists()
     assert resume_step(RunPaths(tmp_path / "without")) == 0
 

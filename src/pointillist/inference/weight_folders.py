@@ -1,7 +1,6 @@
 """Where a server finds a weight version: in the run's folder, or, on a machine without it, at the asset endpoint."""
 
 import asyncio
-import hashlib
 import logging
 import shutil
 from collections.abc import Awaitable, Callable, Iterator
@@ -11,8 +10,8 @@ from typing import Annotated, Final
 import msgspec
 
 from pointillist.config import InferenceConfig, RunPaths
-from pointillist.config.run_paths import WEIGHTS_FILE, open_regular, steps_in, write_atomically
-from pointillist.digests import DIGESTS_FILE
+from pointillist.config.run_paths import WEIGHTS_FILE, steps_in
+from pointillist.digests import DIGESTS_FILE, FileDigest, fault_in, write_digests
 from pointillist.errors import InferenceError, MissingImageError
 from pointillist.families.fetching import asset_client
 from pointillist.images.fetched import AssetClient
@@ -80,8 +79,7 @@ class WeightFolders:
         try:
             (folder / DIGESTS_FILE).unlink(missing_ok=True)
             sha256 = assets.download(f"/weights/{version}", folder / WEIGHTS_FILE)
-            digest = {"sha256": sha256, "bytes": (folder / WEIGHTS_FILE).stat().st_size}
-            write_atomically(folder / DIGESTS_FILE, msgspec.json.encode({"files": {WEIGHTS_FILE: digest}}))
+            write_digests(folder, {WEIGHTS_FILE: FileDigest(sha256, (folder / WEIGHTS_FILE).stat().st_size)})
         except (MissingImageError, OSError) as error:
             raise InferenceError(f"weight version {version} cannot be fetched ({error})") from None
         for old in steps_in(self._paths.broadcasts)[:-_KEPT]:
@@ -91,19 +89,12 @@ class WeightFolders:
 
 def _is_whole(folder: Path) -> bool:
     """Whether weights are there, and are those that were fetched; a corrupt file is to be fetched anew."""
-    try:
-        with open_regular(folder / WEIGHTS_FILE) as file:
-            if not (folder / DIGESTS_FILE).exists():
-                return True
-            expected = msgspec.json.decode((folder / DIGESTS_FILE).read_bytes())["files"][WEIGHTS_FILE]["sha256"]
-            is_whole = bool(hashlib.file_digest(file, "sha256").hexdigest() == expected)
-    except FileNotFoundError:
+    if not (folder / WEIGHTS_FILE).is_file():
         return False
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        is_whole = False
-    if not is_whole:
-        logger.warning("weights in %s are not those that were fetched: fetching them anew", folder)
-    return is_whole
+    if not (folder / DIGESTS_FILE).exists() or (fault := fault_in(folder)) is None:
+        return True
+    logger.warning("weights in %s are to be fetched anew: %s", folder, fault)
+    return False
 
 
 async def load_newest_usable(folders: WeightFolders, load: Callable[[UpdateWeightsRequest], Awaitable[None]]) -> None:

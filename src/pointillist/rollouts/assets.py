@@ -20,7 +20,6 @@ import stat
 from pathlib import Path
 from typing import Final
 
-import msgspec
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -31,7 +30,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pointillist.config import AssetServerConfig, RunPaths, writer_image_dir
 from pointillist.config.run_paths import WEIGHTS_FILE, latest_broadcast, number_of
-from pointillist.digests import DIGESTS_FILE
+from pointillist.digests import DIGESTS_FILE, MAX_DIGESTS_BYTES, decode_digests
 from pointillist.errors import MissingImageError, RefError
 from pointillist.http_guard import Guard, HttpLimits, check_bearer, uvicorn_config
 from pointillist.images.decode import ImageLimits
@@ -44,16 +43,6 @@ _FOREVER: Final = {"Cache-Control": "private, max-age=31536000, immutable"}
 """A name is a hash: what it names never changes."""
 _LIMITS: Final = HttpLimits(body_bytes=0)
 """No request has a body."""
-_MAX_DIGESTS_BYTES: Final = 1024 * 1024
-
-
-class _FileDigest(msgspec.Struct):
-    sha256: str
-    bytes: int
-
-
-class _Digests(msgspec.Struct):
-    files: dict[str, _FileDigest]
 
 
 def create_app(image_dir: Path, paths: RunPaths, key: str, limits: ImageLimits) -> ASGIApp:
@@ -148,9 +137,9 @@ def _digest(root: Path, folder: str, num_bytes: int) -> bytes | None:
     """Sha256 of a version's weights as `digests.json` has it; None without one for a file of this size."""
     try:
         with os.fdopen(open_without_links(root, f"{folder}/{DIGESTS_FILE}"), "rb") as file:
-            digest = msgspec.json.decode(file.read(_MAX_DIGESTS_BYTES), type=_Digests).files[WEIGHTS_FILE]
+            digest = decode_digests(file.read(MAX_DIGESTS_BYTES))[WEIGHTS_FILE]
             return bytes.fromhex(digest.sha256) if digest.bytes == num_bytes else None
-    except (OSError, ValueError, KeyError, RecursionError):  # not written yet, or nothing that could be used
+    except (OSError, ValueError, KeyError):  # not written yet, or nothing that could be used
         return None
 
 
