@@ -263,6 +263,18 @@ def test_a_malformed_answer_is_an_error_that_says_so(frames: list[bytes]) -> Non
         _batch_of(frames)
 
 
+def test_a_batch_file_that_is_none_is_an_error_that_says_so(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    (paths.rollout_step(1) / "rank_0.bin").mkdir(parents=True)
+    paths.rollout_step(2).mkdir()
+    for data in (b"", NESTED, b"\x93" + NESTED):
+        (paths.rollout_step(2) / "rank_0.bin").write_bytes(data)
+        with pytest.raises(TransportError, match="malformed"):
+            FilesystemReceiver(paths, 0).receive(2)
+    with pytest.raises(TransportError, match="batch of step 1 cannot be read"):
+        FilesystemReceiver(paths, 0).receive(1)
+
+
 def test_what_unpacks_to_more_than_allowed_is_never_unpacked() -> None:
     bomb = zlib.compress(b"\0" * 2**24)
     assert len(decompress(bomb, max_bytes=2**24, what="x")) == 2**24

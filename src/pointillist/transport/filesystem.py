@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from pointillist.config.run_paths import RunPaths, steps_in, write_atomically
+from pointillist.errors import TransportError
 from pointillist.transport.types import RankBatch, decode_rank_batch, encode_rank_batch
 
 _SHORTEST_POLL_SECONDS: Final = 0.01
@@ -56,13 +57,17 @@ class FilesystemReceiver:
         """Waits for a step's batch.
 
         Raises:
-            TransportError: The batch is malformed or must not be trained.
+            TransportError: The batch cannot be read, is malformed or must not be trained.
         """
         path = self._paths.rollout_step(step) / f"rank_{self._rank}.bin"
         pauses = poll_seconds()
         while not path.exists():
             time.sleep(next(pauses))
-        return decode_rank_batch(path.read_bytes())
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise TransportError(f"batch of step {step} cannot be read ({error})") from None
+        return decode_rank_batch(data)
 
     def discard_before(self, step: int) -> None:
         """Removes the packed batches of steps that are trained; the rollouts beside them stay."""
