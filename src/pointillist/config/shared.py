@@ -152,8 +152,8 @@ class TransportConfig(Config):
     """How packed batches go from the orchestrator to the trainer's ranks."""
 
     type: Literal["filesystem", "zmq"] = "filesystem"
-    """Files in the run's folder, or messages, which only processes with the same `POINTILLIST_RUN_KEY` can exchange (the
-    launcher sets it)."""
+    """Files in the run's folder, or messages, which only processes with the same `POINTILLIST_RUN_KEY` can exchange
+    (the launcher sets it)."""
 
     address: str = "tcp://127.0.0.1:0"
     """Where the orchestrator listens with `zmq`; port 0 lets the launcher choose a free one."""
