@@ -16,7 +16,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from random import Random
 from typing import Any, Final
 
@@ -623,10 +622,3 @@ def attack(services: Services, target: str, seed: int, patience: float, hold: fl
         key = services.pool_key if target == "workers" else lambda: os.environ[RUN_KEY]
         return PeerAttack(maker, address, key, services, target, *rest)
     return ArchivesAttack(services, *rest)
-
-
-def clear_odd_weights(root: Path) -> None:
-    """Named pipes in a folder that is to be removed hold nobody up."""
-    for path in root.rglob("*"):
-        if path.is_fifo():
-            path.unlink()
