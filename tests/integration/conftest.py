@@ -69,10 +69,10 @@ def server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     wait_for(lambda: httpx.get(f"{url}/health").status_code == 200, process, seconds=300)
     yield RunningServer(url, output_dir, family, renderer, process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) in (0, -signal.SIGTERM)
+    assert process.wait(600) in (0, -signal.SIGTERM)
 
 
-def wait_for(ready: object, process: subprocess.Popen[str] | None = None, seconds: float = 90.0) -> None:
+def wait_for(ready: object, process: subprocess.Popen[str] | None = None, seconds: float = 900.0) -> None:
     """Waits until something is true; a refused connection means not yet."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -110,7 +110,7 @@ class Digits:
 
     def run(self, *overrides: object, environ: dict[str, str] | None = None) -> tuple[int, str]:
         process = self.start(*overrides, environ=environ)
-        output, _ = process.communicate(timeout=200)
+        output, _ = process.communicate(timeout=900)
         return process.returncode, output
 
 

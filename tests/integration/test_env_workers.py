@@ -172,9 +172,9 @@ def test_a_killed_orchestrator_leaves_no_worker(digits_run: Digits) -> None:
     wait_for(lambda: read_jsonl(RunPaths(digits_run.output_dir).metrics / "trainer.jsonl"), process)
     assert worker_pids(digits_run.root) != []
     os.kill(processes_of(digits_run.root)["orchestrator"], signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=900)
     assert process.returncode == 1
-    wait_for(lambda: worker_pids(digits_run.root) == [], seconds=15)
+    wait_for(lambda: worker_pids(digits_run.root) == [], seconds=600)
 
 
 def worker_pids(root: Path) -> list[int]:

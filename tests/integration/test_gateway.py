@@ -64,7 +64,7 @@ def gateway(server: RunningServer, model_dir: Path, tmp_path_factory: pytest.Tem
     wait_for(lambda: httpx.get(f"{url}/health").status_code == 200, process)
     yield RunningGateway(url, server)
     process.send_signal(signal.SIGTERM)
-    process.wait(10)
+    process.wait(600)
 
 
 def test_openai_client_over_turns_is_recorded_exactly(gateway: RunningGateway) -> None:

@@ -20,7 +20,7 @@ def _run(*command: object, cwd: Path | None = None) -> str:
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # the sources are not there
     done = subprocess.run(
         [str(part) for part in command],
-        cwd=cwd, env=environ, capture_output=True, text=True, timeout=400, check=False,
+        cwd=cwd, env=environ, capture_output=True, text=True, timeout=1200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

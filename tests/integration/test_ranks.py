@@ -38,7 +38,7 @@ def _train(
         )
     config = _config(model_dir, run, images, workers)
     done = subprocess.run(
-        _command(config, run, *extra), capture_output=True, text=True, timeout=120, check=False,
+        _command(config, run, *extra), capture_output=True, text=True, timeout=1200, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

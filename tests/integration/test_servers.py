@@ -197,7 +197,7 @@ def _update(paths: RunPaths, version: int, *, rewind: bool) -> str:
     return msgspec.json.encode(body).decode()
 
 
-async def _until(true: object, seconds: float = 10.0) -> None:
+async def _until(true: object, seconds: float = 900.0) -> None:
     deadline = time.monotonic() + seconds
     while not true():  # type: ignore[operator]
         assert time.monotonic() < deadline

@@ -312,7 +312,7 @@ def stock(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     wait_for(lambda: httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200, process, seconds=300)
     yield f"http://127.0.0.1:{port}", folder
     process.terminate()
-    process.wait(60)
+    process.wait(600)
 
 
 async def test_sessions_talk_to_a_vllm_without_the_plugin(

@@ -90,7 +90,7 @@ class Cluster:
 
     def command(self, *words: str) -> str:
         """What a SLURM command says."""
-        done = subprocess.run(words, env=self.environ, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(words, env=self.environ, capture_output=True, text=True, timeout=1200, check=False)
         return done.stdout.strip()
 
     def state(self, job: str) -> str:
@@ -123,7 +123,7 @@ class Cluster:
             )
 
 
-def _wait(ready: object, what: str, seconds: float = 60.0) -> None:
+def _wait(ready: object, what: str, seconds: float = 900.0) -> None:
     deadline = time.monotonic() + seconds
     while not ready():  # type: ignore[operator]
         assert time.monotonic() < deadline, f"no {what} after {seconds:.0f} s"

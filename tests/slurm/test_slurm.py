@@ -39,7 +39,7 @@ def _submit(cluster: Cluster, run: Digits, *overrides: object) -> str:
     return output.partition("submitted job ")[2].partition(";")[0].strip()
 
 
-def _wait_for(cluster: Cluster, job: str, run: Digits, states: set[str], seconds: float = 240.0) -> str:
+def _wait_for(cluster: Cluster, job: str, run: Digits, states: set[str], seconds: float = 900.0) -> str:
     deadline = time.monotonic() + seconds
     while (state := cluster.state(job)) not in states:
         assert state not in {"FAILED", "CANCELLED", "NODE_FAIL"}, f"{state}: {_log(run, job)}"
@@ -105,7 +105,7 @@ def test_a_preempted_job_goes_on(cluster: Cluster, digits_run: Digits) -> None:
     )  # fmt: skip
     _wait_for_step(cluster, job, digits_run, 5)
     cluster.command("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
-    _wait_for(cluster, job, digits_run, {"PENDING"}, seconds=60)
+    _wait_for(cluster, job, digits_run, {"PENDING"}, seconds=600)
     assert processes_of(digits_run.root) == {}
     cluster.command("scontrol", "release", job)
     # A requeued job waits two minutes unless it is told to begin.
@@ -122,7 +122,7 @@ def test_a_node_that_fails_ends_or_requeues_the_job(cluster: Cluster, digits_run
     )  # fmt: skip
     _wait_for_step(cluster, job, digits_run, 3)
     os.kill(processes_of(digits_run.root)["trainer"], signal.SIGKILL)
-    _wait_for(cluster, job, digits_run, {"PENDING"}, seconds=60)
+    _wait_for(cluster, job, digits_run, {"PENDING"}, seconds=600)
     cluster.command("scontrol", "update", f"JobId={job}", "StartTime=now")
     _wait_for_step(cluster, job, digits_run, 6)
     os.kill(processes_of(digits_run.root)["orchestrator"], signal.SIGKILL)

@@ -191,6 +191,6 @@ def test_bash_completes_a_command(tmp_path: Path) -> None:
     script = CliRunner().invoke(cli, ["completion", "bash"]).output
     ask = f"{script}\nCOMP_WORDS=(pointillist tra); COMP_CWORD=1\n_pointillist_completion {command}\n"
     done = subprocess.run(
-        ["bash", "-c", ask + "echo ${COMPREPLY[*]}"], capture_output=True, text=True, timeout=60, check=False
+        ["bash", "-c", ask + "echo ${COMPREPLY[*]}"], capture_output=True, text=True, timeout=1200, check=False
     )
     assert set(done.stdout.split()) == {"trainer", "transcript"}, done.stderr

@@ -107,7 +107,7 @@ def test_mixed_batches_equal_plain_forwards(engine: Engine) -> None:
     engine.resume()
     late = _submit(engine, _prompt(loaded, 30, [(64, 64)], 5), max_tokens=9)
     for prompt, future in zip(prompts, futures, strict=True):
-        for choice in future.result(60):
+        for choice in future.result(900):
             assert (_logprobs(choice) - _expected_logprobs(loaded, prompt, choice)).abs().max() < 1e-5
             blank = Prompt(
                 prompt.token_ids,
@@ -116,11 +116,13 @@ def test_mixed_batches_equal_plain_forwards(engine: Engine) -> None:
             )
             if prompt.tensors:  # the control: a blank picture must give other numbers
                 assert (_logprobs(choice) - _expected_logprobs(loaded, blank, choice)).abs().max() > 1e-3
-    assert len(late.result(60)[0].token_ids) == 9
+    assert len(late.result(900)[0].token_ids) == 9
 
 
 def _bits(futures: list[Future[list[Choice]]]) -> list[tuple[list[int], list[float]]]:
-    return [(c.token_ids, [e.logprob for e in c.logprobs.content]) for f in futures for c in f.result(60) if c.logprobs]
+    return [
+        (c.token_ids, [e.logprob for e in c.logprobs.content]) for f in futures for c in f.result(900) if c.logprobs
+    ]
 
 
 def test_decoded_alone_every_bit_is_the_same_in_a_crowd(lonely_engine: Engine, engine: Engine) -> None:
@@ -155,25 +157,25 @@ def test_a_lonely_engine_forgets_what_is_given_up(lonely_engine: Engine) -> None
     other = _submit(lonely_engine, _prompt(lonely_engine._loaded, 5, [], 2), max_tokens=3)
     lonely_engine.resume()
     lonely_engine.abort(given_up)
-    assert len(other.result(60)[0].token_ids) == 3
+    assert len(other.result(900)[0].token_ids) == 3
 
 
 def test_what_shares_a_batch_changes_nothing(engine: Engine) -> None:
     prompt = _prompt(engine._loaded, 5, [(64, 64)], 1)
-    alone = _submit(engine, prompt, seed=11, temperature=0.8).result(60)[0].token_ids
+    alone = _submit(engine, prompt, seed=11, temperature=0.8).result(900)[0].token_ids
     engine.pause()
     others = [_submit(engine, _prompt(engine._loaded, 3 + i, [], i), n=3, seed=i) for i in range(3)]
     together = _submit(engine, prompt, seed=11, temperature=0.8)
     engine.resume()
-    assert together.result(60)[0].token_ids == alone
+    assert together.result(900)[0].token_ids == alone
     for other in others:
-        other.result(60)
+        other.result(900)
 
 
 def test_choice_i_is_sampled_with_seed_plus_i(engine: Engine) -> None:
     prompt = _prompt(engine._loaded, 5, [], 1)
-    group = [choice.token_ids for choice in _submit(engine, prompt, n=4, seed=40).result(60)]
-    singles = [_submit(engine, prompt, seed=40 + i).result(60)[0].token_ids for i in range(4)]
+    group = [choice.token_ids for choice in _submit(engine, prompt, n=4, seed=40).result(900)]
+    singles = [_submit(engine, prompt, seed=40 + i).result(900)[0].token_ids for i in range(4)]
     assert group == singles
     assert len({tuple(tokens) for tokens in group}) > 1
 
@@ -184,7 +186,7 @@ def test_equal_prompts_are_read_once(engine: Engine) -> None:
     futures = [_submit(engine, prompt, n=4, seed=i) for i in range(3)]
     engine.resume()
     for future in futures:
-        future.result(60)
+        future.result(900)
     text = engine._metrics.exposition().decode()
     assert "pointillist_prompts_prefilled_total 1.0" in text
     assert "pointillist_completions_started_total 12.0" in text
@@ -194,24 +196,24 @@ def test_vision_tokens_and_padding_are_never_sampled(engine: Engine) -> None:
     loaded = engine._loaded
     with torch.no_grad():  # make them by far the likeliest
         loaded.model.get_output_embeddings().weight[loaded.unsampleable] *= 100
-    choices = _submit(engine, _prompt(loaded, 5, [], 1), n=16, max_tokens=10).result(60)
+    choices = _submit(engine, _prompt(loaded, 5, [], 1), n=16, max_tokens=10).result(900)
     forbidden = set(loaded.unsampleable.tolist())
     assert not forbidden & {token for choice in choices for token in choice.token_ids}
 
 
 def test_endings(engine: Engine) -> None:
     prompt = _prompt(engine._loaded, 5, [], 1)
-    tokens = _submit(engine, prompt, temperature=0.0).result(60)[0].token_ids
-    stopped = _submit(engine, prompt, temperature=0.0, stop_token_ids=[tokens[2]]).result(60)[0]
+    tokens = _submit(engine, prompt, temperature=0.0).result(900)[0].token_ids
+    stopped = _submit(engine, prompt, temperature=0.0, stop_token_ids=[tokens[2]]).result(900)[0]
     first = tokens.index(tokens[2])
     assert stopped.token_ids == tokens[: first + 1]
     assert (stopped.finish_reason, stopped.stop_reason) == ("stop", tokens[2])
-    full = _submit(engine, prompt, temperature=0.0).result(60)[0]
+    full = _submit(engine, prompt, temperature=0.0).result(900)[0]
     assert (full.finish_reason, full.stop_reason, len(full.token_ids)) == ("length", None, 6)
 
 
 def test_top_logprobs(engine: Engine) -> None:
-    choice = _submit(engine, _prompt(engine._loaded, 5, [], 1), temperature=0.0, logprobs=3).result(60)[0]
+    choice = _submit(engine, _prompt(engine._loaded, 5, [], 1), temperature=0.0, logprobs=3).result(900)[0]
     for entry in choice.logprobs.content:
         assert entry.rank == 1
         assert entry.top_logprobs[0].token_id == entry.token_id
@@ -226,7 +228,7 @@ def test_new_weights_between_two_steps(engine: Engine, tmp_path: Path) -> None:
     write_weights({name: tensor * 1.01 for name, tensor in weights.items()}, tmp_path / "step_3")
     running = _submit(engine, _prompt(loaded, 5, [], 1), max_tokens=400)
     engine.update_weights(tmp_path / "step_3", 3)
-    (choice,) = running.result(120)
+    (choice,) = running.result(900)
     versions = [(span.version, span.end - span.start) for span in choice.weight_versions]
     assert sum(length for _, length in versions) == 400
     assert versions[-1][0] == "3"
@@ -248,7 +250,7 @@ def test_a_token_belongs_to_the_weights_that_computed_its_logits(engine: Engine,
     assert sampled < 299
     engine.update_weights(tmp_path / "step_1", 1)
     engine.resume()
-    old, new = running.result(60)[0].weight_versions
+    old, new = running.result(900)[0].weight_versions
     # The next token's logits were there before the new weights were.
     assert (old.version, old.end, new.version) == ("0", sampled + 1, "1")
 
@@ -259,7 +261,7 @@ def test_aborted_requests_leave_the_batch(engine: Engine) -> None:
     engine.submit(request)
     other = _submit(engine, _prompt(loaded, 5, [], 2), max_tokens=20)
     engine.abort(request)
-    assert len(other.result(60)[0].token_ids) == 20
+    assert len(other.result(900)[0].token_ids) == 20
     assert request.future.cancelled()
 
 
@@ -272,9 +274,9 @@ def test_a_dead_engine_answers_everyone(engine: Engine, monkeypatch: pytest.Monk
     monkeypatch.setattr("pointillist.inference.embedded.engine.prefill", broken)
     monkeypatch.setattr(engine, "_check_device", broken)
     with pytest.raises(RuntimeError, match="engine died"):
-        _submit(engine, _prompt(engine._loaded, 5, [], 1)).result(60)
+        _submit(engine, _prompt(engine._loaded, 5, [], 1)).result(900)
     with pytest.raises(RuntimeError, match="engine died"):
-        _submit(engine, _prompt(engine._loaded, 5, [], 1)).result(60)
+        _submit(engine, _prompt(engine._loaded, 5, [], 1)).result(900)
     assert isinstance(engine.failure, ZeroDivisionError)
 
 
@@ -350,7 +352,7 @@ def test_a_request_that_raises_fails_alone(
     engine = _engine(model_dir, alone=alone)
     engine.start()
     good = [_prompt(engine._loaded, 5 + i, [(64, 64)], i + 1) for i in range(3)]
-    before = [_submit(engine, prompt, seed=100 + i, max_tokens=4 + i).result(60) for i, prompt in enumerate(good)]
+    before = [_submit(engine, prompt, seed=100 + i, max_tokens=4 + i).result(900) for i, prompt in enumerate(good)]
     _breaking(engine, monkeypatch, stage)
     bad = _prompt(engine._loaded, 9, [(64, 64)], 99)
     bad.token_ids[0] = BAD
@@ -360,9 +362,9 @@ def test_a_request_that_raises_fails_alone(
     late = [_submit(engine, prompt, key=2, seed=100 + i, max_tokens=4 + i) for i, prompt in enumerate(good)]
     engine.resume()
     with pytest.raises(InferenceError, match="could not compute"):
-        failing.result(60)
+        failing.result(900)
     for old, *new in zip(before, futures, late, strict=True):
-        assert all([c.token_ids for c in future.result(60)] == [c.token_ids for c in old] for future in new)
+        assert all([c.token_ids for c in future.result(900)] == [c.token_ids for c in old] for future in new)
     engine.stop()
     assert engine.failure is None and not engine._rows and not engine._next
 
@@ -378,7 +380,7 @@ def test_a_request_that_raises_fails_alone(
     ],
 )
 def test_numbers_at_their_bounds_are_sampled(engine: Engine, params: dict[str, float]) -> None:
-    for choice in _submit(engine, _prompt(engine._loaded, 5, [], 1), **params).result(60):
+    for choice in _submit(engine, _prompt(engine._loaded, 5, [], 1), **params).result(900):
         assert len(choice.token_ids) == 6 and bool(torch.isfinite(_logprobs(choice)).all())
 
 

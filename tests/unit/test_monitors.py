@@ -284,7 +284,7 @@ def test_wandb_offline_shows_each_picture_but_has_it_once(tmp_path: Path) -> Non
     environ = {**{k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}, "HOME": str(home)}
     done = subprocess.run(
         [sys.executable, "-c", _WANDB, str(tmp_path / "run")],
-        env=environ, capture_output=True, text=True, timeout=120, check=False,
+        env=environ, capture_output=True, text=True, timeout=1200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "run" / "monitors"

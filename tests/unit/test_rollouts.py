@@ -501,7 +501,7 @@ loop.run_process(main())
     environ = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     for how, status in (("return", 0), ("raise", 1)):
         done = subprocess.run(
-            [sys.executable, "-c", code, how], env=environ, capture_output=True, text=True, timeout=120, check=False
+            [sys.executable, "-c", code, how], env=environ, capture_output=True, text=True, timeout=1200, check=False
         )
         assert done.stdout == "main is through\n", done.stderr
         assert done.returncode == status

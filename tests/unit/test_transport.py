@@ -112,7 +112,7 @@ def test_a_receiver_may_wait_before_there_is_anything(ends: Any) -> None:
         waiting = [pool.submit(receiver(rank).receive, 1) for rank in range(2)]
         time.sleep(0.3)
         sender.send(step(1))
-        assert [each.result(10) for each in waiting] == step(1)
+        assert [each.result(900) for each in waiting] == step(1)
 
 
 def test_a_receiver_looks_at_files_less_often_the_longer_it_waits(
@@ -156,7 +156,7 @@ def test_a_sender_that_is_ahead_waits_for_the_slowest_rank(tmp_path: Path) -> No
         time.sleep(0.5)
         assert not third.done()
         ranks[1].discard_before(2)
-        third.result(10)
+        third.result(900)
     assert ranks[1].receive(3) == step(3)[1]
     sender.close()
 
@@ -224,7 +224,7 @@ def test_a_process_without_the_key_gets_no_batch(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv(RUN_KEY, "wrong")
         impostor = ZmqSender(port, num_ranks=1, max_pending=2)
         impostor.send([step(1)[0]])
-        assert stolen.result(120) == step(1)[0]
+        assert stolen.result(900) == step(1)[0]
         impostor.close()
 
 
@@ -243,7 +243,7 @@ def test_send_says_why_its_listener_has_died(monkeypatch: pytest.MonkeyPatch) ->
         waiting = pool.submit(sender.send, [step(2)[0]])  # no room
         monkeypatch.setattr(sender, "_answer", lambda: 1 / 0)
         with pytest.raises(TransportError, match=r"has ended: ZeroDivisionError"):
-            waiting.result(120)
+            waiting.result(900)
     with pytest.raises(TransportError, match=r"has ended: ZeroDivisionError"):
         sender.send([step(2)[0]])
     sender.close()

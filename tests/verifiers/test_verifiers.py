@@ -197,7 +197,7 @@ def test_a_whole_run_on_a_verifiers_environment(digits: tuple[Path, Path], tmp_p
         "rl", "@", tmp_path / "rl.toml", "--model.name", digits[1], "--output-dir", tmp_path / "run",
         "--env.args", arguments, env={**os.environ, "COLUMNS": "200"},
     )  # fmt: skip
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output
     records = read_jsonl(RunPaths(tmp_path / "run").metrics / "trainer.jsonl")
     assert len(records) == 3

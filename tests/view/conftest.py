@@ -69,13 +69,13 @@ def viewer(tmp_path: Path) -> Iterator[Viewer]:
         address = line.split()[-1].rstrip("/")
         if indexed:
             runs = [index for index, argument in enumerate(arguments) if isinstance(argument, Path)]
-            wait_for(lambda: all(_status(address, index)["percent"] == 100 for index in runs), seconds=20)
+            wait_for(lambda: all(_status(address, index)["percent"] == 100 for index in runs), seconds=600)
         return address
 
     yield start
     for process in started:
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=20)
+        output, _ = process.communicate(timeout=900)
         assert "Traceback" not in output, output
 
 

@@ -249,4 +249,4 @@ def test_a_real_run_is_watched_while_it_goes(viewer: Viewer, digits_run: Digits,
     assert page.locator(".t").count() > 0
     page.get_by_role("link", name="new data: reload").click(timeout=60_000)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=900)
