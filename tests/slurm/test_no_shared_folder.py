@@ -83,7 +83,8 @@ def _train(run: Digits) -> tuple[int, str]:
         "--orchestrator.max_retries", 0,
     ]  # fmt: skip
     done = subprocess.run(
-        ["ip", "netns", "exec", NAMES[0], *map(str, command)], capture_output=True, text=True, timeout=1200, check=False,
+        ["ip", "netns", "exec", NAMES[0], *map(str, command)],
+        capture_output=True, text=True, timeout=1200, check=False,
         env={**os.environ, "COLUMNS": "200", "POINTILLIST_RUN_KEY": KEY},
     )  # fmt: skip
     return done.returncode, done.stdout + done.stderr
