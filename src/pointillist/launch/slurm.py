@@ -52,6 +52,8 @@ _ENVIRONMENT_FILE: Final = ".run_env"
 """Values of `env_vars`, which no config holds."""
 _JOB_FILE: Final = ".job"
 """Number of the job that was submitted last."""
+_WAITING: Final = "PENDING,CONFIGURING,RUNNING,SUSPENDED,REQUEUED,REQUEUE_HOLD"
+"""States of a job that has the folder, or will have it."""
 
 
 def render(slurm: SlurmConfig, paths: RunPaths) -> str:
@@ -230,7 +232,7 @@ def _refuse_waiting_job(path: Path) -> None:
     job = path.read_text(encoding="ascii", errors="replace").strip()
     try:
         done = subprocess.run(
-            ["squeue", "--noheader", "--format=%T", f"--jobs={job}"],  # noqa: S607 - SLURM's own, from PATH
+            ["squeue", "--noheader", "--format=%T", f"--states={_WAITING}", f"--jobs={job}"],  # noqa: S607 - from PATH
             capture_output=True,
             text=True,
             check=False,
