@@ -117,4 +117,4 @@ def test_without_an_endpoint_there_are_no_images(digits_run: Digits, digits: tup
     with _server(digits_run, digits[1]) as (_, log):
         code, output = _train(digits_run)
     assert code == 1
-    assert "can not be read" in output, output + log.read_text()
+    assert "cannot be read" in output, output + log.read_text()

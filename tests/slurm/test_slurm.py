@@ -86,7 +86,9 @@ def test_a_run_on_two_nodes(cluster: Cluster, digits_run: Digits) -> None:
     key = paths.output_dir / ".run_key"
     assert key.stat().st_mode & 0o777 == 0o600
     assert not any(
-        key.read_text() in file.read_text() for file in [*paths.configs.glob("*"), paths.output_dir / "rl.sbatch"]
+        key.read_text() in file.read_text()
+        for file in [*paths.configs.rglob("*"), paths.output_dir / "rl.sbatch"]
+        if file.is_file()
     )
 
 
