@@ -159,7 +159,7 @@ def _run_pointillist(words: list[str]) -> None:
     if words[0] == "rl" and not set(words) & {"--output-dir"}:
         words = [*words, "--output-dir", f"outputs/dry-{abs(hash(tuple(words)))}"]
     if words[0] == "rl" and "--dry-run" not in words:
-        words = [*words, "--dry-run"]
+        words = [*(word for word in words if word != "--resume"), "--dry-run"]  # there is no run to go on with
     if words[0] == "view":
         words = ["view", "--help"]  # serves until it is stopped
     result = _pointillist(*words)
