@@ -2,8 +2,6 @@
 
 import asyncio
 import contextlib
-import importlib
-import importlib.util
 import itertools
 import json
 import os
@@ -21,6 +19,7 @@ from typing import Any, Final
 
 import zmq
 
+from pointillist.channel import secure_client, secure_listener
 from pointillist.config import RUN_KEY
 from tests.conftest import ROOT
 from tests.hostile import gateway_inputs, generate_inputs, http_inputs, peer_inputs, prober, reader_inputs
@@ -372,7 +371,7 @@ class PeerAttack(Attack):
         if peer.identity:
             wire.setsockopt(zmq.IDENTITY, peer.identity)
         if peer.keyed:
-            _secure(wire, "secure_client", self._key())
+            secure_client(wire, self._key(), max_bytes=2**31)
         wire.connect(address)
         wire.send_multipart(list(peer.frames))
         # Time to arrive: a message of a socket that closes may be lost.
@@ -562,13 +561,6 @@ class ArchivesAttack(Attack):
         return answer
 
 
-def _secure(wire: Any, side: str, key: str) -> None:
-    """Gives a socket the run's key, as the run's own have it."""
-    if importlib.util.find_spec("pointillist.channel") is not None:
-        channel = importlib.import_module("pointillist.channel")
-        getattr(channel, side)(wire, key, max_bytes=2**31)
-
-
 def _honest_peers(services: Services) -> dict[str, list[bytes]]:
     """Messages of honest peers, caught by sockets of our own."""
     from pointillist.rollouts.executor import RolloutResult
@@ -577,7 +569,7 @@ def _honest_peers(services: Services) -> dict[str, list[bytes]]:
 
     context = zmq.Context()
     wire = context.socket(zmq.ROUTER)
-    _secure(wire, "secure_listener", os.environ[RUN_KEY])
+    secure_listener(wire, os.environ[RUN_KEY], max_bytes=2**31)
     port = wire.bind_to_random_port("tcp://127.0.0.1")
     # Of a rank that the run does not have, so that it takes nothing from the honest one.
     receiver = ZmqReceiver(f"tcp://127.0.0.1:{port}", 99)
@@ -586,7 +578,7 @@ def _honest_peers(services: Services) -> dict[str, list[bytes]]:
     ranks = [wire.recv_multipart()[-1] for _ in range(2) if wire.poll(5000)]
     context.destroy(linger=0)
     said = [
-        protocol.Hello("0" * 32, 1, ["a"], ["b"]),
+        protocol.Hello(1, ["a"], ["b"]),
         protocol.Pong(),
         protocol.Done(RolloutResult(id="1.0.0", task_id="a")),
     ]  # fmt: skip

@@ -284,11 +284,11 @@ class Services:
 
     def pool_key(self) -> str:
         """What the workers of the pool are told to identify themselves with."""
-        from pointillist.rollouts.workers.protocol import TOKEN_VARIABLE
+        from pointillist.rollouts.workers.protocol import KEY_VARIABLE
 
         config = str(self.prompts.paths.configs / "env_worker.toml")
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if config in process.cmdline():
-                    return process.environ().get(TOKEN_VARIABLE, "x")
+                    return process.environ().get(KEY_VARIABLE, "x")
         return "x"
