@@ -124,7 +124,7 @@ async def test_what_an_environment_does_to_its_worker_fails_a_rollout_by_name(
         assert "SystemExit on the event loop" in (config.output_dir / "logs" / "env_worker_0.log").read_text()
         (dead,) = await RolloutRunner(config.model_copy(update={"max_retries": 0}), pool).run_group(1, 1, 0, 1)
         assert dead.failure is not None
-        assert (dead.failure.kind, dead.task_id) == ("WorkerDied", "die")
+        assert (dead.failure.kind, dead.task_id, dead.answer) == ("WorkerDied", "die", "1")
     finally:
         await pool.aclose()
 

@@ -242,6 +242,17 @@ def test_a_rollout_that_fails_by_the_policys_doing_counts_and_is_trained(recorde
     assert (record["outcome"], record["reward"]) == ("failed", None)
 
 
+def test_kinds_of_failures_are_bounded_and_hide_no_total(recorder: RolloutRecorder) -> None:
+    """An environment names its errors as it likes: as one of our numbers, or anew each time."""
+    results = _rollouts([0.0] * 30)
+    kinds = ["dropped", "dropped", "by_policy", "by_policy", *(f"Kind{number}" for number in range(25))]
+    batch = _batch(recorder)
+    batch.add_group([_failed(result, kind) for result, kind in zip(results, kinds, strict=False)] + results[-1:])
+    metrics = batch.metrics()
+    assert (metrics["errors/dropped"], metrics["errors/by_policy"], metrics["errors/other_kinds"]) == (29, 0, 7)
+    assert sum(name.startswith("errors/") for name in metrics) == 21
+
+
 def test_a_record_that_can_not_be_trained_fails_its_rollout(recorder: RolloutRecorder) -> None:
     damaged, *others = _rollouts([1.0, 0.0, 1.0])
     (branch,) = damaged.branches

@@ -111,6 +111,19 @@ class BadText(Exception):
         raise SystemExit(3)
 
 
+class BadNumber:
+    def __float__(self) -> float:
+        raise SystemExit(4)
+
+    def __len__(self) -> int:
+        raise SystemExit(5)
+
+
+async def breaks_the_length(session: Any) -> float:
+    session.turns = BadNumber()
+    return 1.0
+
+
 async def cancelled_child(_: Any) -> float:
     child = asyncio.ensure_future(asyncio.sleep(10))
     child.cancel()
@@ -183,6 +196,12 @@ RAISED: list[tuple[Behaviour, str, str]] = [
     (giving("nan"), "RewardError", "reward is str"),
     (giving(b"1"), "RewardError", "reward is bytes"),
     (giving(1j), "RewardError", "reward is complex"),
+    (giving(np.complex64(1)), "RewardError", "reward is complex64"),
+    (giving(np.array("1")), "RewardError", "reward is ndarray of <U1"),
+    (giving(np.array("1", dtype=object)), "RewardError", "reward is ndarray of object"),
+    (giving(memoryview(b"1")), "RewardError", "reward is memoryview"),
+    (giving(BadNumber), "SystemExit", "4"),
+    (breaks_the_length, "SystemExit", "5"),
     (giving(lambda: [1.0]), "RewardError", "reward is list"),
     (coroutine, "RewardError", "a coroutine that was not awaited"),
     (breaks_the_turns, "TypeError", "NoneType"),
@@ -409,6 +428,9 @@ def test_answers_are_texts() -> None:
     assert answer_text("\x1b") == "\\x1b"
     assert len(answer_text("y" * 9999) or "") < 2100
     assert answer_text(cycle) is not None
+    assert answer_text([BadText()]) is not None
+    assert answer_text(BadText()) is not None
+    assert type(Task(np.str_("1")).id) is str
     assert Task("1", {"answer": 5}).answer == 5
     assert Task("1", {"label": 5}, answer=0).answer == 0
 
@@ -456,6 +478,25 @@ def test_tasks_that_are_none_are_said(
     with pytest.raises(EnvironmentLoadError, match=message):
         Executor(config)
     assert ("in train_tasks" in caplog.text) == (make in ("leave()", "1 / 0"))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(SystemExit(0), "SystemExit: 0"), (KeyboardInterrupt(), "KeyboardInterrupt: "), (BadText(), "without a text"),
+     (asyncio.CancelledError(), "CancelledError: "), (ValueError(BAD_TEXT), "5,000,005 characters")],
+)  # fmt: skip
+@pytest.mark.parametrize("method", ["__init__", "train_tasks", "eval_tasks"])
+def test_an_environment_that_can_not_be_had_says_why(
+    method: str, error: BaseException, said: str, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(Stranger, method, fails)
+    with pytest.raises(EnvironmentLoadError) as raised:
+        Executor(config_of(model_dir, tmp_path))
+    assert said in str(raised.value)
+    assert len(str(raised.value)) < 5000
 
 
 def test_records_hold_what_json_can_not(tmp_path: Path) -> None:

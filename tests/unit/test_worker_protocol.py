@@ -156,3 +156,28 @@ async def test_a_pool_whose_listener_fails_fails_every_rollout_with_the_reason(
         with pytest.raises(TransportError, match="pool has failed: TypeError"):
             await asyncio.wait_for(waiting, 120)
     peer.close()
+
+
+@pytest.mark.parametrize("end", ["dies", "is silent"])
+async def test_a_rollout_without_an_answer_of_its_worker_fails_by_name(pool: WorkerPool, end: str) -> None:
+    """Its record has the task and the expected answer all the same."""
+    starting = asyncio.create_task(pool.start())
+    await until(lambda: pool._workers)
+    peer = Foreign(pool, pool._key)
+    peer.wire.send(protocol.encode(protocol.Hello(os.getpid(), ["task"], [])))
+    await asyncio.wait_for(starting, 120)
+    pool._patience = 1.0 if end == "is silent" else 1000.0
+    request = RolloutRequest(id="1", group="g", split="train", index=0, sampling=Sampling(), seed=1)
+    running = asyncio.create_task(pool.run(request))
+    (worker,) = pool._workers.values()
+    await until(lambda: worker.running)
+    await pool._heard(worker.identity, protocol.Begun("1", "seven"))
+    if end == "dies":
+        pool._bury(worker, "it ended with code -9")
+    result = await asyncio.wait_for(running, 120)
+    assert (result.task_id, result.answer) == ("task", "seven")
+    assert result.failure is not None
+    kind, said = ("WorkerDied", "code -9") if end == "dies" else ("WorkerSilent", "has not answered within 1 s")
+    assert (result.failure.kind, said in result.failure.message, result.failure.permanent) == (kind, True, False)
+    assert (worker.running, worker.answers) == ({}, {})
+    peer.close()

@@ -48,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 _EMPTY_ROUNDS: Final = 10
 """Rounds without a single group to learn from after which the run ends."""
+_KINDS: Final = 20
+"""Of failures in a record of metrics, by name."""
 _DROPPED_WHEN_SOLVED: Final = 0.05
 """Part of the rollouts that may have failed where the others say that the tasks are solved."""
 
@@ -228,7 +230,7 @@ class Orchestrator:
             "eval/accuracy": accuracy,
             "eval/tasks": len(rollouts),
             "eval/failed": failed.total(),
-            **{f"eval/failed/{kind}": count for kind, count in failed.items()},
+            **_by_kind("eval/failed/", failed),
             "time/eval": time.perf_counter() - started,
             # The promise of the environment side, checked where it counts: in the process itself.
             "torch_imported": "torch" in sys.modules,
@@ -250,6 +252,15 @@ class Orchestrator:
             return 0
         state = json.loads((self.paths.checkpoint_step(self.start) / ORCHESTRATOR_STATE).read_bytes())
         return int(state["task_position"])
+
+
+def _by_kind(prefix: str, failures: Counter[str]) -> dict[str, int]:
+    """Metrics of the most frequent kinds of failures; the rest is one number, since types can be made up at will."""
+    kinds = dict(failures.most_common(_KINDS))
+    rest = failures.total() - sum(kinds.values())
+    if rest:
+        kinds["other_kinds"] = rest
+    return {f"{prefix}{kind}": count for kind, count in kinds.items()}
 
 
 @dataclass(kw_only=True)
@@ -326,9 +337,9 @@ class _Batch:
             "mm/samples_overlong": self._overlong,
             "mm/images": self._images,
             "mm/bytes_per_image": self._image_bytes / self._images if self._images else 0.0,
+            **_by_kind("errors/", self._failures),  # first: a type may be named as a number below is
             "errors/dropped": self._dropped,
             "errors/by_policy": self._failures.total() - self._dropped,
-            **{f"errors/{kind}": count for kind, count in self._failures.items()},
         }
 
     def in_words(self) -> str:

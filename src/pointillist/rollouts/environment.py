@@ -44,6 +44,8 @@ class Task:
     policy."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.id, str):  # of a subclass, as numpy's, that no encoder knows
+            object.__setattr__(self, "id", str.__str__(self.id))
         if self.answer is None and isinstance(self.data, Mapping):
             object.__setattr__(self, "answer", self.data.get("answer"))
 

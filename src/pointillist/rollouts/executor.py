@@ -131,6 +131,10 @@ class Executor:
         """Ids of the environment's tasks."""
         return [task.id for task in self._tasks[split]]
 
+    def answer(self, split: Split, index: int) -> str | None:
+        """The expected answer of a task, as records keep it."""
+        return answer_text(self._tasks[split][index].answer)
+
     async def run(self, request: RolloutRequest) -> RolloutResult:
         """Runs one rollout."""
         task = self._tasks[request.split][request.index]
@@ -140,7 +144,7 @@ class Executor:
             ended = await self._guarded(lambda: self._rewarded(task, session), "rollout_timeout", self._timeout)
         finally:
             self._gateway.close(key)
-        result = RolloutResult(id=request.id, task_id=task.id, answer=answer_text(task.answer))
+        result = RolloutResult(id=request.id, task_id=task.id, answer=self.answer(request.split, request.index))
         if ended.error is None:
             reward, turns, branches = ended.value
             return msgspec.structs.replace(result, reward=reward, turns=turns, branches=branches)
@@ -215,14 +219,17 @@ async def _caught(call: Callable[[], Any]) -> _Ended:
 
 def _ended(task: "asyncio.Task[_Ended]") -> _Ended:
     """Of a task that is done; one that was cancelled before its first step has no result."""
-    return _Ended(error=asyncio.CancelledError()) if task.cancelled() else task.result()
+    if task.cancelled():
+        return _Ended(error=asyncio.CancelledError())
+    error = task.exception()  # the loop's watch may interrupt it in its last line, too
+    return task.result() if error is None else _Ended(error=error)
 
 
 def _record_so_far(session: Session) -> tuple[int, list[Branch]]:
     """What was recorded before a rollout failed; nothing if the environment has broken the record itself."""
     try:
         return len(session.turns), session.branches
-    except Exception:
+    except BaseException:  # the turns may be objects of the environment's
         logger.exception("the record of a failed rollout can not be read")
         return 0, []
 
@@ -249,8 +256,10 @@ def _real(reward: Any) -> float:
     if inspect.iscoroutine(reward):
         reward.close()
         raise RewardError(f"reward is a coroutine that was not awaited, {expected}")
-    if isinstance(reward, (str, bytes, bytearray)):
-        raise RewardError(f"reward is {type(reward).__name__}, {expected}")
+    # What `float` would parse or cut to its real part is no number that the environment has meant as a reward.
+    dtype = getattr(reward, "dtype", None)
+    if isinstance(reward, (str, bytes, bytearray, memoryview)) or getattr(dtype, "kind", "f") in "OSUcmM":
+        raise RewardError(f"reward is {type(reward).__name__}{f' of {dtype}' if dtype else ''}, {expected}")
     try:
         value = float(reward)
     except (TypeError, ValueError, OverflowError):

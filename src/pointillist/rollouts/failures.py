@@ -86,7 +86,7 @@ def answer_text(answer: Any) -> str | None:
         return None if answer is None else printable(answer, _ANSWER_CHARACTERS)
     try:
         return printable(json.dumps(answer, ensure_ascii=False, default=str), _ANSWER_CHARACTERS)
-    except Exception:  # keys that are no texts, cycles, a __str__ that raises
+    except BaseException:  # keys that are no texts, cycles; __str__ is the environment's code
         return printable(answer, _ANSWER_CHARACTERS)
 
 

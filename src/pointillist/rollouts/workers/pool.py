@@ -24,6 +24,7 @@ from pointillist.rollouts.failures import RolloutFailure
 from pointillist.rollouts.workers.protocol import (
     KEY_VARIABLE,
     MAX_BYTES,
+    Begun,
     Done,
     FromWorker,
     Hello,
@@ -40,6 +41,8 @@ _PING_SECONDS: Final = 1.0
 _MAX_BACKOFF_SECONDS: Final = 30.0
 _FAILED_STARTS: Final = 3
 _LOG_LINES: Final = 15
+_MARGIN_SECONDS: Final = 60.0
+"""Beyond its own time limits that a worker may take to answer."""
 
 
 @dataclass(slots=True)
@@ -55,6 +58,8 @@ class _Worker:
     """When it last said something."""
     running: dict[str, tuple[str, asyncio.Future[RolloutResult]]] = field(default_factory=dict)
     """Rollout id: its group, and who waits for it."""
+    answers: dict[str, str | None] = field(default_factory=dict)
+    """Rollout id: the expected answer of its task."""
 
 
 class WorkerPool:
@@ -70,6 +75,7 @@ class WorkerPool:
         self._changed = asyncio.Condition()
         self._background: set[asyncio.Task[None]] = set()
         self._failed_starts = 0
+        self._patience = config.rollout_timeout + config.workers.heartbeat_timeout + _MARGIN_SECONDS
         self._failure: PointillistError | None = None
 
     async def start(self) -> None:
@@ -108,10 +114,15 @@ class WorkerPool:
         worker.running[request.id] = (request.group, future)
         try:
             await self._send(worker, Run(request))
+            await asyncio.wait({future}, timeout=self._patience)
+            result = await future if future.done() else self._unanswered(worker, request)
             # Of a worker that died it is the pool that knows what it was at.
-            return msgspec.structs.replace(await future, task_id=self._tasks[request.split][request.index])
+            task_id = self._tasks[request.split][request.index]
+            answer = worker.answers.get(request.id) if result.answer is None else result.answer
+            return msgspec.structs.replace(result, task_id=task_id, answer=answer)
         finally:
             worker.running.pop(request.id, None)
+            worker.answers.pop(request.id, None)
 
     async def aclose(self) -> None:
         """Ends the workers."""
@@ -124,6 +135,12 @@ class WorkerPool:
         if hasattr(self, "_wire"):
             self._wire.close()
             self._context.term()
+
+    def _unanswered(self, worker: _Worker, request: RolloutRequest) -> RolloutResult:
+        """The worker lives and keeps its own time limits, so its answer has got lost; see its log."""
+        message = f"environment worker {worker.number} has not answered within {self._patience:g} s; see its log"
+        failure = RolloutFailure(kind="WorkerSilent", message=message, permanent=False)
+        return RolloutResult(id=request.id, task_id="", failure=failure)
 
     async def _ready(self, group: str | None = None) -> _Worker:
         """A worker that is ready: the one with other rollouts of the group, else the one with the fewest."""
@@ -195,6 +212,8 @@ class WorkerPool:
         if worker is None:
             return
         worker.heard = time.monotonic()
+        if isinstance(message, Begun) and message.id in worker.running:
+            worker.answers[message.id] = message.answer
         if isinstance(message, Done) and message.result.id in worker.running:
             _, future = worker.running[message.result.id]
             if not future.done():

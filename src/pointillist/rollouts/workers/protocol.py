@@ -1,8 +1,8 @@
 """What orchestrator and environment workers say to each other: compressed msgpack over ZMQ, typed, no pickle.
 
 Only processes with the pool's key can connect (`pointillist.channel`). A worker says `Hello`, and then answers: `Pong`
-to `Ping`, `Done` to `Run`. Its answers come from the event loop that runs the rollouts, so an environment that blocks
-it is found out.
+to `Ping`, `Begun` and later `Done` to `Run`. Its answers come from the event loop that runs the rollouts, so an
+environment that blocks it is found out.
 """
 
 import zlib
@@ -35,6 +35,14 @@ class Pong(msgspec.Struct, tag=True):
     """A worker is alive."""
 
 
+class Begun(msgspec.Struct, tag=True):
+    """A rollout begins: what is said of it should the worker die."""
+
+    id: str
+    answer: str | None
+    """The task's expected one."""
+
+
 class Done(msgspec.Struct, tag=True):
     """A rollout is over."""
 
@@ -52,7 +60,7 @@ class Run(msgspec.Struct, tag=True):
 
 
 T = TypeVar("T")
-FromWorker = Hello | Pong | Done
+FromWorker = Hello | Pong | Begun | Done
 ToWorker = Ping | Run
 _encoder = msgspec.msgpack.Encoder()
 _from_worker: "msgspec.msgpack.Decoder[FromWorker]" = msgspec.msgpack.Decoder(FromWorker)

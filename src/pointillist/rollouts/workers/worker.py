@@ -15,6 +15,7 @@ from pointillist.rollouts.failures import failure_of
 from pointillist.rollouts.workers.protocol import (
     KEY_VARIABLE,
     MAX_BYTES,
+    Begun,
     Done,
     FromWorker,
     Hello,
@@ -55,6 +56,7 @@ async def serve(config: EnvWorkerConfig) -> None:
         await wire.send(encode(message))
 
     async def run(request: RolloutRequest) -> None:
+        await send(Begun(request.id, executor.answer(request.split, request.index)))
         result = await executor.run(request)
         try:
             data = encode(Done(result))
