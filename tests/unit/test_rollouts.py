@@ -1,6 +1,7 @@
 """Whatever an environment raises, returns or does to its session fails one rollout by name, and nothing else."""
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import signal
@@ -18,13 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pointillist.config import EnvConfig, ModelConfig, OrchestratorConfig
-from pointillist.errors import ContextLengthError, EnvironmentLoadError
+from pointillist.errors import ContextLengthError, EnvironmentLoadError, PointillistError
 from pointillist.orchestrator.advantages import group_advantages
 from pointillist.orchestrator.records import RolloutRecorder, write_records
 from pointillist.orchestrator.runner import RolloutRunner
 from pointillist.orchestrator.samples import make_sample
 from pointillist.render import FolderTokenizer
-from pointillist.rollouts import Completion, Sampling, Session, Task
+from pointillist.rollouts import Completion, Sampling, Session, Task, loop
 from pointillist.rollouts.executor import LARGEST_REWARD, Executor, RolloutRequest, RolloutResult
 from pointillist.rollouts.failures import answer_text, printable
 from pointillist.rollouts.loop import LoopWatch
@@ -548,6 +549,22 @@ loop.run_process(main())
         assert done.returncode == status
         for word in ("SystemExit", "KeyboardInterrupt", "RuntimeError"):
             assert f"{word} on the event loop outside of any rollout" in done.stderr
+
+
+def test_an_environment_that_cancels_every_task_is_named() -> None:
+    async def main() -> None:
+        await asyncio.sleep(0)
+        for task in asyncio.all_tasks():
+            task.cancel()
+        await asyncio.sleep(1000)
+
+    async def survives() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await main()
+
+    with pytest.raises(PointillistError, match="cancelled tasks that are not its own"):
+        loop.run(main())
+    loop.run(survives())
 
 
 async def test_a_damaged_record_is_no_sample(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Coroutine
 from contextvars import ContextVar
 from typing import Any, Final
 
-from pointillist.errors import RolloutTimeoutError
+from pointillist.errors import PointillistError, RolloutTimeoutError
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ def run(main: Coroutine[Any, Any, None]) -> None:
 
     Raises:
         KeyboardInterrupt: After SIGINT.
+        PointillistError: The environment has cancelled `main` or a task that `main` waits for.
         BaseException: Whatever `main` raises.
     """
     runner = asyncio.Runner()  # not closed: that would wait for every task and thread, however long they take
@@ -48,6 +49,13 @@ def run(main: Coroutine[Any, Any, None]) -> None:
         while True:
             try:
                 return runner.run(_join(work))
+            except asyncio.CancelledError:  # a signal's would be a KeyboardInterrupt here
+                if not work.done():
+                    continue
+                raise PointillistError(
+                    "the environment has cancelled tasks that are not its own, and with them this process; in workers "
+                    "(orchestrator.workers.count) it would have ended one of these"
+                ) from None
             except (SystemExit, KeyboardInterrupt, RuntimeError) as error:
                 if work.done() and not work.cancelled():
                     return work.result()
