@@ -241,7 +241,7 @@ def test_corrupt_weights_are_not_taken(endpoint: Endpoint, tmp_path: Path) -> No
     folder, target = _made(endpoint.paths.broadcast_step(3)), tmp_path / "here" / WEIGHTS_FILE
     _digests(folder, weights := b"weights" * 1000)
     (folder / WEIGHTS_FILE).write_bytes(b"x" + weights[1:])
-    with pytest.raises(MissingImageError, match="another digest than it said"):
+    with pytest.raises(MissingImageError, match="another digest than"):
         endpoint.client().download("/weights/3", target)
     assert list(target.parent.iterdir()) == []
     (folder / WEIGHTS_FILE).write_bytes(weights)
@@ -281,12 +281,26 @@ class _Odd(BaseHTTPRequestHandler):
     """Asset endpoints as they should not be."""
 
     def do_GET(self) -> None:
+        if self.path == "/images/slow-headers":
+            self._drip(b"HTTP/1.1 200 OK\r\nX-Long: ")
+            return
         self.send_response(200)
         if self.path.startswith("/images/gz"):
             self.send_header("Content-Encoding", "gzip")
+        if self.path == "/weights/huge":
+            self.send_header("Content-Length", str(10**17))
+        if self.path == "/weights/drip":
+            self.send_header("Content-Length", "10000")
         self.end_headers()
+        if self.path.endswith("/drip"):
+            self._drip(b"")
+        else:
+            self.wfile.write(b"x" * 2000)
+
+    def _drip(self, first: bytes) -> None:
         with contextlib.suppress(OSError):
-            while self.path.startswith("/images/drip"):
+            self.wfile.write(first)
+            while True:
                 self.wfile.write(b"x")
                 time.sleep(0.02)
 
@@ -294,15 +308,45 @@ class _Odd(BaseHTTPRequestHandler):
         pass
 
 
-def test_slow_and_compressed_answers_are_no_images() -> None:
+def test_slow_endless_and_compressed_answers_are_given_up(tmp_path: Path) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), _Odd) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         client = AssetClient([f"http://127.0.0.1:{server.server_address[1]}"], KEY, timeout=0.5)
         with pytest.raises(MissingImageError, match=r"after 0.5 s|did not answer"):
             client.fetch("/images/drip", 10_000)
+        with pytest.raises(MissingImageError, match=r"after 0.5 s|did not answer"):
+            client.fetch("/images/slow-headers", 10_000)
         with pytest.raises(MissingImageError, match="gzip"):
             client.fetch("/images/gz", 10_000)
+        with pytest.raises(MissingImageError, match="more than 1000 bytes"):
+            client.fetch("/images/large", 1000)
+        for path, said in (
+            ("drip", r"after 0.5 s|did not answer"),
+            ("huge", "has room for"),
+            ("endless", "its length"),
+        ):
+            with pytest.raises(MissingImageError, match=said):
+                client.download(f"/weights/{path}", tmp_path / "weights")
+        assert list(tmp_path.iterdir()) == []
         server.shutdown()
+
+
+def test_the_next_endpoint_is_asked_where_one_sends_something_else(endpoint: Endpoint, tmp_path: Path) -> None:
+    stored = endpoint.store.put(data := encoded(picture(16, 16)))
+    name = _name(endpoint.store, stored.uri)
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Odd) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        odd = f"http://127.0.0.1:{server.server_address[1]}"
+        for max_bytes in (1000, 10**6):  # too much, or other bytes
+            client = AssetClient([odd, endpoint.url], KEY, timeout=10)
+            assert client.fetch(f"/images/{name}", max_bytes, stored.sha256) == data
+        with pytest.raises(RefError, match="corrupt"):
+            AssetClient([odd], KEY, timeout=10).fetch(f"/images/{name}", 10**6, stored.sha256)
+        server.shutdown()
+    reader = FetchedImages(tmp_path / "mine", 10**6, endpoint.client(), LIMITS)
+    for wrong in ("../../etc/passwd", f"{name}/..", name.replace(".png", ".html"), "weights"):
+        with pytest.raises(RefError, match="expected the name"):
+            reader.read(wrong, stored.sha256)
 
 
 def test_a_failing_disk_costs_only_the_keeping(

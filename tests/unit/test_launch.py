@@ -1,13 +1,16 @@
 """Who runs what and where, scripts of jobs, and the supervision of processes."""
 
+import json
 import os
 import shutil
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import httpx
 import pytest
 from pydantic import ValidationError
 
@@ -22,10 +25,12 @@ from pointillist.config import (
     write_toml,
 )
 from pointillist.config.run_paths import latest_checkpoint, read_jsonl, steps_in
+from pointillist.config.shared import ServerConfig
 from pointillist.digests import seal_folder
 from pointillist.errors import ConfigError, LaunchError
 from pointillist.launch.devices import gpu_shares
 from pointillist.launch.layout import Layout, Node, settle, specs, write_configs
+from pointillist.launch.metrics import MetricsEndpoint
 from pointillist.launch.rendezvous import Rendezvous
 from pointillist.launch.rl import environment, prepare
 from pointillist.launch.run_dir import resume_step, rewind
@@ -449,3 +454,22 @@ def test_what_a_node_was_told_by_others_does_not_count(
     prepare(config)
     assert "VF_RENDERER_IMAGE_OFFLOAD_DIR was /stale in the environment" in capsys.readouterr().out
     assert environment(config, "key")["VF_RENDERER_IMAGE_OFFLOAD_DIR"] == f"{tmp_path}/out/assets/images"
+
+
+def test_the_metrics_endpoint_reads_what_it_can_and_refuses_pages_of_other_sites(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    paths.metrics.mkdir()
+    odd = {"step": 3, "huge": 10**400, "text": "x", "loss": 0.5}
+    (paths.metrics / "trainer.jsonl").write_text(f"{{broken\n{json.dumps(odd)}\n")
+    supervisor = cast(Supervisor, SimpleNamespace(watched={}))
+    endpoint = MetricsEndpoint(ServerConfig(host="127.0.0.1", port=0), paths, supervisor, {})
+    endpoint.start()
+    try:
+        answer = httpx.get(endpoint.url, timeout=120)
+        assert answer.status_code == 200
+        assert "pointillist_trainer_loss 0.5" in answer.text
+        assert httpx.get(endpoint.url, headers={"Host": "evil.example"}, timeout=120).status_code == 400
+        assert httpx.get(endpoint.url, headers={"Origin": "http://evil.example"}, timeout=120).status_code == 403
+        assert httpx.request("GET", endpoint.url, content=b"x", timeout=120).status_code == 413
+    finally:
+        endpoint.stop()

@@ -130,7 +130,7 @@ def test_rows_have_the_conversation_and_its_pictures(run: Run) -> None:
     assert rows_of(run.paths, 1, 0) == []
     # One that failed has its conversation and no reward.
     first, *others = run.paths.rollouts_file(1).read_text().splitlines()
-    run.paths.rollouts_file(1).write_text("\n".join([json.dumps({**json.loads(first), "reward": None}), *others]))
+    run.paths.rollouts_file(1).write_text("\n".join([json.dumps({**json.loads(first), "reward": None}), *others, ""]))
     assert [row.id for row in rows_of(run.paths, 1, 8)] == ["1.0.1", "1.0.2"]
 
 
@@ -218,7 +218,7 @@ def test_tensorboard_files_can_be_read_back(run: Run) -> None:
     losses = [(step, value.tensor.float_val[0]) for step, value in values if value.tag == "trainer/loss"]
     assert losses == [(1, 0.5), (2, 0.5)]
     (table,) = [value.tensor.string_val[0].decode() for step, value in values if step == 2 and value.tag == "rollouts"]
-    assert "an &lt;b&gt;orange&lt;/b&gt;" in table
+    assert "an &#60;b&#62;orange&#60;/b&#62;" in table  # nor a picture of Markdown's, by the same escapes
     assert "what &#124; is this?" in table
     # Each distinct picture once, whatever number of rows and steps it is in, with the bytes it came in.
     pictures = {value.tag: value.tensor.string_val[2] for _, value in values if value.tag.startswith("pictures/")}

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import logging
+import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 from starlette.testclient import TestClient
 
+from pointillist.config import OrchestratorConfig, load_toml
 from pointillist.config.run_paths import MAX_LINE_BYTES, read_jsonl
-from pointillist.errors import PointillistError
+from pointillist.errors import ConfigError, PointillistError
+from pointillist.images.store import local_path
 from pointillist.launch.monitors.following import MetricsFollower, numbers, rows_of
+from pointillist.logs import set_up_logging
 from pointillist.view.references import run_hashes
 from pointillist.view.run import ViewedRun
 from pointillist.view.terminal import show_rollout
@@ -239,3 +245,69 @@ def test_what_a_model_wrote_closes_no_code_block(made: MadeRun, tmp_path: Path) 
 
 def plain_lines(text: str) -> list[str]:
     return text.replace("\x1b", "\u241b").splitlines()
+
+
+@pytest.mark.parametrize("name", [b"run\xff", b"a\nb \x1b[2J"])
+def test_a_folder_with_any_name_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: bytes) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    made = MadeRun(tmp_path / os.fsdecode(name))
+    (local_path(made.images[0].uri).parent / os.fsdecode(name)).write_bytes(b"x")  # beside a stored image
+    run, client = _opened(made, tmp_path / "cache")
+    run.index.update()
+    run.index.update_store()
+    for page in (*PAGES, "/runs/0/nothing"):
+        assert client.get(page).status_code in (200, 404), page
+    assert run.index.progress().store_listed
+
+
+@pytest.mark.parametrize(
+    "text", [f"a = {DEEP}", "\0", f"max_steps = {'9' * 6000}", "model = 5", '[multimodal]\noffload_dir = "$NOT_SET/x"']
+)
+def test_an_odd_config_leaves_a_run_without_a_store(made: MadeRun, tmp_path: Path, text: str) -> None:
+    shutil.rmtree(made.paths.output_dir / "assets")
+    made.paths.configs.mkdir(exist_ok=True)
+    (made.paths.configs / "orchestrator.toml").write_text(text)
+    run, client = _opened(made, tmp_path / "cache")
+    run.index.update()
+    assert client.get("/").status_code == 200
+    assert "no image store" in client.get("/runs/0/store").text
+    with pytest.raises(ConfigError):
+        load_toml(OrchestratorConfig, made.paths.configs / "orchestrator.toml")
+
+
+def test_pipes_in_place_of_files_are_not_waited_for(made: MadeRun, tmp_path: Path) -> None:
+    names = ("metrics/trainer.jsonl", "faults.jsonl", "rollouts/step_3/rollouts.jsonl", "configs/orchestrator.toml")
+    for path in (made.paths.output_dir / name for name in names):
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+    run, client = _opened(made, tmp_path / "cache")
+    run.index.update()
+    for page in PAGES:
+        assert client.get(page).status_code == 200, page
+
+
+def test_a_damaged_line_costs_a_transcript_and_a_table_nothing(made: MadeRun, tmp_path: Path) -> None:
+    path = made.paths.rollouts_file(2)
+    path.write_text("{broken\n" + path.read_text())
+    assert write_transcript(made.paths.output_dir, "2.0.1", tmp_path / "without_suffix") == 2
+    assert (tmp_path / "without_suffix_pictures" / "0.png").is_file()
+    assert len(rows_of(made.paths, 2, 4)) == 4
+    with pytest.raises(PointillistError, match="cannot be written"):
+        write_transcript(made.paths.output_dir, "2.0.1", tmp_path / "without_suffix" / "page.md")
+
+
+def test_a_log_holds_nothing_that_a_terminal_obeys(capsys: pytest.CaptureFixture[str]) -> None:
+    kept = logging.root.handlers[:], logging.root.level
+    try:
+        set_up_logging("info")
+        try:
+            raise ValueError("\x1b]0;title\x07\x9b2J")
+        except ValueError:
+            logging.getLogger("pointillist.x").exception("said %s", "\x1b[2J\r\u202e")
+    finally:
+        logging.root.handlers[:], logging.root.level = kept
+    written = capsys.readouterr().err
+    assert "said \u241b[2J" in written
+    assert "Traceback" in written
+    assert set(written) & set("\x1b\x07\x9b\r\u202e") == set()

@@ -50,6 +50,8 @@ def parse_cli(config_class: type[ConfigT], arguments: list[str]) -> ConfigT:
         return cast(ConfigT, cli(config_class, args=arguments))
     except ConfigFileError as error:
         raise ConfigError(str(error).strip()) from None
+    except (RecursionError, ValueError) as error:  # the TOML parser's: nested too deeply, a number of 5,000 digits
+        raise ConfigError(f"config cannot be read ({error})") from None
 
 
 def load_toml(config_class: type[ConfigT], path: Path) -> ConfigT:

@@ -98,7 +98,7 @@ class AssetsConfig(ServerConfig):
     """Size of that store; those that were not used for longest go first."""
 
     timeout: float = Field(30.0, gt=0)
-    """Seconds that fetching one image may take."""
+    """Seconds that one answer of an endpoint may take, headers included, beside one for each MiB that has come."""
 
 
 class MultimodalConfig(Config):

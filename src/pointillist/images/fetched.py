@@ -9,23 +9,31 @@ import base64
 import hashlib
 import logging
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import httpcore
 import httpx
 
 from pointillist.errors import MissingImageError, RefError, StorageError
 from pointillist.images.decode import ImageLimits
 from pointillist.images.inventory import StoreEntry, list_store
-from pointillist.images.store import read_stored, usable_folder, write_image
+from pointillist.images.remote import DeadlineStream
+from pointillist.images.store import STORED_NAME, read_stored, usable_folder, write_image
 
 logger = logging.getLogger(__name__)
 
 _KEPT_AFTER_EVICTION: Final = 0.9
+_BYTES_A_SECOND: Final = 1024 * 1024
+"""An answer may take a second more for so many bytes that have come."""
+_CONNECTIONS: Final = 100
+_IDLE_SECONDS: Final = 5.0
+_LENGTH_DIGITS: Final = 18
 
 
 class AssetClient:
@@ -37,35 +45,50 @@ class AssetClient:
         Args:
             urls: Address of each endpoint; they are asked in this order.
             key: That they ask for.
-            timeout: Seconds for connecting, between two pieces of an answer, and for a whole image.
+            timeout: Seconds for a whole answer, its headers included, beside one for each MiB that has come.
         """
         self._urls = urls
         self._timeout = timeout
-        headers = {"Authorization": f"Bearer {key}", "Accept-Encoding": "identity"}
-        self._http = httpx.Client(headers=headers, timeout=timeout, trust_env=False)
+        self._headers = [("Authorization", f"Bearer {key}"), ("Accept-Encoding", "identity")]
+        self._clock = _Clock()
+        self._pool = httpcore.ConnectionPool(
+            max_connections=_CONNECTIONS, keepalive_expiry=_IDLE_SECONDS, network_backend=_Network(self._clock)
+        )
 
-    def fetch(self, path: str, max_bytes: int) -> bytes:
+    def fetch(self, path: str, max_bytes: int, sha256: str | None = None) -> bytes:
         """What is behind a path.
+
+        Args:
+            path: Below the endpoints' addresses.
+            max_bytes: An endpoint that sends more is passed over.
+            sha256: 64 hex digits that the bytes must have; an endpoint that sends others is passed over.
 
         Raises:
             MissingImageError: No endpoint has it, or can be asked; the message says what each answered.
+            RefError: Whatever came has another hash.
         """
         data = bytearray()
-        deadline = 0.0
-
-        def begin(_: httpx.Headers) -> None:
-            nonlocal deadline
-            data.clear()
-            deadline = time.monotonic() + self._timeout
+        is_corrupt = False
 
         def take(chunk: bytes) -> None:
             data.extend(chunk)
             if len(data) > max_bytes:
-                raise MissingImageError(f"{path}: an asset endpoint sends more than {max_bytes} bytes")
-            if time.monotonic() > deadline:
-                raise MissingImageError(f"{path}: an asset endpoint has not sent all of it after {self._timeout:g} s")
+                raise MissingImageError(f"an asset endpoint sends more than {max_bytes} bytes")
 
-        self._stream(path, begin, take)
+        def is_good() -> bool:
+            nonlocal is_corrupt
+            is_good = sha256 is None or hashlib.sha256(data).hexdigest() == sha256
+            is_corrupt |= not is_good
+            return is_good
+
+        try:
+            self._stream(path, lambda _: data.clear(), take, is_good)
+        except MissingImageError:
+            if is_corrupt:
+                raise RefError(
+                    f"bytes of image {sha256} as fetched are not what its hash says: the file is corrupt"
+                ) from None
+            raise
         return bytes(data)
 
     def download(self, path: str, target: Path) -> str:
@@ -90,6 +113,7 @@ class AssetClient:
                 def begin(headers: httpx.Headers) -> None:
                     nonlocal digest, expected
                     digest, expected = hashlib.sha256(), headers.get("repr-digest", "")
+                    _check_length(headers, shutil.disk_usage(target.parent).free)
                     file.truncate(file.seek(0))
 
                 def take(chunk: bytes) -> None:
@@ -118,21 +142,89 @@ class AssetClient:
         answers = []
         for url in [*self._urls] * attempts:
             try:
-                with self._http.stream("GET", f"{url}{path}") as response:
-                    encoding = response.headers.get("content-encoding", "identity")
-                    if response.status_code != httpx.codes.OK or encoding != "identity":
-                        answers.append(f"{url} answered {response.status_code} ({encoding[:32]})")
+                self._clock.start(self._timeout)
+                with self._get(f"{url}{path}") as response:
+                    headers = httpx.Headers(response.headers)
+                    encoding = headers.get("content-encoding", "identity")
+                    if response.status != httpx.codes.OK or encoding != "identity":
+                        answers.append(f"{url} answered {response.status} ({encoding[:32]})")
                         continue
-                    begin(response.headers)
-                    # Piece by piece as they come, so that the time is looked at even if they are small.
-                    for chunk in response.iter_raw():
+                    begin(headers)
+                    for chunk in response.iter_stream():
+                        self._clock.prolong(len(chunk) / _BYTES_A_SECOND)
                         take(chunk)
                     if is_good():
                         return
-                    answers.append(f"{url} sent bytes of another digest than it said: the file is corrupt")
-            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                    answers.append(f"{url} sent bytes of another digest than they should have: the file is corrupt")
+            except MissingImageError as error:
+                answers.append(f"{url}: {error}")
+            except httpcore.TimeoutException:
+                answers.append(f"{url} has not sent all of it after {self._timeout:g} s and one a MiB")
+            except (httpcore.NetworkError, httpcore.ProtocolError, httpx.InvalidURL) as error:
                 answers.append(f"{url} did not answer ({type(error).__name__})")
         raise MissingImageError(f"{path} is not to be had: {'; '.join(dict.fromkeys(answers))}")
+
+    def _get(self, url: str) -> AbstractContextManager[httpcore.Response]:
+        parsed = httpx.URL(url)
+        target = httpcore.URL(scheme=parsed.raw_scheme, host=parsed.raw_host, port=parsed.port, target=parsed.raw_path)
+        headers = [("Host", parsed.netloc.decode("ascii")), *self._headers]
+        return self._pool.stream("GET", target, headers=headers, extensions={"timeout": {"pool": self._timeout}})
+
+
+class _Clock(threading.local):
+    """Until when each thread waits for the answer that it has asked for."""
+
+    deadline = 0.0
+
+    def start(self, seconds: float) -> None:
+        """Begins to wait."""
+        self.deadline = time.monotonic() + seconds
+
+    def prolong(self, seconds: float) -> None:
+        """Allows more, since something has come."""
+        self.deadline += seconds
+
+    def seconds_left(self) -> float:
+        """Until the deadline.
+
+        Raises:
+            httpcore.TimeoutException: It has passed.
+        """
+        if (left := self.deadline - time.monotonic()) <= 0:
+            raise httpcore.TimeoutException("deadline")
+        return left
+
+
+class _Network(httpcore.SyncBackend):
+    """Connections, each wait of which ends at the deadline of the thread that waits."""
+
+    def __init__(self, clock: _Clock) -> None:
+        self._clock = clock
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Any = None,
+    ) -> httpcore.NetworkStream:
+        """A connection."""
+        stream = super().connect_tcp(host, port, self._clock.seconds_left(), local_address, socket_options)
+        return DeadlineStream(stream, self._clock.seconds_left)
+
+
+def _check_length(headers: httpx.Headers, most: int) -> None:
+    """Checks that an answer says how long it is, to which the HTTP library holds it, and that there is room for it.
+
+    Raises:
+        MissingImageError: It does not, or there is not.
+    """
+    length = headers.get("content-length", "")
+    if not (length.isascii() and length.isdecimal()) or len(length) > _LENGTH_DIGITS:
+        raise MissingImageError("the answer does not say its length")
+    if int(length) > most:
+        raise MissingImageError(f"the answer has {length} bytes, the disk has room for {most}")
 
 
 class FetchedImages:
@@ -166,8 +258,11 @@ class FetchedImages:
 
         Raises:
             MissingImageError: No endpoint has it.
-            RefError: What came has another hash.
+            RefError: What came has another hash, or the name is not that of the image.
         """
+        match = STORED_NAME.fullmatch(name)
+        if match is None or match["sha256"] != sha256:
+            raise RefError("expected the name of the stored image that the hash says")
         path = self._root / name
         with suppress(MissingImageError, RefError):
             data = read_stored(self._root, name, self._limits)
@@ -175,9 +270,7 @@ class FetchedImages:
                 with suppress(OSError):  # another reader may have just evicted it
                     os.utime(path)
                 return data
-        data = self._client.fetch(f"/images/{name}", self._limits.max_bytes)
-        if hashlib.sha256(data).hexdigest() != sha256:
-            raise RefError(f"bytes of image {sha256} as fetched are not what its hash says: the file is corrupt")
+        data = self._client.fetch(f"/images/{name}", self._limits.max_bytes, sha256)
         self._keep(path, data)
         return data
 

@@ -222,31 +222,42 @@ class _Network(httpcore.NetworkBackend):
         if port < _WELL_KNOWN_PORTS and port not in _PORTS.values():
             raise SourceError(f"remote image: port {port} is not one that pictures are served at")
         stream = self._sockets.connect_tcp(address, port, self.seconds_left(), local_address, socket_options)
-        return _Stream(stream, self)
+        return DeadlineStream(stream, self.seconds_left)
 
 
-class _Stream(httpcore.NetworkStream):
-    """A connection that looks at the deadline before each wait."""
+class DeadlineStream(httpcore.NetworkStream):
+    """A connection that looks at a deadline before each wait, so that many short waits are no long one."""
 
-    def __init__(self, stream: httpcore.NetworkStream, network: _Network) -> None:
+    def __init__(self, stream: httpcore.NetworkStream, seconds_left: Callable[[], float]) -> None:
+        """Wraps a connection.
+
+        Args:
+            stream: The connection.
+            seconds_left: Says how long the next wait may be; raises `httpcore.TimeoutException` after the deadline.
+        """
         self._stream = stream
-        self._network = network
+        self._seconds_left = seconds_left
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._stream.read(max_bytes, self._network.seconds_left())
+        """Some of what has come."""
+        return self._stream.read(max_bytes, self._seconds_left())
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._stream.write(buffer, self._network.seconds_left())
+        """Sends all of it."""
+        self._stream.write(buffer, self._seconds_left())
 
     def close(self) -> None:
+        """Ends the connection."""
         self._stream.close()
 
     def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore.NetworkStream:
+        """The same connection, encrypted."""
         # Python's handshake ends when its socket's time limit is over, however many pieces come.
-        secured = self._stream.start_tls(ssl_context, server_hostname, self._network.seconds_left())
-        return _Stream(secured, self._network)
+        secured = self._stream.start_tls(ssl_context, server_hostname, self._seconds_left())
+        return DeadlineStream(secured, self._seconds_left)
 
     def get_extra_info(self, info: str) -> Any:
+        """What the transport knows of the connection."""
         return self._stream.get_extra_info(info)

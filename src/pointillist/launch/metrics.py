@@ -29,7 +29,7 @@ from starlette.routing import Route
 from pointillist.config import RunPaths
 from pointillist.config.run_paths import read_jsonl
 from pointillist.config.shared import ServerConfig
-from pointillist.http_guard import Guard, HttpLimits, check_bearer, uvicorn_config
+from pointillist.http_guard import Guard, HttpLimits, check_address, check_bearer, uvicorn_config
 from pointillist.launch.supervisor import Supervisor
 from pointillist.rollouts.client import api_key
 from pointillist.system import http_url
@@ -114,6 +114,7 @@ class MetricsEndpoint:
         key = api_key(config.api_key_var) if config.api_key_var else None
 
         def check(request: Request) -> None:
+            check_address(request, loopback=config.is_loopback)
             if key is not None and request.scope["path"] != "/health":
                 check_bearer(request, key)
 

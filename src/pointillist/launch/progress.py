@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from pointillist.config.run_paths import RunPaths, read_jsonl
-from pointillist.view.terminal import plain
+from pointillist.logs import plain
 
 _PLAIN_SECONDS: Final = 10.0
 _REFRESH_SECONDS: Final = 0.5

@@ -38,6 +38,7 @@ from pointillist.launch.progress import Progress
 from pointillist.launch.run_dir import check_fresh, make_fresh, resume_step, rewind, wait_for_survivors
 from pointillist.launch.summary import summarize
 from pointillist.launch.supervisor import Supervisor
+from pointillist.logs import plain
 from pointillist.render import FolderTokenizer
 from pointillist.run_lock import Job, RunLock, refuse_if_held
 
@@ -317,7 +318,7 @@ def show_death(child: Child) -> None:
     _say(f"[bold red]run failed:[/] {child.cause()}; all other processes were stopped")
     _say(f"last lines of {child.log}:")
     for line in child.last_lines(_LOG_LINES):
-        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  {plain(line)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _say(text: str) -> None:

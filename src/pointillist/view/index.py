@@ -121,7 +121,7 @@ class RunIndex:
             cache.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"cache folder {cache} can not be made ({error.strerror}); set XDG_CACHE_HOME") from None
-        self._path = cache / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.sqlite"
+        self._path = cache / f"{hashlib.sha256(os.fsencode(identity)).hexdigest()[:32]}.sqlite"
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -290,7 +290,7 @@ class RunIndex:
                     "condition = CASE WHEN bytes = excluded.bytes AND mtime = excluded.mtime THEN condition "
                     "ELSE excluded.condition END, bytes = excluded.bytes, mtime = excluded.mtime",
                     (
-                        entry.path.relative_to(root).as_posix(), entry.sha256, entry.num_bytes, entry.modified,
+                        _text(entry.path.relative_to(root)), entry.sha256, entry.num_bytes, entry.modified,
                         entry.condition, int(entry.sha256 is None), self._generation,
                     ),
                 )  # fmt: skip
@@ -309,6 +309,11 @@ class RunIndex:
         with self._lock, self._writer() as db:
             db.executemany("UPDATE pictures SET condition = ?, checked = 1 WHERE name = ?", verdicts)
         return bool(verdicts)
+
+
+def _text(path: Path) -> str:
+    """A path's text, which SQLite can hold: bytes that are not UTF-8 are replaced. No stored image's name has any."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def is_intact(root: Path, name: str) -> bool:

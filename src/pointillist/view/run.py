@@ -77,7 +77,8 @@ class ViewedRun:
     def settings(self) -> dict[str, Any]:
         """What the run's config says about environment and model; empty without a config."""
         try:
-            config = tomllib.loads((self.paths.configs / "orchestrator.toml").read_text(encoding="utf-8"))
+            with open_regular(self.paths.configs / "orchestrator.toml") as file:
+                config = tomllib.load(file)
         except (OSError, ValueError, RecursionError):
             return {}
         model, env = (each if isinstance(each := config.get(name), dict) else {} for name in ("model", "env"))

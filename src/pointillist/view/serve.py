@@ -13,6 +13,7 @@ import uvicorn
 
 from pointillist.errors import ConfigError
 from pointillist.http_guard import uvicorn_config
+from pointillist.logs import plain
 from pointillist.system import LOOPBACK, http_url
 from pointillist.view.index import cache_dir
 from pointillist.view.run import ViewedRun
@@ -43,7 +44,7 @@ def serve(folders: Sequence[Path], host: str, port: int, api_key_var: str | None
     app = create_app(runs, cache_dir() / "thumbnails", token)
     for run in runs:
         run.index.start()
-    click.echo(f"viewing {', '.join(run.name for run in runs)}: {_address(listener, token)}")
+    click.echo(f"viewing {plain(', '.join(run.name for run in runs))}: {_address(listener, token)}")
     try:
         config = uvicorn_config(app, LIMITS_OF_REQUESTS, host=host, port=port, lifespan="off")
         with suppress(KeyboardInterrupt):  # the way to end it

@@ -15,10 +15,10 @@ from pointillist.errors import PointillistError
 from pointillist.families import Family, RawImageMaterializer, load_family
 from pointillist.images.decode import STORED_LIMITS
 from pointillist.images.inventory import StoreEntry, check_is_store, collect_garbage, list_store, users_of, verify_store
+from pointillist.logs import plain
 from pointillist.run_lock import live_holder
 from pointillist.view.references import HeldReference, image_dir_of, run_hashes, run_references
 from pointillist.view.run_archive import ArchiveCounts, export_run, import_run
-from pointillist.view.terminal import plain
 
 console = Console()
 _EXISTING = click.Path(exists=True, file_okay=False, path_type=Path)

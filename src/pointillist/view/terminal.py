@@ -15,6 +15,7 @@ from rich.text import Text
 
 from pointillist.errors import ImageError, MissingImageError, PointillistError, RefError
 from pointillist.images.store import read_stored
+from pointillist.logs import plain
 from pointillist.view.index import cache_dir
 from pointillist.view.queries import best_of_last_step
 from pointillist.view.rollout import Message, Picture, Piece, RolloutRecord, conversation, fate_of
@@ -23,17 +24,6 @@ from pointillist.view.terminal_images import half_blocks, kitty, sixel
 from pointillist.view.thumbnails import LIMITS, shrunk
 
 _ROLES: Final = {"user": "blue", "assistant": "dark_orange3", "tool": "green"}
-_UNSEEN: Final = {
-    **{code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"},
-    0x7F: "\u2421",
-    # The upper control characters, and those that turn the direction of text around.
-    **dict.fromkeys(
-        [*range(0x80, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)],
-        "\N{REPLACEMENT CHARACTER}",
-    ),
-    # Halves of a character, which no terminal's encoding has.
-    **dict.fromkeys(range(0xD800, 0xE000), "\N{REPLACEMENT CHARACTER}"),
-}
 _PICTURE_PIXELS: Final = 320
 _BLOCK_COLUMNS: Final = 40
 
@@ -66,11 +56,6 @@ def show_rollout(folder: Path, rollout_id: str | None, images: str, console: Con
         console.print(Text(plain(f"branch {index}: {fate.word}: {fate.why}"), style="bold"))
         for message in conversation(branch):
             _print_message(console, run, message, way)
-
-
-def plain(text: str) -> str:
-    """Text without anything that a terminal would obey; what was taken out can be seen."""
-    return text.translate(_UNSEEN)
 
 
 def protocol(environ: Mapping[str, str], *, is_terminal: bool) -> str:

@@ -8,11 +8,12 @@ from typing import Any
 from urllib.parse import quote
 
 from pointillist.config import RunPaths
+from pointillist.config.run_paths import read_jsonl
 from pointillist.errors import PointillistError
 from pointillist.images.decode import STORED_LIMITS
 from pointillist.images.store import read_verified, stored_name
-from pointillist.view.references import file_of, image_dir_of, read_records
-from pointillist.view.terminal import plain
+from pointillist.logs import plain
+from pointillist.view.references import file_of, image_dir_of
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -23,7 +24,8 @@ def write_transcript(run: Path, rollout_id: str, page: Path) -> int:
     Args:
         run: The run's folder.
         rollout_id: `<step>.<group>.<member>`, as in `rollouts.jsonl`.
-        page: File to write; pictures go to a folder of its name without the suffix.
+        page: File to write; pictures go to a folder of its name without the suffix, or with `_pictures` behind it if
+            it has none.
 
     Returns:
         How many pictures were written.
@@ -36,11 +38,13 @@ def write_transcript(run: Path, rollout_id: str, page: Path) -> int:
         return _write(record, run, page)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise PointillistError(f"the record of rollout {rollout_id!r} is damaged ({error!r})") from None
+    except OSError as error:
+        raise PointillistError(f"{page} cannot be written ({error})") from None
 
 
 def _write(record: dict[str, Any], run: Path, page: Path) -> int:
     root = image_dir_of(RunPaths(run.resolve()))
-    pictures = page.with_suffix("")
+    pictures = page.with_suffix("") if page.suffix else page.with_name(f"{page.name}_pictures")
     pictures.mkdir(parents=True, exist_ok=True)
     error, answer = record.get("error"), record.get("answer")
     result = "no reward" if record["reward"] is None else f"reward {record['reward']:g}"
@@ -71,10 +75,9 @@ def _write(record: dict[str, Any], run: Path, page: Path) -> int:
 
 def _record(run: Path, rollout_id: str) -> dict[str, Any]:
     path = file_of(RunPaths(run), rollout_id)
-    if path is not None and path.is_file():
-        for _, record in read_records(path):
-            if record.get("id") == rollout_id:
-                return record
+    for record in read_jsonl(path) if path is not None else ():  # a damaged line costs itself alone
+        if record.get("id") == rollout_id:
+            return record
     expected = "<step>.<group>.<member> or eval_<version>.<index>"
     raise PointillistError(f"run {run} has no rollout {rollout_id!r}, expected {expected}")
 

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pointillist.config.run_paths import RunPaths, complete_lines, open_regular
+from pointillist.config.run_paths import RunPaths, complete_lines, open_regular, read_jsonl
 from pointillist.errors import PointillistError
 from pointillist.images import read_verified
 from pointillist.images.decode import STORED_LIMITS
 from pointillist.images.store import stored_name
 from pointillist.launch.monitors.interface import Picture, Row
 from pointillist.launch.run_dir import METRIC_FILES
-from pointillist.view.references import image_dir_of, read_records
+from pointillist.view.references import image_dir_of
 
 _IMAGE = "[image]"
 
@@ -85,7 +85,7 @@ def rows_of(paths: RunPaths, step: int, count: int) -> list[Row]:
     Raises:
         PointillistError: The records can not be read, or a picture is not there or not what its name says.
     """
-    records = [record for _, record in read_records(paths.rollouts_file(step))]
+    records = read_jsonl(paths.rollouts_file(step))
     try:
         # Without those that failed: they have no reward.
         records = [record for record in records if record["branches"] and record["reward"] is not None]

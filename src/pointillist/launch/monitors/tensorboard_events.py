@@ -4,15 +4,17 @@ A table of rollouts is text, which can not show pictures; they are written besid
 name by which the table mentions it.
 """
 
-import html
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from pointillist.images import read_header
 from pointillist.images.decode import STORED_LIMITS
 from pointillist.launch.monitors.interface import Picture, Row
+from pointillist.logs import plain
+
+_MARKUP: Final = {ord(character): f"&#{ord(character)};" for character in "\\`*_{}[]()<>#!|~&\"'"}
 
 
 class TensorboardMonitor:
@@ -75,8 +77,8 @@ def _table(rows: Sequence[Row]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text of a model as one cell: it is no markup."""
-    return html.escape(text).replace("|", "&#124;").replace("\n", "<br>")
+    """Text of a model as one cell: it is no markup, neither HTML nor a picture or link of Markdown's."""
+    return plain(text).translate(_MARKUP).replace("\n", "<br>")
 
 
 def _short(picture: Picture) -> str:

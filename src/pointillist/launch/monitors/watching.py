@@ -15,6 +15,7 @@ from pointillist.config import MonitorsConfig, RLConfig, RunPaths
 from pointillist.errors import ConfigError, PointillistError
 from pointillist.launch.monitors.following import MetricsFollower, numbers, rows_of
 from pointillist.launch.monitors.interface import Monitor, Row
+from pointillist.logs import plain
 
 _POLL_SECONDS: Final = 1.0
 _CLOSE_SECONDS: Final = 60.0
@@ -118,8 +119,8 @@ class Watching:
     def _rows(self, step: int) -> list[Row]:
         try:
             return rows_of(self._paths, step, self._config.rollouts)
-        except PointillistError as error:  # a picture that is gone, say
-            self._say(f"[yellow]warning:[/] no table of the rollouts of step {step}: {escape(str(error))}")
+        except (PointillistError, OSError) as error:  # a picture that is gone, say
+            self._say(f"[yellow]warning:[/] no table of the rollouts of step {step}: {escape(plain(str(error)))}")
             return []
 
     def _for_each(self, monitors: list[Monitor], call: Callable[[Monitor], None]) -> None:

@@ -218,7 +218,8 @@ class Viewer:
             state=f"{progress.rollouts} {context['run'].trained_steps}",
             theme=theme if theme in ("dark", "light") else "",
         )
-        return HTMLResponse(page, headers={"Cache-Control": "no-store"})
+        # A folder's name need not be UTF-8.
+        return HTMLResponse(page.encode(errors="replace"), headers={"Cache-Control": "no-store"})
 
     def _run(self, request: Request) -> tuple[int, ViewedRun]:
         index = number_of(request.path_params["run"])
