@@ -5,6 +5,7 @@ from types import ModuleType
 
 import pytest
 
+from pointillist.config import RUN_KEY
 from tests.hostile.__main__ import counts, run
 from tests.hostile.campaign import Result
 
@@ -16,7 +17,10 @@ PATIENCE = 60.0
 
 
 @pytest.mark.timeout(1200)
-def test_hostile_inputs_cost_nobody_else_anything(model_dir: Path, prepare: ModuleType, tmp_path: Path) -> None:
+def test_hostile_inputs_cost_nobody_else_anything(
+    model_dir: Path, prepare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(RUN_KEY, "key of the hostile run")  # and it is gone when other tests start their servers
     data = tmp_path / "data"
     prepare.write_data(data)
     results = run(tmp_path / "root", model_dir, data, counts(INPUTS), seed=1, patience=PATIENCE, hold=2.0)
