@@ -372,8 +372,10 @@ class PeerAttack(Attack):
             wire.setsockopt(zmq.IDENTITY, peer.identity)
         if peer.keyed:
             secure_client(wire, self._key(), max_bytes=2**31)
+        wire.sndtimeo = 5000  # a listener that refuses the handshake takes the socket's only pipe away
         wire.connect(address)
-        wire.send_multipart(list(peer.frames))
+        with contextlib.suppress(zmq.Again):
+            wire.send_multipart(list(peer.frames))
         # Time to arrive: a message of a socket that closes may be lost.
         wire.poll(20)
         wire.close()
