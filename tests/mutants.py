@@ -150,8 +150,8 @@ MUTANTS = [
     Mutant(
         "a key of a record is renamed",
         "orchestrator/records.py",
-        '"outcome": outcome',
-        '"result": outcome',
+        '"outcome": "failed" if failed',
+        '"result": "failed" if failed',
         "test_records.py",
     ),
 ]

@@ -582,6 +582,7 @@ def _honest_peers(services: Services) -> dict[str, list[bytes]]:
     said = [
         protocol.Hello(1, ["a"], ["b"]),
         protocol.Pong(),
+        protocol.Begun("1.0.0", "a"),
         protocol.Done(RolloutResult(id="1.0.0", task_id="a")),
     ]  # fmt: skip
     return {"transport": ranks or [b"\x80"], "workers": [protocol.encode(message) for message in said]}
