@@ -14,6 +14,8 @@ from typing import Final
 
 import msgspec
 
+from pointillist.files import flush_folder, write_atomically
+
 DIGESTS_FILE: Final = "digests.json"
 """Beside the files it is about: `{"files": {name: {"sha256", "bytes"}}}`."""
 
@@ -56,24 +58,19 @@ def decode_digests(data: bytes) -> dict[str, FileDigest]:
 
 def write_digests(folder: Path, files: Mapping[str, FileDigest]) -> None:
     """Writes `digests.json`, whole or not at all; the files themselves must be on the disk by now."""
-    _sync(folder)
-    temporary = folder / f".{DIGESTS_FILE}.{os.getpid()}.tmp"
-    with temporary.open("wb") as file:
-        file.write(msgspec.json.encode(_Digests(dict(files))))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / DIGESTS_FILE)
-    _sync(folder)
+    flush_folder(folder)
+    write_atomically(folder / DIGESTS_FILE, msgspec.json.encode(_Digests(dict(files))))
+    flush_folder(folder)
 
 
 def seal_folder(folder: Path) -> None:
     """Brings all files below a folder to the disk and writes its `digests.json`; names are relative, with `/`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS_FILE)
     for path in files:
-        _sync(path)
+        _flush_file(path)
     for path in folder.rglob("*"):
         if path.is_dir():
-            _sync(path)
+            flush_folder(path)
     with ThreadPoolExecutor(_THREADS) as threads:
         digests = list(threads.map(_digest_file, files))
     names = [path.relative_to(folder).as_posix() for path in files]
@@ -83,7 +80,7 @@ def seal_folder(folder: Path) -> None:
 def move_sealed(folder: Path, final: Path) -> None:
     """Gives a sealed folder its final name, on the disk too; there must be nothing of that name."""
     folder.rename(final)
-    _sync(final.parent)
+    flush_folder(final.parent)
 
 
 def fault_in(folder: Path) -> str | None:
@@ -120,8 +117,8 @@ def _digest_file(path: Path) -> FileDigest:
     return FileDigest(digest.hexdigest(), length)
 
 
-def _sync(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
+def _flush_file(path: Path) -> None:
+    """Returns once a file's bytes are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

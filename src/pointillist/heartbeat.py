@@ -138,6 +138,7 @@ class Heartbeat:
     def _write(self) -> None:
         with self._lock:
             self._beat = beat = replace(self._beat, beats=self._beat.beats + 1)
+        # Not `write_atomically`, which waits for the disk: after a crash a beat is worth nothing.
         temporary = self._path.with_name(f".{self._path.name}.tmp")
         temporary.write_text(json.dumps(asdict(beat)), encoding="utf-8")
         temporary.replace(self._path)

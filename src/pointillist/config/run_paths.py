@@ -1,19 +1,17 @@
-"""Where a run keeps what below its output folder, and how a file appears there: whole or not at all."""
+"""Where a run keeps what below its output folder, and how its lines of JSON are written and read."""
 
 import functools
 import json
 import logging
-import os
 import re
 import shutil
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from pointillist.digests import fault_in
+from pointillist.files import open_regular
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +22,9 @@ ORCHESTRATOR_STATE: Final = "orchestrator.json"
 WEIGHTS_FILE: Final = "model.safetensors"
 """File of a broadcast; it appears whole."""
 
-_NUMBER: Final = re.compile(r"0|[1-9][0-9]{0,14}")
+NUMBER: Final = re.compile(r"0|[1-9][0-9]{0,14}")
+"""How names and ids write a number; see `number_of`."""
+_DOUBLE_BITS: Final = 1000
 MAX_LINE_BYTES: Final = 64 * 1024**2
 """Longest line of a JSONL file that is read. Images travel as references, so a rollout's record is far shorter."""
 
@@ -127,7 +127,7 @@ def number_of(text: str) -> int | None:
     Only the digits 0 to 9, no leading zeros, and at most 15 of them: the number fits every reader, JavaScript and
     SQLite among them, and each number is written in one way only.
     """
-    return int(text) if _NUMBER.fullmatch(text) else None
+    return int(text) if NUMBER.fullmatch(text) else None
 
 
 def step_of(path: Path) -> int | None:
@@ -147,30 +147,6 @@ def evals_in(folder: Path) -> list[int]:
     """Weight versions of all `eval_<n>.jsonl` files in a folder, ascending."""
     numbers = (number_of(path.name[len("eval_") : -len(".jsonl")]) for path in folder.glob("eval_*.jsonl"))
     return sorted(number for number in numbers if number is not None)
-
-
-def open_private(path: str, flags: int) -> int:
-    """An `opener` of files that may hold secrets: a new one is readable for its user only, whatever the umask."""
-    return os.open(path, flags | os.O_CLOEXEC, 0o600)
-
-
-def write_atomically(path: Path, data: bytes, *, private: bool = False) -> None:
-    """Writes a file so that it appears whole or not at all.
-
-    Args:
-        path: The file; its folder is made if it is not there.
-        data: Its bytes.
-        private: Whether it is readable for its user only, whatever the umask.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    if private:
-        temporary.unlink(missing_ok=True)
-    with open(temporary, "wb", opener=open_private if private else None) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def remove_steps_after(folder: Path, step: int) -> None:
@@ -222,20 +198,9 @@ def _warn_of_line(path: Path, number: int) -> None:
     logger.warning("%s: line %d is not a JSON object and is passed over", path, number)
 
 
-def open_regular(path: Path) -> BufferedReader:
-    """Opens a regular file for reading; never waits, as a named pipe in its place would make it.
-
-    Raises:
-        OSError: It is not there, cannot be read, or is no regular file.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(f"{path} is not a regular file")
-    except OSError:
-        os.close(descriptor)
-        raise
-    return os.fdopen(descriptor, "rb")
+def is_number(value: Any) -> bool:
+    """Whether a value of a record is a number, and one that a double holds."""
+    return isinstance(value, float) or (isinstance(value, int) and value.bit_length() < _DOUBLE_BITS)
 
 
 def complete_lines(file: BinaryIO) -> Iterator[bytes]:

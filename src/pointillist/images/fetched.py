@@ -11,7 +11,6 @@ import logging
 import os
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -21,9 +20,9 @@ import httpcore
 import httpx
 
 from pointillist.errors import MissingImageError, RefError, StorageError
+from pointillist.images.deadline import Deadline, DeadlineStream
 from pointillist.images.decode import ImageLimits
 from pointillist.images.inventory import StoreEntry, list_store
-from pointillist.images.remote import DeadlineStream
 from pointillist.images.store import STORED_NAME, read_stored, usable_folder, write_image
 
 logger = logging.getLogger(__name__)
@@ -171,28 +170,8 @@ class AssetClient:
         return self._pool.stream("GET", target, headers=headers, extensions={"timeout": {"pool": self._timeout}})
 
 
-class _Clock(threading.local):
-    """Until when each thread waits for the answer that it has asked for."""
-
-    deadline = 0.0
-
-    def start(self, seconds: float) -> None:
-        """Begins to wait."""
-        self.deadline = time.monotonic() + seconds
-
-    def prolong(self, seconds: float) -> None:
-        """Allows more, since something has come."""
-        self.deadline += seconds
-
-    def seconds_left(self) -> float:
-        """Until the deadline.
-
-        Raises:
-            httpcore.TimeoutException: It has passed.
-        """
-        if (left := self.deadline - time.monotonic()) <= 0:
-            raise httpcore.TimeoutException("deadline")
-        return left
+class _Clock(Deadline, threading.local):
+    """The deadline of each thread: that of the answer which it has asked for."""
 
 
 class _Network(httpcore.SyncBackend):
@@ -211,7 +190,7 @@ class _Network(httpcore.SyncBackend):
     ) -> httpcore.NetworkStream:
         """A connection."""
         stream = super().connect_tcp(host, port, self._clock.seconds_left(), local_address, socket_options)
-        return DeadlineStream(stream, self._clock.seconds_left)
+        return DeadlineStream(stream, self._clock)
 
 
 def _check_length(headers: httpx.Headers, most: int) -> None:

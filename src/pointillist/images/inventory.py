@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from pointillist.errors import ImageError, PointillistError
+from pointillist.files import write_atomically
 from pointillist.images.decode import ImageLimits, decode_rgb
 from pointillist.images.sniff import format_of
 from pointillist.images.store import STORED_NAME, TEMPORARY_SUFFIX
@@ -100,10 +101,7 @@ def add_user(root: Path, output_dir: Path) -> None:
     name = hashlib.sha256(os.fsencode(output_dir)).hexdigest()[:16]
     path = root / USERS_FOLDER / name
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{name}.{os.getpid()}{TEMPORARY_SUFFIX}")
-        temporary.write_bytes(os.fsencode(output_dir))
-        temporary.replace(path)
+        write_atomically(path, os.fsencode(output_dir))
 
 
 def users_of(root: Path) -> list[Path]:

@@ -11,7 +11,6 @@ import ipaddress
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -22,6 +21,7 @@ import httpcore
 import httpx
 
 from pointillist.errors import SourceError
+from pointillist.images.deadline import Deadline, DeadlineStream
 
 _MAX_REDIRECTS: Final = 3
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
@@ -114,18 +114,19 @@ class RemoteImages:
         Raises:
             SourceError: Refused by a rule of this module's docstring, or the server did not answer with a body.
         """
-        network = _Network(self._address_of, time.monotonic() + self._seconds)
+        deadline = Deadline(self._seconds)
         if not self._turns.acquire(timeout=self._seconds):
             raise SourceError(f"remote image: no turn within {self._seconds:g} s, too many are fetched at once")
         try:
-            return self._fetch(url, network)
+            return self._fetch(url, deadline)
         finally:
             self._turns.release()
 
-    def _fetch(self, url: str, network: "_Network") -> bytes:
+    def _fetch(self, url: str, deadline: Deadline) -> bytes:
+        network = _Network(self._address_of, deadline)
         try:
             for _ in range(_MAX_REDIRECTS + 1):
-                network.seconds_left()
+                deadline.seconds_left()
                 with httpcore.ConnectionPool(ssl_context=_tls(), network_backend=network, retries=0) as pool:
                     answer = self._get(pool, url)
                 if isinstance(answer, bytes):
@@ -189,20 +190,10 @@ def _tls() -> ssl.SSLContext:
 class _Network(httpcore.NetworkBackend):
     """Connections to checked addresses, all of whose waiting ends at one deadline."""
 
-    def __init__(self, address_of: Callable[[str, int], str], deadline: float) -> None:
+    def __init__(self, address_of: Callable[[str, int], str], deadline: Deadline) -> None:
         self._address_of = address_of
         self._deadline = deadline
         self._sockets = httpcore.SyncBackend()
-
-    def seconds_left(self) -> float:
-        """Until the deadline.
-
-        Raises:
-            httpcore.TimeoutException: It has passed.
-        """
-        if (left := self._deadline - time.monotonic()) <= 0:
-            raise httpcore.TimeoutException("deadline")
-        return left
 
     def connect_tcp(
         self,
@@ -215,49 +206,11 @@ class _Network(httpcore.NetworkBackend):
         """A connection to the host's checked address."""
         found = _resolvers.submit(self._address_of, host, port)
         try:
-            address = found.result(self.seconds_left())
+            address = found.result(self._deadline.seconds_left())
         except FutureTimeoutError:
             found.cancel()
             raise httpcore.ConnectTimeout("name service") from None
         if port < _WELL_KNOWN_PORTS and port not in _PORTS.values():
             raise SourceError(f"remote image: port {port} is not one that pictures are served at")
-        stream = self._sockets.connect_tcp(address, port, self.seconds_left(), local_address, socket_options)
-        return DeadlineStream(stream, self.seconds_left)
-
-
-class DeadlineStream(httpcore.NetworkStream):
-    """A connection that looks at a deadline before each wait, so that many short waits are no long one."""
-
-    def __init__(self, stream: httpcore.NetworkStream, seconds_left: Callable[[], float]) -> None:
-        """Wraps a connection.
-
-        Args:
-            stream: The connection.
-            seconds_left: Says how long the next wait may be; raises `httpcore.TimeoutException` after the deadline.
-        """
-        self._stream = stream
-        self._seconds_left = seconds_left
-
-    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """Some of what has come."""
-        return self._stream.read(max_bytes, self._seconds_left())
-
-    def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        """Sends all of it."""
-        self._stream.write(buffer, self._seconds_left())
-
-    def close(self) -> None:
-        """Ends the connection."""
-        self._stream.close()
-
-    def start_tls(
-        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
-    ) -> httpcore.NetworkStream:
-        """The same connection, encrypted."""
-        # Python's handshake ends when its socket's time limit is over, however many pieces come.
-        secured = self._stream.start_tls(ssl_context, server_hostname, self._seconds_left())
-        return DeadlineStream(secured, self._seconds_left)
-
-    def get_extra_info(self, info: str) -> Any:
-        """What the transport knows of the connection."""
-        return self._stream.get_extra_info(info)
+        stream = self._sockets.connect_tcp(address, port, self._deadline.seconds_left(), local_address, socket_options)
+        return DeadlineStream(stream, self._deadline)

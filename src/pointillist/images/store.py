@@ -23,6 +23,7 @@ from typing import BinaryIO, Final
 from urllib.parse import quote, unquote_to_bytes
 
 from pointillist.errors import ConfigError, MissingImageError, RefError, StorageError
+from pointillist.files import flush_folder
 from pointillist.images.decode import ImageHeader, ImageLimits, decode_rgb, read_header
 from pointillist.images.sniff import ALL_FORMATS
 
@@ -285,7 +286,7 @@ def write_image(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
@@ -298,17 +299,5 @@ def _create(path: Path) -> BinaryIO:
         return path.open("xb")
     path.parent.mkdir(exist_ok=True)
     # A writer that finds the folder before this flush is done relies on the order in which a journal commits.
-    _flush_folder(path.parent.parent)
+    flush_folder(path.parent.parent)
     return path.open("xb")
-
-
-def _flush_folder(folder: Path) -> None:
-    """Returns once the names in a folder are on disk, where the file system can say so."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that does not flush folders
-            raise
-    finally:
-        os.close(descriptor)

@@ -14,24 +14,25 @@ from typing import Any, Final
 
 from pointillist.config import RLConfig, RunPaths, resolve_image_dir
 from pointillist.config.base import dump_toml
-from pointillist.config.run_paths import write_atomically
+from pointillist.config.run_paths import number_of
 from pointillist.errors import ConfigError, LaunchError
 from pointillist.families import load_family
+from pointillist.files import write_atomically
 from pointillist.images.inventory import add_user
 
 # Keys that decide where and how fast a run runs, what is shown of it, and what happens when something dies.
 _FREE: Final = (
     "dry_run", "env_vars", "inference.engine.admission_window", "inference.engine.device",
-    "inference.engine.max_batch_size", "inference.engine.num_threads", "inference.server", "log_level", "max_steps",
-    "metrics", "monitors", "num_servers", "orchestrator.client.api_key_var", "orchestrator.client.base_url",
+    "inference.engine.max_batch_size", "inference.engine.num_threads", "inference.server", "metrics", "monitors",
+    "num_servers", "orchestrator.client.api_key_var", "orchestrator.client.base_url",
     "orchestrator.client.startup_timeout", "orchestrator.client.timeout", "orchestrator.client.unreachable_timeout",
     "orchestrator.eval.interval", "orchestrator.gateway", "orchestrator.max_concurrent",
     "orchestrator.max_retries", "orchestrator.num_train_workers",
-    "orchestrator.resume_step", "orchestrator.workers", "output_dir", "resume", "resume_with_changes", "slurm",
+    "orchestrator.resume_step", "orchestrator.workers", "resume", "resume_with_changes", "slurm",
     "supervision", "trainer.activation_checkpointing", "trainer.ckpt", "trainer.compile", "trainer.device",
-    "trainer.num_threads", "trainer.num_workers", "trainer.resume_step", "transport",
+    "trainer.num_threads", "trainer.num_workers", "trainer.resume_step",
 )  # fmt: skip
-# Of every component: its own log, and how it reads images.
+# Of the run as of every component: its log and folder, how batches travel, and how images are read.
 _FREE_ANYWHERE: Final = (
     "log_level", "max_steps", "multimodal.assets", "multimodal.cache_bytes", "multimodal.inflight_bytes",
     "multimodal.materialize_threads", "multimodal.missing_image_retries", "output_dir", "transport",
@@ -112,7 +113,7 @@ def model_record(name: str) -> dict[str, str]:
 
 def record_start(config: RLConfig, paths: RunPaths) -> None:
     """Keeps this start's config beside those before it, what the model folder holds, and in the store who uses it."""
-    numbers = [int(path.stem) for path in paths.history.glob("*.toml") if path.stem.isdecimal() and path.stem.isascii()]
+    numbers = [number for path in paths.history.glob("*.toml") if (number := number_of(path.stem)) is not None]
     text = (paths.configs / "rl.toml").read_bytes()
     write_atomically(paths.history / f"{max(numbers, default=0) + 1}.toml", text, private=True)
     record = json.dumps(model_record(config.model.name), indent=1).encode()

@@ -27,7 +27,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from pointillist.config import RunPaths
-from pointillist.config.run_paths import read_jsonl
+from pointillist.config.run_paths import is_number, read_jsonl
 from pointillist.config.shared import ServerConfig
 from pointillist.http_guard import Guard, HttpLimits, check_address, check_bearer, uvicorn_config
 from pointillist.launch.supervisor import Supervisor
@@ -37,7 +37,6 @@ from pointillist.system import http_url
 _ANSWER_SECONDS: Final = 2.0
 _STARTUP_SECONDS: Final = 10.0
 _LIMITS: Final = HttpLimits(body_bytes=0, connections=64)
-_FLOAT_BITS: Final = 1024
 _CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -60,7 +59,7 @@ class RunCollector(Collector):
             for record in read_jsonl(self._paths.metrics / f"{component}.jsonl")[-1:]:
                 for name, value in record.items():
                     metric = re.sub(r"[^a-zA-Z0-9_]", "_", f"pointillist_{component}_{name}")
-                    if isinstance(value, float) or (isinstance(value, int) and value.bit_length() < _FLOAT_BITS):
+                    if is_number(value):
                         yield GaugeMetricFamily(metric, f"{name} of {component}, newest step", value=float(value))
 
     def _processes(self) -> Iterator[Metric]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from pointillist.config.run_paths import open_private
+from pointillist.files import open_private
 from pointillist.system import die_with_parent
 
 _GRACE_SECONDS: Final = 5.0

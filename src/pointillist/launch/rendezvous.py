@@ -7,8 +7,8 @@ from typing import Final
 
 import msgspec
 
-from pointillist.config.run_paths import write_atomically
 from pointillist.errors import LaunchError
+from pointillist.files import write_atomically
 from pointillist.launch.layout import Node
 
 _POLL_SECONDS: Final = 0.2

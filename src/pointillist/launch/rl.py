@@ -10,6 +10,7 @@ import secrets
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Final
@@ -253,10 +254,7 @@ def _supervise(
         keep_lock(lock)
         progress.update()
 
-    def hurry() -> bool:
-        # What is another run's folder now gets no checkpoint of this one.
-        return signals.hurry() or lock.lost is not None
-
+    hurry = partial(in_a_hurry, signals, lock)
     try:
         supervisor.start()
         endpoint.start()
@@ -288,14 +286,19 @@ def _supervise(
     return 0
 
 
-def keep_lock(lock: RunLock) -> None:
-    """Makes sure that the run's folder is still this launcher's.
+def keep_lock(lock: RunLock | None) -> None:
+    """Makes sure that the run's folder is still this launcher's; None where another launcher of the run holds it.
 
     Raises:
         LaunchError: It is not: another run must not be written into.
     """
-    if lock.lost is not None:
+    if lock is not None and lock.lost is not None:
         raise LaunchError(f"the run was stopped: {lock.lost}")
+
+
+def in_a_hurry(signals: "Signals", lock: RunLock | None) -> bool:
+    """Whether nobody waits for a checkpoint: a second signal came, or the folder is another run's now."""
+    return signals.hurry() or (lock is not None and lock.lost is not None)
 
 
 def where_it_goes_on(paths: RunPaths) -> str:

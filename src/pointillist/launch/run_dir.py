@@ -18,9 +18,9 @@ from pointillist.config.run_paths import (
     remove,
     remove_steps_after,
     steps_in,
-    write_atomically,
 )
 from pointillist.errors import LaunchError
+from pointillist.files import write_atomically
 from pointillist.heartbeat import read_beats
 from pointillist.images.inventory import collect_garbage
 from pointillist.run_lock import LOCK_FILE

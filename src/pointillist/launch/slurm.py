@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -21,8 +22,8 @@ import jinja2
 from rich.console import Console
 
 from pointillist.config import RLConfig, RunPaths, SlurmConfig, write_toml
-from pointillist.config.run_paths import write_atomically
 from pointillist.errors import LaunchError
+from pointillist.files import write_atomically
 from pointillist.launch.changes import record_start, refuse_changes
 from pointillist.launch.layout import Layout, Node, address_towards, choose_ports, settle, specs, write_configs
 from pointillist.launch.monitors import Watching
@@ -33,6 +34,7 @@ from pointillist.launch.rl import (
     begin,
     check_model,
     environment,
+    in_a_hurry,
     interruptible,
     keep_lock,
     run_on_one_node,
@@ -165,17 +167,12 @@ def _watch(
     supervisor = Supervisor(specs(config, layout, nodes, index, paths, environ), config.supervision, console.print)
     serves_only = index not in layout.training
     watching = Watching.of(config, paths, console.print)
-
-    def hurry() -> bool:
-        return signals.hurry() or (lock is not None and lock.lost is not None)
-
+    hurry = partial(in_a_hurry, signals, lock)
     try:
         supervisor.start()
         if index == layout.head:
             watching.start()
-        dead = supervisor.run(
-            lambda: not serves_only or meeting.is_finished(), lambda: None if lock is None else keep_lock(lock)
-        )
+        dead = supervisor.run(lambda: not serves_only or meeting.is_finished(), partial(keep_lock, lock))
     except Interrupted as interrupt:
         supervisor.stop(hurry)
         name = signal.Signals(interrupt.number).name

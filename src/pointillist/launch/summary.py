@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pointillist.config import RLConfig, RunPaths
-from pointillist.config.run_paths import read_jsonl, write_atomically
+from pointillist.config.run_paths import read_jsonl
+from pointillist.files import write_atomically
 from pointillist.view.curve import draw_curve
 
 _NO_KINDS: Final = ("dropped", "by_policy", "retried")

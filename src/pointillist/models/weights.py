@@ -13,9 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from pointillist.config.run_paths import WEIGHTS_FILE, write_atomically
+from pointillist.config.run_paths import WEIGHTS_FILE
 from pointillist.digests import DIGESTS_FILE, MAX_DIGESTS_BYTES, FileDigest, decode_digests, digest_of, write_digests
 from pointillist.errors import InferenceError, TrainingError
+from pointillist.files import write_atomically
+from pointillist.system import machine_id, pid_namespace
 
 _TRAINED_TYPES: Final = (torch.float32, torch.bfloat16)
 _CHUNK_BYTES: Final = 4 * 1024 * 1024
@@ -120,8 +122,7 @@ def read_copy(path: str) -> dict[str, torch.Tensor]:
 
 def this_machine() -> str:
     """Name of this machine since its last start, and of the process numbers that are valid in it."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
+    return f"{machine_id()}/{pid_namespace()}"
 
 
 @contextmanager
@@ -190,9 +191,7 @@ def check_weights(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
         InferenceError: A name or shape differs, a type is not one that this model can take, or a value is not finite
             in the model's own type.
     """
-    own: dict[str, torch.Tensor] = model.state_dict()
-    tied = {name for name in own if name not in weights and _shares_memory(own, name, weights)}
-    check_weights_fit(_shapes(own), _shapes(weights), optional=tied)
+    own = _own_weights(model, weights)
     for name, tensor in weights.items():
         check_values(name, tensor, own[name].dtype)
 
@@ -222,9 +221,7 @@ def copy_weights(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
     Raises:
         InferenceError: A name or shape differs; the model keeps its old weights.
     """
-    own: dict[str, torch.Tensor] = model.state_dict()
-    tied = {name for name in own if name not in weights and _shares_memory(own, name, weights)}
-    check_weights_fit(_shapes(own), _shapes(weights), optional=tied)
+    own = _own_weights(model, weights)
     for name, tensor in weights.items():
         own[name].copy_(tensor)
 
@@ -255,6 +252,18 @@ def check_weights_fit(
     for name in own.keys() & new.keys():
         if list(own[name]) != list(new[name]):
             raise InferenceError(f"weight {name} has shape {list(new[name])}, expected {list(own[name])}")
+
+
+def _own_weights(model: Any, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The model's own weights, whose names and shapes are those of the new ones; of tied ones either may lack one.
+
+    Raises:
+        InferenceError: A name or shape differs.
+    """
+    own: dict[str, torch.Tensor] = model.state_dict()
+    tied = {name for name in own if name not in weights and _shares_memory(own, name, weights)}
+    check_weights_fit(_shapes(own), _shapes(weights), optional=tied)
+    return own
 
 
 def _shapes(weights: Mapping[str, torch.Tensor]) -> dict[str, Sequence[int]]:

@@ -19,7 +19,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-from pointillist.config.run_paths import write_atomically
+from pointillist.files import write_atomically
 from pointillist.render import FolderTokenizer
 from pointillist.rollouts import Branch
 from pointillist.rollouts.executor import RolloutResult

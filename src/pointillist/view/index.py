@@ -23,8 +23,9 @@ from typing import Any, Final
 
 import msgspec
 
-from pointillist.config.run_paths import RunPaths, complete_lines, open_regular
+from pointillist.config.run_paths import RunPaths, complete_lines
 from pointillist.errors import ConfigError, MissingImageError, RefError
+from pointillist.files import open_regular
 from pointillist.images.decode import STORED_LIMITS
 from pointillist.images.inventory import list_store
 from pointillist.images.store import read_stored

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pointillist.config.run_paths import complete_lines, open_regular
+from pointillist.config.run_paths import complete_lines, is_number
+from pointillist.files import open_regular
 
 
 @dataclass(slots=True)
@@ -59,15 +60,10 @@ class MetricsFile:
             step = record["step"]
         except (KeyError, TypeError, ValueError, RecursionError):
             return  # a line that says nothing about a step
-        if not _is_number(step) or not 0 <= step <= 2**53:
+        if not is_number(step) or isinstance(step, bool) or not 0 <= step <= 2**53:
             return
         for name, value in record.items():
-            if _is_number(value):
+            if is_number(value) and not isinstance(value, bool):
                 column = self._columns.setdefault(name, Column())
                 column.steps.append(step)
                 column.values.append(value)
-
-
-def _is_number(value: Any) -> bool:
-    """Whether a value is a number, and one that a double holds."""
-    return isinstance(value, float) or (type(value) is int and value.bit_length() < 1000)

@@ -8,8 +8,9 @@ from typing import Any, Final
 
 import msgspec
 
-from pointillist.config.run_paths import RunPaths, complete_lines, open_regular
+from pointillist.config.run_paths import RunPaths, complete_lines
 from pointillist.errors import ConfigError, MissingImageError, PointillistError
+from pointillist.files import open_regular
 from pointillist.images.store import STORED_NAME
 from pointillist.view.index import RunIndex, is_intact
 from pointillist.view.metrics import Column, MetricsFile

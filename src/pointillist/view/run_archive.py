@@ -30,8 +30,9 @@ import msgspec
 import tomli_w
 
 from pointillist.config.assets import own_image_dir
-from pointillist.config.run_paths import MAX_LINE_BYTES, RunPaths, open_regular
+from pointillist.config.run_paths import MAX_LINE_BYTES, NUMBER, RunPaths
 from pointillist.errors import PointillistError
+from pointillist.files import open_regular
 from pointillist.images.decode import ImageLimits
 from pointillist.images.inventory import list_store
 from pointillist.images.store import STORED_NAME, ImageStore, file_uri, local_path
@@ -41,7 +42,7 @@ FORMAT: Final = "pointillist.run_archive.1"
 
 _MIB: Final = 1024**2
 _WORD: Final = "[a-z0-9][a-z0-9_-]{0,63}"
-_NUMBER: Final = "(?:0|[1-9][0-9]{0,14})"
+_NUMBER: Final = f"(?:{NUMBER.pattern})"
 _UNBOUNDED: Final = 2**62
 
 

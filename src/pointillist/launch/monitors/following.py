@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pointillist.config.run_paths import RunPaths, complete_lines, open_regular, read_jsonl
+from pointillist.config.run_paths import RunPaths, complete_lines, is_number, read_jsonl
 from pointillist.errors import PointillistError
+from pointillist.files import open_regular
 from pointillist.images import read_verified
 from pointillist.images.decode import STORED_LIMITS
 from pointillist.images.store import stored_name
@@ -75,8 +76,7 @@ class _Lines:
 
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:
     """The metrics of a record: its numbers, without the step itself."""
-    metrics = {name: value for name, value in record.items() if isinstance(value, (int, float)) and name != "step"}
-    return {name: float(value) for name, value in metrics.items() if isinstance(value, float) or abs(value) < 2**1000}
+    return {name: float(value) for name, value in record.items() if is_number(value) and name != "step"}
 
 
 def rows_of(paths: RunPaths, step: int, count: int) -> list[Row]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pointillist.config import RLConfig, RunPaths, WandbConfig
-from pointillist.config.run_paths import write_atomically
+from pointillist.files import write_atomically
 from pointillist.launch.monitors.interface import Picture, Row
 
 _COLUMNS: Final = ("rollout", "prompt", "completion", "reward", "advantage")
