@@ -1,5 +1,6 @@
 """Fixtures: a tiny real model folder, stores, and pictures."""
 
+import contextlib
 import importlib.util
 import io
 from pathlib import Path
@@ -44,6 +45,15 @@ def stored_ref(family: Family, store: ImageStore, image: Image.Image) -> tuple[I
     stored = store.put(encoded(image))
     layout = family.layout(*image.size)
     return ImageRef.of(describe_image(family, stored.uri, layout), stored.sha256), layout.num_tokens
+
+
+def open_files(folder: Path) -> list[str]:
+    """What this process holds open in a folder; threads that other tests have left may open and close other things."""
+    held = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # it is closed meanwhile, as the one that lists them is
+            held.append(str(descriptor.readlink()))
+    return [path for path in held if path.startswith(f"{folder.resolve()}/")]
 
 
 def joined(family: Family, images: list[Image.Image], dtype: PixelDtype = "float32") -> dict[str, NDArray[Any]]:

@@ -19,7 +19,7 @@ from pointillist.images import ImageLimits, ImageStore
 from pointillist.images.store import local_path
 from pointillist.inference.features import request_error
 from pointillist.refs import ImageRef
-from tests.conftest import joined, picture, stored_ref
+from tests.conftest import joined, open_files, picture, stored_ref
 
 
 def _ref(family: Family, store: ImageStore, width: int = 64, height: int = 96, seed: int = 0) -> tuple[ImageRef, int]:
@@ -177,14 +177,13 @@ def test_an_unreadable_file_costs_its_image_only(
         return read(descriptor, count)
 
     monkeypatch.setattr(os, "read", reading)
-    before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(10):
         batch = materializer.materialize_many([folder, good, failing], [length] * 3)
         assert {index: type(error) for index, error in batch.errors.items()} == {
             0: MissingImageError, 2: MissingImageError,
         }  # fmt: skip
         assert batch.images[1].patches is not None
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert open_files(store.root) == []
     answer = request_error(batch.errors[2], [folder, good, failing])
     assert (answer.type, answer.param) == ("missing_mm_image", "features.kwargs_data.image[2]")
 

@@ -21,7 +21,7 @@ from pointillist.images.inventory import StoreEntry, list_store, verify_store
 from pointillist.images.store import file_uri, local_path, write_image
 from pointillist.rollouts import executor
 from pointillist.rollouts.gateway.errors import api_error
-from tests.conftest import encoded, picture
+from tests.conftest import encoded, open_files, picture
 
 LIMITS = ImageLimits()
 
@@ -211,10 +211,9 @@ def test_local_path_gives_an_absolute_path_or_a_ref_error(text: str) -> None:
 
 
 @pytest.fixture
-def no_descriptor_leaks() -> Iterator[None]:
-    before = len(list(Path("/proc/self/fd").iterdir()))
+def no_descriptor_leaks(store: ImageStore) -> Iterator[None]:
     yield
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert open_files(store.root) == []
 
 
 _READING_FAULTS = [
