@@ -7,7 +7,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.common import picture
-from pointillist.rollouts import Session, Task
+from pointillist.environments import Task
+from pointillist.sessions import Session
 
 
 class BigPictures:

@@ -20,8 +20,8 @@ from typing import Any
 import msgspec
 
 from benchmarks.common import picture, qwen3_vl, rss_mb, scratch, stored_image
-from pointillist.families import PatchJoiner, RawImageMaterializer
 from pointillist.images import ImageLimits, ImageStore, decode_rgb
+from pointillist.pixels import PatchJoiner, RawImageMaterializer
 from pointillist.refs import MMImageRef
 
 ROLLOUTS = 32

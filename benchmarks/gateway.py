@@ -26,11 +26,11 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.common import picture, rss_mb, scratch, write_tiny_model
+from pointillist.base.net import free_port
 from pointillist.config import PolicyConfig
 from pointillist.config.shared import ModelConfig
 from pointillist.images import normalize_images
-from pointillist.rollouts.policy import Policy
-from pointillist.system import free_port
+from pointillist.sessions.factory import SessionFactory
 
 ROOT = Path(__file__).parent.parent
 OVERHEAD_SESSIONS, OVERHEAD_TURNS, ANSWER_SECONDS = 32, 40, 0.2
@@ -50,10 +50,10 @@ class Processes:
 
     def __init__(self, folder: Path, seconds: float) -> None:
         self.server_port, self.gateway_port = free_port("127.0.0.1"), free_port("127.0.0.1")
-        self.policy = Policy.from_config(
+        self.sessions = SessionFactory.from_config(
             PolicyConfig(model=ModelConfig(name=str(folder / "model")), output_dir=folder / "run", seq_len=32_768)
         )
-        token = str(self.policy.renderer.stop_token_ids[0])
+        token = str(self.sessions.renderer.stop_token_ids[0])
         stub = [sys.executable, "-m", "benchmarks.stub_server", str(self.server_port), token, str(seconds)]
         command = [
             sys.executable, "-m", "pointillist", "gateway", "--model.name", folder / "model",
@@ -77,7 +77,7 @@ class Processes:
         for process in (self.gateway, self.server):
             process.terminate()
             process.wait()
-        await self.policy.client.aclose()
+        await self.sessions.client.aclose()
 
 
 async def _overhead(folder: Path) -> dict[str, Any]:
@@ -88,7 +88,9 @@ async def _overhead(folder: Path) -> dict[str, Any]:
     spent: dict[str, list[float]] = {"direct": [], "gateway": []}
     async with Processes(folder, ANSWER_SECONDS) as processes, httpx.AsyncClient(timeout=60, limits=_LIMITS) as http:
         images: list[Any] = []
-        prompt = processes.policy.renderer.render(normalize_images(messages, processes.policy.sources, images), images)
+        prompt = processes.sessions.renderer.render(
+            normalize_images(messages, processes.sessions.sources, images), images
+        )
         params = {"max_tokens": 8, "n": 1, "seed": 0, "logprobs": 0}
         direct = {"token_ids": prompt.token_ids, "features": prompt.features(), "sampling_params": params}
         keys = [(await http.post(f"{processes.url}/sessions")).json()["id"] for _ in range(OVERHEAD_SESSIONS)]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import EXAMPLES, scratch
-from pointillist.config.run_paths import read_jsonl
+from pointillist.base.jsonl import read_jsonl
 
 ROOT = Path(__file__).parent.parent
 

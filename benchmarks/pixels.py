@@ -21,10 +21,10 @@ import torch
 from PIL import Image
 
 from benchmarks.common import SETTINGS, medians, picture, qwen3_vl, scratch, stored_ref
-from pointillist.families import RawImageMaterializer
-from pointillist.families.pixels import PixelDtype
 from pointillist.images import ImageLimits, ImageStore, read_header
 from pointillist.images.store import local_path
+from pointillist.pixels import RawImageMaterializer
+from pointillist.pixels.levels import PixelDtype
 
 PICTURES = [
     (512, 512, "JPEG"), (1024, 1024, "JPEG"), (1024, 1024, "PNG"), (1920, 1080, "JPEG"), (4000, 3000, "JPEG"),

@@ -44,7 +44,7 @@ FACTORS: Final = (1, 4, 10)
 LINK_BYTES: Final = 1.25e9
 """Assumed network of the asset endpoint's machine, bytes a second."""
 AT_THE_REFERENCE: Final[Routing] = "a server a group"
-"""What the client does with several servers: `rollouts/servers.py`."""
+"""What the client does with several servers: `sessions/servers.py`."""
 LOOKUP_SECONDS: Final = 0.0003
 """Assumed round trip of one metadata request."""
 # ext4: a name of 68 characters in a block of 4 KiB; the root of its index holds 508 blocks, each of these 511.

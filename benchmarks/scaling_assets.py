@@ -19,13 +19,12 @@ import uvicorn
 
 from benchmarks.common import picture, scratch
 from benchmarks.scaling_store import LIMITS, variants, without_fsync
-from pointillist.config import RunPaths
-from pointillist.config.run_paths import WEIGHTS_FILE
+from pointillist.assets.client import AssetClient
+from pointillist.assets.server import create_app
 from pointillist.errors import MissingImageError
 from pointillist.images import ImageStore
-from pointillist.images.fetched import AssetClient
 from pointillist.images.store import local_path
-from pointillist.rollouts.assets import create_app
+from pointillist.runs.paths import WEIGHTS_FILE, RunPaths
 
 KEY: Final = "key of the benchmark"
 PICTURES: Final = 200

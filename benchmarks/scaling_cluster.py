@@ -13,9 +13,10 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from benchmarks.common import medians, qwen3_vl
-from pointillist.families import ImageLayout, LoadedImage, describe_image
-from pointillist.families.image_cache import ImageCache
+from pointillist.families import ImageLayout, describe_image
 from pointillist.orchestrator.packing import pack
+from pointillist.pixels import LoadedImage
+from pointillist.pixels.cache import ImageCache
 from pointillist.refs import ImageRef, MMImageRef, MMRefs, encode_ref
 from pointillist.transport import MicroBatch, RankBatch, TrainingSample
 from pointillist.transport.types import decode_rank_batch, encode_rank_batch, encoded_image_bytes

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import scratch, write_tiny_model
-from pointillist.config.run_paths import read_jsonl
+from pointillist.base.jsonl import read_jsonl
 
 ROOT = Path(__file__).parent.parent
 PLOT = ROOT / "benchmarks/results/memory.png"

@@ -26,8 +26,8 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from pointillist.config.run_paths import RunPaths
 from pointillist.images.store import file_uri
+from pointillist.runs.paths import RunPaths
 from pointillist.view.thumbnails import encode_png
 
 STEPS, A_STEP, GROUP = 200, 500, 10

@@ -15,9 +15,9 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.common import medians, picture, qwen3_vl, scratch, stored_image
-from pointillist.families import RawImageMaterializer
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.images.store import local_path
+from pointillist.pixels import RawImageMaterializer
 from pointillist.refs import MMRefs
 from pointillist.transport import MicroBatch, RankBatch
 from pointillist.transport.types import decode_rank_batch, encode_rank_batch, encoded_image_bytes

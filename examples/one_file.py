@@ -31,18 +31,19 @@ from pathlib import Path
 import torch
 
 from pointillist.config.trainer import LossConfig
+from pointillist.environments import Task
 from pointillist.environments.digits import QUESTION
 from pointillist.environments.tasks import read_tasks
-from pointillist.families import RawImageMaterializer
 from pointillist.images import ImageLimits, ImageStore, Sources, normalize_images
 from pointillist.inference.embedded.sampling import draw_noise, sample
 from pointillist.inference.protocol import SamplingParams
-from pointillist.models import LoadedModel, PixelNormalizer, as_tensors, load_model
+from pointillist.models import LoadedModel, load_model
 from pointillist.orchestrator.advantages import group_advantages
+from pointillist.pixels import RawImageMaterializer
+from pointillist.pixels.on_device import PixelNormalizer, as_tensors
 from pointillist.refs.wire import ImageRef
 from pointillist.render import RawRenderer
 from pointillist.render.raw import RenderedPrompt
-from pointillist.rollouts import Task
 from pointillist.trainer.loss import policy_gradient_loss
 
 

@@ -18,9 +18,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from pointillist.families import PatchJoiner, load_family
+from pointillist.families import load_family
 from pointillist.images import ImageLimits, ImageStore, Sources, StoredImage, decode_rgb, normalize_images
 from pointillist.images.store import local_path
+from pointillist.pixels import PatchJoiner
 from pointillist.render import FolderTokenizer, RawRenderer
 
 BATCH = 16

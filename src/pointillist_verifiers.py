@@ -32,10 +32,12 @@ import mcp
 import verifiers.v1 as vf
 from verifiers.v1.serve import EnvClient, env_config_data
 
-from pointillist.config.assets import CARRIER, writer_limits
+from pointillist.config.shared import CARRIER
+from pointillist.environments import Task
 from pointillist.errors import EnvironmentLoadError, PointillistError
 from pointillist.images import ImageStore, Sources, normalize_images
-from pointillist.rollouts import Session, Task
+from pointillist.runs.image_dir import writer_limits
+from pointillist.sessions import Session
 
 __all__ = ["OffloadingEnv", "PointillistHarness", "VerifiersEnvironment"]
 

@@ -12,9 +12,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from pointillist.families import Family, PatchJoiner, describe_image, load_family
-from pointillist.families.pixels import PixelDtype
+from pointillist.families import Family, describe_image, load_family
 from pointillist.images import ImageLimits, ImageStore, Sources
+from pointillist.pixels import PatchJoiner
+from pointillist.pixels.levels import PixelDtype
 from pointillist.refs import ImageRef
 from pointillist.render import FolderTokenizer, RawRenderer
 
@@ -65,7 +66,7 @@ def check_pixels(family: Family, images: list[Image.Image], expected: NDArray[np
     """Every way to the model's pixels gives `expected`, the processor's own, bit for bit; other pictures do not."""
     import torch
 
-    from pointillist.models import PixelNormalizer
+    from pointillist.pixels.on_device import PixelNormalizer
 
     ours = joined(family, images)["pixel_values"]
     assert ours.dtype == expected.dtype

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pointillist.config.run_paths import RunPaths
 from pointillist.images import ImageLimits, ImageStore, StoredImage
 from pointillist.images.store import local_path
+from pointillist.runs.paths import RunPaths
 from tests.conftest import encoded, picture
 
 HOSTILE = "<script>window.hacked=1</script><img src=x onerror='window.hacked=1'>\"'javascript:window.hacked=1{{7*7}}"

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from pointillist import PointillistError, __version__
+from pointillist.base.logs import set_up_logging
 from pointillist.config import (
     AssetServerConfig,
     EnvWorkerConfig,
@@ -25,7 +26,6 @@ from pointillist.config import (
     parse_cli,
 )
 from pointillist.config.base import ConfigT
-from pointillist.logs import set_up_logging
 
 _NAME = "pointillist"
 # Arguments go to the config parser as they are.
@@ -42,7 +42,7 @@ def cli() -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def store(arguments: tuple[str, ...]) -> None:
     """Look after the images of runs: ls, verify, gc, export, import."""
-    from pointillist.view.store_commands import store as commands
+    from pointillist.upkeep.commands import store as commands
 
     def run(given: list[str]) -> int:
         commands.main(given, prog_name="pointillist store")
@@ -190,8 +190,8 @@ def inference(config: InferenceConfig) -> None:
 @_process("orchestrator", OrchestratorConfig, "Roll out, compare, pack and ship batches to the trainer.")
 def orchestrator(config: OrchestratorConfig) -> None:
     """Rolls out and ships."""
+    from pointillist.environments.loop import run_process
     from pointillist.orchestrator.orchestrator import orchestrate
-    from pointillist.rollouts.loop import run_process
 
     run_process(orchestrate(config))
 
@@ -199,8 +199,8 @@ def orchestrator(config: OrchestratorConfig) -> None:
 @_process("env-worker", EnvWorkerConfig, "Run an environment for an orchestrator, which starts this by itself.")
 def env_worker(config: EnvWorkerConfig) -> None:
     """Runs an environment."""
-    from pointillist.rollouts.loop import run_process
-    from pointillist.rollouts.workers.worker import serve
+    from pointillist.environments.loop import run_process
+    from pointillist.environments.workers.worker import serve
 
     run_process(serve(config))
 
@@ -210,7 +210,7 @@ def env_worker(config: EnvWorkerConfig) -> None:
 )
 def gateway(config: GatewayServerConfig) -> None:
     """Serves sessions."""
-    from pointillist.rollouts.gateway.standalone import serve
+    from pointillist.sessions.gateway.standalone import serve
 
     asyncio.run(serve(config))
 
@@ -218,7 +218,7 @@ def gateway(config: GatewayServerConfig) -> None:
 @_process("assets", AssetServerConfig, "Serve images and weights to machines that share no file system with the run.")
 def assets(config: AssetServerConfig) -> None:
     """Serves what lies in the run's folder."""
-    from pointillist.rollouts.assets import serve
+    from pointillist.assets.server import serve
 
     serve(config)
 

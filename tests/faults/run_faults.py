@@ -31,7 +31,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pointillist.config.run_paths import RunPaths, read_jsonl, steps_in
+from pointillist.base.jsonl import read_jsonl
+from pointillist.runs.paths import RunPaths, steps_in
 from tests.conftest import ROOT
 
 VICTIMS = ("inference", "trainer", "orchestrator", "env_worker")

@@ -22,13 +22,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pointillist.base.http_guard import RequestError
 from pointillist.errors import PointillistError, SourceError
-from pointillist.families import Family, RawImageMaterializer
+from pointillist.families import Family
 from pointillist.images import ImageLimits, ImageStore, Sources, decode_rgb, normalize_images, read_header
 from pointillist.images.remote import RemoteImages, public_address
 from pointillist.inference.embedded.sampling import draw_noise, sample
 from pointillist.inference.prompt import ServerBounds, check_prompt, check_sizes
-from pointillist.inference.protocol import GenerateRequest, RequestError, SamplingParams, decode_body
+from pointillist.inference.protocol import GenerateRequest, SamplingParams, decode_body
+from pointillist.pixels import RawImageMaterializer
 from pointillist.refs import ImageRef, build_mm_refs, decode_ref, encode_ref, parse_descriptor
 from tests.conftest import encoded, picture
 

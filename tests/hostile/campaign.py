@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import zmq
 
-from pointillist.channel import secure_client, secure_listener
+from pointillist.base.channel import secure_client, secure_listener
 from pointillist.config import RUN_KEY
 from tests.conftest import ROOT
 from tests.hostile import gateway_inputs, generate_inputs, http_inputs, peer_inputs, prober, reader_inputs
@@ -565,8 +565,8 @@ class ArchivesAttack(Attack):
 
 def _honest_peers(services: Services) -> dict[str, list[bytes]]:
     """Messages of honest peers, caught by sockets of our own."""
-    from pointillist.rollouts.executor import RolloutResult
-    from pointillist.rollouts.workers import protocol
+    from pointillist.environments.executor import RolloutResult
+    from pointillist.environments.workers import protocol
     from pointillist.transport.zmq import ZmqReceiver
 
     context = zmq.Context()

@@ -10,11 +10,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from pointillist.config import RUN_KEY, RunPaths
-from pointillist.config.run_paths import WEIGHTS_FILE
+from pointillist.config import RUN_KEY
 from pointillist.families import load_family
 from pointillist.images import ImageLimits, ImageStore, Sources, normalize_images
 from pointillist.render import FolderTokenizer, RawRenderer
+from pointillist.runs.paths import WEIGHTS_FILE, RunPaths
 from tests.conftest import encoded, picture
 from tests.hostile import odd
 from tests.hostile.wire import Http, request

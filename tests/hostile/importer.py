@@ -15,7 +15,7 @@ from typing import Any
 
 from pointillist.errors import PointillistError
 from pointillist.images import ImageLimits
-from pointillist.view.run_archive import import_run
+from pointillist.upkeep.archive import import_run
 
 _WRITES = {"os.mkdir": 0, "os.rename": 1, "os.symlink": 1, "os.link": 1, "os.remove": 0, "os.rmdir": 0, "os.chmod": 0,
            "os.truncate": 0, "os.mkfifo": 0}  # fmt: skip

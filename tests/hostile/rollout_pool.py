@@ -13,9 +13,9 @@ from itertools import count
 from pathlib import Path
 
 from pointillist.config import OrchestratorConfig, load_toml
-from pointillist.rollouts import Sampling
-from pointillist.rollouts.executor import RolloutRequest
-from pointillist.rollouts.workers import WorkerPool
+from pointillist.environments.executor import RolloutRequest
+from pointillist.environments.workers import WorkerPool
+from pointillist.sessions import Sampling
 from tests.hostile.prober import SECONDS, Log
 
 

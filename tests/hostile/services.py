@@ -284,7 +284,7 @@ class Services:
 
     def pool_key(self) -> str:
         """What the workers of the pool are told to identify themselves with."""
-        from pointillist.rollouts.workers.protocol import KEY_VARIABLE
+        from pointillist.environments.workers.protocol import KEY_VARIABLE
 
         config = str(self.prompts.paths.configs / "env_worker.toml")
         for process in psutil.process_iter():

@@ -11,11 +11,11 @@ import pytest
 from pointillist.config import EnvConfig, OrchestratorConfig, WorkersConfig
 from pointillist.config.orchestrator import ClientConfig
 from pointillist.config.shared import ModelConfig
+from pointillist.environments.executor import RolloutRequest
+from pointillist.environments.workers import WorkerPool
 from pointillist.errors import EnvironmentLoadError
 from pointillist.orchestrator.runner import RolloutRunner
-from pointillist.rollouts import Sampling
-from pointillist.rollouts.executor import RolloutRequest
-from pointillist.rollouts.workers import WorkerPool
+from pointillist.sessions import Sampling
 from tests.integration.conftest import Digits, RunningServer
 
 pytestmark = pytest.mark.integration
@@ -24,7 +24,7 @@ ENVIRONMENT = '''
 import asyncio, os, signal, time
 from pathlib import Path
 from PIL import Image
-from pointillist.rollouts import Task
+from pointillist.environments import Task
 
 class Trouble:
     """Does to its process what the task's name says, once."""
@@ -165,7 +165,8 @@ def test_a_run_with_workers_trains_and_leaves_no_process(digits_run: Digits) -> 
 
 
 def test_a_killed_orchestrator_leaves_no_worker(digits_run: Digits) -> None:
-    from pointillist.config.run_paths import RunPaths, read_jsonl
+    from pointillist.base.jsonl import read_jsonl
+    from pointillist.runs.paths import RunPaths
     from tests.integration.conftest import processes_of, wait_for
 
     process = digits_run.start("--orchestrator.workers.count", 1, "--max-steps", 500)

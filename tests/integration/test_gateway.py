@@ -20,8 +20,8 @@ import pytest
 from pointillist.config import GatewayConfig
 from pointillist.images import ImageLimits, ImageStore, Sources
 from pointillist.render import RawRenderer
-from pointillist.rollouts import InferenceClient, Sampling, Session
-from pointillist.rollouts.gateway import Gateway
+from pointillist.sessions import InferenceClient, Sampling, Session
+from pointillist.sessions.gateway import Gateway
 from tests.conftest import ROOT, encoded, picture
 from tests.integration.conftest import RunningServer, free_port, pointillist, wait_for
 from tests.integration.scripted import ScriptedPolicy, call

@@ -14,13 +14,13 @@ from typing import Any
 import httpx
 import pytest
 
+from pointillist.base.pools import give_threads_to_environments
 from pointillist.config import GatewayConfig
 from pointillist.errors import InferenceError, RequestRefusedError
 from pointillist.images import ImageLimits, ImageStore, Sources
-from pointillist.pools import give_threads_to_environments
 from pointillist.render import RawRenderer, RenderedPrompt
-from pointillist.rollouts import Completion, Sampling, Session
-from pointillist.rollouts.gateway import Gateway
+from pointillist.sessions import Completion, Sampling, Session
+from pointillist.sessions.gateway import Gateway
 from tests.conftest import encoded, picture
 
 pytestmark = pytest.mark.integration
@@ -223,7 +223,7 @@ async def test_many_large_bodies_at_once_all_come_through(stage: Stage) -> None:
 
 
 async def test_requests_sessions_and_responses_are_bounded(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pointillist.rollouts.gateway.server._RESPONSES_REMEMBERED", 2)
+    monkeypatch.setattr("pointillist.sessions.gateway.server._RESPONSES_REMEMBERED", 2)
     session, other = stage.open(), stage.open()
     stage.policy.may_answer.clear()
     url = f"{session.base_url}/responses"
@@ -268,7 +268,7 @@ async def test_a_gateway_works_while_environments_hold_every_thread_of_the_loop(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The default pool of Python, cores + 4 threads, all of them held."""
-    monkeypatch.setattr("pointillist.rollouts.session._LONG_CHARACTERS", 10)  # longer is rendered in a thread
+    monkeypatch.setattr("pointillist.sessions.session._LONG_CHARACTERS", 10)  # longer is rendered in a thread
     session, ended = stage.open(), threading.Event()
     held = [asyncio.get_running_loop().run_in_executor(None, ended.wait, DEADLINE) for _ in range(64)]
     try:
@@ -303,9 +303,9 @@ async def test_the_event_loop_is_free_while_large_requests_are_read_and_answered
     watch(renderer.tokenizer, "decode")
     watch(Session, "read_now")
     watch(Session, "_prompt")
-    monkeypatch.setattr("pointillist.rollouts.session._LONG_CHARACTERS", 10)
-    monkeypatch.setattr("pointillist.rollouts.session._LONG_ANSWER", 0)
-    monkeypatch.setattr("pointillist.rollouts.gateway.server._LONG_ANSWER", 0)
+    monkeypatch.setattr("pointillist.sessions.session._LONG_CHARACTERS", 10)
+    monkeypatch.setattr("pointillist.sessions.session._LONG_ANSWER", 0)
+    monkeypatch.setattr("pointillist.sessions.gateway.server._LONG_ANSWER", 0)
     session = stage.open()
     for api in APIS:
         for stream in (False, True):

@@ -14,14 +14,15 @@ import httpx
 import pytest
 import torch
 
-from pointillist.config.run_paths import WEIGHTS_FILE
 from pointillist.errors import InferenceError
 from pointillist.images import normalize_images
 from pointillist.images.store import local_path
-from pointillist.models import load_model, write_weights
+from pointillist.models import load_model
 from pointillist.render import RenderedPrompt
-from pointillist.rollouts import InferenceClient, Sampling, Session
-from pointillist.rollouts.client import update_weights
+from pointillist.runs.paths import WEIGHTS_FILE
+from pointillist.sessions import InferenceClient, Sampling, Session
+from pointillist.weights.follow import update_weights
+from pointillist.weights.publish import write_weights
 from tests.conftest import picture
 from tests.integration.conftest import BACKEND, RunningServer
 from tests.integration.reference import Reference

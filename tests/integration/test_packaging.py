@@ -70,7 +70,7 @@ def test_it_installs_into_an_empty_environment_and_works_without_torch(dist: Pat
     assert "complete" in _run(pointillist, "completion", "zsh", cwd=tmp_path)
     _run(
         python, "-c",
-        "import pointillist.environments.dataset, pointillist.families, pointillist.launch.rl, pointillist.rollouts, "
+        "import pointillist.environments.dataset, pointillist.families, pointillist.launch.rl, pointillist.sessions, "
         "pointillist.orchestrator.orchestrator, pointillist.render, pointillist.transport", cwd=tmp_path,
     )  # fmt: skip
     # The families are found by their entry points.

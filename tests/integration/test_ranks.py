@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pointillist.config import RunPaths, TrainerConfig, write_toml
-from pointillist.config.run_paths import latest_checkpoint, read_jsonl
+from pointillist.base.jsonl import read_jsonl
+from pointillist.config import TrainerConfig, write_toml
 from pointillist.config.shared import ModelConfig
 from pointillist.families import Family
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.orchestrator.packing import pack
+from pointillist.runs.paths import RunPaths, latest_checkpoint
 from pointillist.transport import FilesystemSender, RankBatch, TrainingSample
 from tests.made_samples import trained_sample
 

@@ -10,12 +10,11 @@ import msgspec
 import pytest
 
 from pointillist.config import RUN_KEY
-from pointillist.config.run_paths import WEIGHTS_FILE, RunPaths
 from pointillist.errors import InferenceError
-from pointillist.orchestrator.weights import WeightWatcher
-from pointillist.rollouts import InferenceClient
-from pointillist.rollouts.client import update_weights
-from pointillist.rollouts.servers import Servers, UnreachableError
+from pointillist.runs.paths import WEIGHTS_FILE, RunPaths
+from pointillist.sessions import InferenceClient
+from pointillist.sessions.servers import Servers, UnreachableError
+from pointillist.weights.follow import WeightWatcher, update_weights
 from tests.integration.conftest import free_port
 
 pytestmark = pytest.mark.integration

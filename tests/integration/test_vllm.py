@@ -27,15 +27,16 @@ from pointillist.config import MultimodalConfig, PolicyConfig
 from pointillist.config.orchestrator import ClientConfig
 from pointillist.config.shared import ModelConfig
 from pointillist.errors import InferenceError
-from pointillist.families import RawImageMaterializer, load_family
+from pointillist.families import load_family
 from pointillist.images import ImageLimits, ImageStore, Sources
 from pointillist.inference.prompt import CheckedPrompt
 from pointillist.inference.protocol import PlaceholderRange
 from pointillist.inference.vllm.versions import check_vllm
-from pointillist.models import write_weights
+from pointillist.pixels import RawImageMaterializer
 from pointillist.render import FolderTokenizer, RawRenderer
-from pointillist.rollouts import Sampling, Session
-from pointillist.rollouts.policy import Policy
+from pointillist.sessions import Sampling, Session
+from pointillist.sessions.factory import SessionFactory
+from pointillist.weights.publish import write_weights
 from tests.conftest import encoded, picture, stored_ref
 from tests.integration.conftest import RunningServer, free_port, wait_for
 from tests.integration.reference import Reference
@@ -326,7 +327,7 @@ async def test_sessions_talk_to_a_vllm_without_the_plugin(
         multimodal=MultimodalConfig(offload_dir=str(store.root)),
         client=ClientConfig(base_url=[url], wire="content_parts"),
     )  # fmt: skip
-    policy = Policy.from_config(config)
+    policy = SessionFactory.from_config(config)
     client = policy.client
     session = policy.open(Sampling(max_tokens=6), seed=1)
     for seed, size in enumerate([(64, 64), (100, 70), (33, 150)]):

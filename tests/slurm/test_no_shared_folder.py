@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from pointillist.config.run_paths import RunPaths, read_jsonl
+from pointillist.base.jsonl import read_jsonl
+from pointillist.runs.paths import RunPaths
 from tests.integration.conftest import Digits, wait_for
 
 pytestmark = pytest.mark.integration

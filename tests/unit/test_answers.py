@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from pointillist.errors import InferenceError, RequestRefusedError
 from pointillist.render import RawRenderer, RenderedPrompt
-from pointillist.rollouts import InferenceClient
-from pointillist.rollouts.answers import Expected, check_status, completions_of
+from pointillist.sessions import InferenceClient
+from pointillist.sessions.answers import Expected, check_status, completions_of
 
 PATH = "/inference/v1/generate"
 

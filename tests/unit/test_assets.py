@@ -17,16 +17,18 @@ import numpy as np
 import pytest
 import uvicorn
 
-from pointillist.config import InferenceConfig, RunPaths
-from pointillist.config.run_paths import WEIGHTS_FILE
+from pointillist.assets.cache import FetchedImages
+from pointillist.assets.client import AssetClient
+from pointillist.assets.server import create_app
+from pointillist.config import InferenceConfig
 from pointillist.errors import ConfigError, MissingImageError, RefError
-from pointillist.families import Family, RawImageMaterializer
+from pointillist.families import Family
 from pointillist.families.base import describe_image
 from pointillist.images import ImageLimits, ImageStore
-from pointillist.images.fetched import AssetClient, FetchedImages
-from pointillist.inference.weight_folders import WeightFolders
+from pointillist.pixels import RawImageMaterializer
 from pointillist.refs import ImageRef
-from pointillist.rollouts.assets import create_app
+from pointillist.runs.paths import WEIGHTS_FILE, RunPaths
+from pointillist.weights.fetch import WeightFolders
 from tests.conftest import encoded, picture
 
 KEY = "the run's own word"

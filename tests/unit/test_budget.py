@@ -1,6 +1,6 @@
 import asyncio
 
-from pointillist.budget import ByteBudget
+from pointillist.base.budget import ByteBudget
 
 
 async def test_requests_wait_for_room_in_order_and_a_large_one_is_served_alone() -> None:

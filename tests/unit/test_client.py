@@ -6,10 +6,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from pointillist.config.run_paths import WEIGHTS_FILE, RunPaths
-from pointillist.orchestrator.weights import WeightWatcher
 from pointillist.render import RawRenderer, RenderedPrompt
-from pointillist.rollouts import InferenceClient
+from pointillist.runs.paths import WEIGHTS_FILE, RunPaths
+from pointillist.sessions import InferenceClient
+from pointillist.weights.follow import WeightWatcher
 
 
 class Answering:
@@ -92,7 +92,7 @@ async def test_a_step_waits_until_every_server_has_the_weights(tmp_path: Any, mo
 
     for server in servers:
         server.health = health  # type: ignore[attr-defined]
-    monkeypatch.setattr("pointillist.orchestrator.weights.update_weights", take)
+    monkeypatch.setattr("pointillist.weights.follow.update_weights", take)
     client = type("Client", (), {"servers": servers})()
     watcher = WeightWatcher(paths, client, 0)
     following = asyncio.create_task(watcher.follow())

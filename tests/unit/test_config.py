@@ -2,22 +2,11 @@ from pathlib import Path
 
 import pytest
 
-from pointillist.config import (
-    CARRIER,
-    LIMITS_CARRIER,
-    InferenceConfig,
-    MultimodalConfig,
-    RLConfig,
-    load_toml,
-    parse_cli,
-    resolve_image_dir,
-    write_toml,
-    writer_image_dir,
-    writer_limits,
-)
-from pointillist.config.shared import LimitsConfig
+from pointillist.config import InferenceConfig, MultimodalConfig, RLConfig, load_toml, parse_cli, write_toml
+from pointillist.config.shared import CARRIER, LIMITS_CARRIER, LimitsConfig
 from pointillist.errors import ConfigError
 from pointillist.images import ImageLimits
+from pointillist.runs.image_dir import resolve_image_dir, writer_image_dir, writer_limits
 
 TOML = """
 seq_len = 512

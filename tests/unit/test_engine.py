@@ -16,8 +16,10 @@ from pointillist.inference.embedded.engine import Engine, EngineRequest
 from pointillist.inference.embedded.metrics import EngineMetrics
 from pointillist.inference.embedded.sampling import draw_noise, sample
 from pointillist.inference.protocol import Choice, SamplingParams
-from pointillist.models import LoadedModel, PixelNormalizer, load_model, write_weights
+from pointillist.models import LoadedModel, load_model
+from pointillist.pixels.on_device import PixelNormalizer
 from pointillist.refs import mm_token_type_ids
+from pointillist.weights.publish import write_weights
 from tests.conftest import joined, picture
 
 END = 2

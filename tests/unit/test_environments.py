@@ -16,7 +16,7 @@ from pointillist.environments.dataset import DatasetEnvironment, exact, math_ver
 from pointillist.environments.hunt import HuntEnvironment
 from pointillist.environments.tasks import read_tasks
 from pointillist.errors import EnvironmentLoadError
-from pointillist.rollouts import Completion, Turn
+from pointillist.sessions import Completion, Turn
 from tests.conftest import encoded, picture
 
 

@@ -22,15 +22,17 @@ from transformers import (
     Qwen3_5ForConditionalGeneration,
 )
 
-from pointillist.families import RawImageMaterializer, describe_image
+from pointillist.families import describe_image
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.inference.embedded.batch import Prompt, prefill
-from pointillist.models import LoadedModel, PixelNormalizer, as_tensors, load_model, sample_positions
+from pointillist.models import LoadedModel, load_model, sample_positions
 from pointillist.orchestrator.packing import pack
+from pointillist.pixels import RawImageMaterializer
+from pointillist.pixels.on_device import PixelNormalizer, as_tensors
 from pointillist.refs import MMImageRef, MMRefs, mm_token_type_ids
-from pointillist.trainer.data import RowLoader
 from pointillist.trainer.packing_check import PackingProof, check_packing
-from pointillist.trainer.policy import Policy
+from pointillist.trainer.policy_model import PolicyModel
+from pointillist.trainer.rows import RowLoader
 from pointillist.transport import TrainingSample
 from tests.conftest import encoded, picture
 
@@ -148,7 +150,7 @@ def _huggingface(folder: Path, loaded: LoadedModel, sample: TrainingSample, *, b
             pictures = [Image.new("RGB", each.size) for each in pictures]
         kwargs = dict(AutoImageProcessor.from_pretrained(folder)(images=pictures, return_tensors="pt"))
         kwargs.pop("num_crops", None)
-        policy = loaded.family.forward_policy
+        policy = loaded.family.forward_args
         if policy.requires_mm_token_type_ids:
             kwargs[policy.token_types_argument] = torch.tensor([sample.mm_token_type_ids]).int()
     with torch.no_grad():
@@ -167,7 +169,7 @@ def test_rows_of_references_equal_the_processors_way(folder: Path, loaded: Loade
 
 def check_against_huggingface(folder: Path, loaded: LoadedModel, store: ImageStore) -> PackingProof:
     """Forward and backward from references, compared with each sample alone by the model's own processor."""
-    policy = Policy(loaded)
+    policy = PolicyModel(loaded)
     proof = check_packing(policy, loaded)
     assert proof.padded < 1e-4
     sizes = [[(64, 64)], [], [(100, 70), (300, 84)]]
@@ -204,7 +206,7 @@ def test_a_reference_of_a_wrong_length_costs_its_own_sample_only(loaded: LoadedM
     shorter = msgspec.structs.replace(image, length=image.length - 1)
     types = mm_token_type_ids(cut["token_ids"], loaded.family.image_token_id)
     bad = msgspec.structs.replace(bad, **cut, mm_token_type_ids=types, mm_refs=MMRefs([shorter]))
-    policy = Policy(loaded)
+    policy = PolicyModel(loaded)
     loader = RowLoader(loaded, RawImageMaterializer(loaded.family, [store.root], ImageLimits()))
     loader.packed = check_packing(policy, loaded).can_pack
 
@@ -241,7 +243,7 @@ def _touching(loaded: LoadedModel, store: ImageStore, order: tuple[int, int]) ->
 def test_images_that_touch_are_two_images(loaded: LoadedModel, store: ImageStore) -> None:
     """To the trainer and to the embedded engine alike, in every family; in the other order they give other numbers."""
     reader = RawImageMaterializer(loaded.family, [store.root], ImageLimits())
-    loader, policy = RowLoader(loaded, reader), Policy(loaded)
+    loader, policy = RowLoader(loaded, reader), PolicyModel(loaded)
     loader.packed = False
     linear = "linear_attention" in (getattr(loaded.model.config.get_text_config(), "layer_types", None) or [])
     seen = []
@@ -263,11 +265,11 @@ def test_images_that_touch_are_two_images(loaded: LoadedModel, store: ImageStore
 
 def test_positions_of_images_that_touch(loaded: LoadedModel) -> None:
     """Two images of two by two tokens after two tokens of text: the second begins where the first one's sides end."""
-    if loaded.family.forward_policy.pass_position_ids_with_mm:
+    if loaded.family.forward_args.pass_position_ids_with_mm:
         return
     types = torch.tensor([0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0])
     rows = sample_positions(
-        loaded.model, loaded.family.forward_policy, types + 20, types, torch.tensor([[1, 4, 4], [1, 4, 4]])
+        loaded.model, loaded.family.forward_args, types + 20, types, torch.tensor([[1, 4, 4], [1, 4, 4]])
     )
     assert rows.tolist() == [
         [0, 1, 2, 2, 2, 2, 4, 4, 4, 4, 6, 7],

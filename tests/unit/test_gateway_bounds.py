@@ -13,15 +13,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pointillist.base.pools import give_threads_to_environments
 from pointillist.config import GatewayConfig
 from pointillist.errors import InferenceError, RequestRefusedError
 from pointillist.images import Sources
-from pointillist.pools import give_threads_to_environments
 from pointillist.render import RawRenderer, RenderedPrompt
-from pointillist.rollouts import Completion, Sampling, Session
-from pointillist.rollouts.gateway import Gateway, anthropic, chat, responses
-from pointillist.rollouts.gateway.errors import ApiError
-from pointillist.rollouts.gateway.server import _parsed
+from pointillist.sessions import Completion, Sampling, Session
+from pointillist.sessions.gateway import Gateway, anthropic, chat, responses
+from pointillist.sessions.gateway.errors import ApiError
+from pointillist.sessions.gateway.server import _parsed
 
 APIS = {"chat/completions": chat, "responses": responses, "messages": anthropic}
 USER = [{"role": "user", "content": "What?"}]

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pointillist.errors import InferenceError, PointillistError, RequestRefusedError
-from pointillist.rollouts.gateway import anthropic, chat, responses
-from pointillist.rollouts.gateway import call as bounds
-from pointillist.rollouts.gateway.errors import ApiError, api_error
-from pointillist.rollouts.gateway.server import _parsed
+from pointillist.sessions.gateway import anthropic, chat, responses
+from pointillist.sessions.gateway import call as bounds
+from pointillist.sessions.gateway.errors import ApiError, api_error
+from pointillist.sessions.gateway.server import _parsed
 
 APIS = [chat, responses, anthropic]
 FIELD = {chat: "max_tokens", responses: "max_output_tokens", anthropic: "max_tokens"}

@@ -10,8 +10,9 @@ from transformers import Gemma3Processor, PreTrainedTokenizerFast
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 from pointillist.errors import ConfigError, LayoutError
-from pointillist.families import LoadedImage, ModelFiles, PatchJoiner
+from pointillist.families import ModelFiles
 from pointillist.families.gemma3 import Gemma3Family
+from pointillist.pixels import LoadedImage, PatchJoiner
 from tests.conftest import check_pixels, picture
 
 TOKENS = {"boi_token": "<|vision_start|>", "eoi_token": "<|vision_end|>", "image_token": "<|image_pad|>"}

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from pointillist.http_guard import (
+from pointillist.base.http_guard import (
     Guard,
     HttpLimits,
     HttpRefusal,

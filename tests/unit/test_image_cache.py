@@ -4,8 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from pointillist.families import ImageLayout, LoadedImage
-from pointillist.families.image_cache import ImageCache
+from pointillist.families import ImageLayout
+from pointillist.pixels import LoadedImage
+from pointillist.pixels.cache import ImageCache
 
 LAYOUT = ImageLayout((1, 2, 2), 1, 32, 32)
 

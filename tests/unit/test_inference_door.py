@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.requests import Request
 
-from pointillist.http_guard import HttpRefusal
+from pointillist.base.http_guard import HttpRefusal, RequestError
 from pointillist.inference.door import ADMIN_PATHS, OWN_PATHS, Door, http_limits
 from pointillist.inference.prompt import ServerBounds, check_sizes, longest_body
-from pointillist.inference.protocol import GenerateRequest, RequestError, SamplingParams, decode_body
+from pointillist.inference.protocol import GenerateRequest, SamplingParams, decode_body
 
 JSON = {"content-type": "application/json", "content-length": "2"}
 

@@ -14,28 +14,21 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
-from pointillist.config import (
-    RLConfig,
-    RunPaths,
-    SlurmConfig,
-    SupervisionConfig,
-    load_toml,
-    parse_cli,
-    resolve_image_dir,
-    write_toml,
-)
-from pointillist.config.run_paths import latest_checkpoint, read_jsonl, steps_in
+from pointillist.base.digests import seal_folder
+from pointillist.base.jsonl import read_jsonl
+from pointillist.config import RLConfig, SlurmConfig, SupervisionConfig, load_toml, parse_cli, write_toml
 from pointillist.config.shared import ServerConfig
-from pointillist.digests import seal_folder
 from pointillist.errors import ConfigError, LaunchError
 from pointillist.launch.devices import gpu_shares
-from pointillist.launch.layout import Layout, Node, settle, specs, write_configs
 from pointillist.launch.metrics import MetricsEndpoint
+from pointillist.launch.placement import Layout, Node, settle, specs, write_configs
 from pointillist.launch.rendezvous import Rendezvous
 from pointillist.launch.rl import environment, prepare
 from pointillist.launch.run_dir import resume_step, rewind
 from pointillist.launch.slurm import render
 from pointillist.launch.supervisor import Spec, Supervisor
+from pointillist.runs.image_dir import resolve_image_dir
+from pointillist.runs.paths import RunPaths, latest_checkpoint, steps_in
 
 JOB = ["--slurm.job_name", "x", "--slurm.inference_nodes", 1]
 BASE = ["--model.name", "m", "--env.id", "digits"]
@@ -353,7 +346,7 @@ def test_a_server_that_never_worked_is_not_started_again(tmp_path: Path) -> None
 BEATING = """
 import os, signal, sys
 from pathlib import Path
-from pointillist.heartbeat import beating, enter
+from pointillist.runs.heartbeat import beating, enter
 with beating(Path(sys.argv[1]), "trainer"):
     enter("forward_backward", step=3)
     if sys.argv[2] == "stop":

@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 
 from pointillist.errors import MissingImageError, RefError
-from pointillist.families import Family, ImageLayout, ModelFiles, RawImageMaterializer, write_layout_record
-from pointillist.families.pixels import PixelDtype
+from pointillist.families import Family, ImageLayout, ModelFiles, write_layout_record
 from pointillist.families.qwen_vl import QwenVLFamily
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.images.store import local_path
 from pointillist.inference.features import request_error
+from pointillist.pixels import RawImageMaterializer
+from pointillist.pixels.levels import PixelDtype
 from pointillist.refs import ImageRef
 from tests.conftest import joined, open_files, picture, stored_ref
 

@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 
-from pointillist.config import MonitorsConfig, RLConfig, RunPaths, parse_cli
-from pointillist.config.run_paths import append_jsonl
+from pointillist.base.jsonl import append_jsonl
+from pointillist.config import MonitorsConfig, RLConfig, parse_cli
 from pointillist.errors import ConfigError
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.launch.monitors import Monitor, Row, Watching, check_monitors
 from pointillist.launch.monitors.following import MetricsFollower, rows_of
 from pointillist.launch.monitors.watching import make_monitors
 from pointillist.launch.run_dir import rewind
+from pointillist.runs.paths import RunPaths
 from tests.conftest import encoded, picture
 
 
@@ -231,7 +232,8 @@ def test_tensorboard_files_can_be_read_back(run: Run) -> None:
 _WANDB = """
 import sys
 from pathlib import Path
-from pointillist.config import RLConfig, RunPaths, parse_cli
+from pointillist.config import RLConfig, parse_cli
+from pointillist.runs import RunPaths
 from pointillist.launch.monitors import Watching
 from tests.unit.test_monitors import Run
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pointillist.config import RunPaths, TrainerConfig
-from pointillist.config.run_paths import WEIGHTS_FILE, read_jsonl
+from pointillist.base.jsonl import read_jsonl
+from pointillist.config import TrainerConfig
 from pointillist.config.shared import ModelConfig
+from pointillist.environments import Task
 from pointillist.inference.protocol import SamplingParams
 from pointillist.orchestrator.packing import pack
 from pointillist.refs import MMImageRef, MMRefs, mm_token_type_ids
-from pointillist.rollouts import Task
+from pointillist.runs.paths import WEIGHTS_FILE, RunPaths
 from pointillist.trainer.train import train
 from pointillist.transport import FilesystemSender, RankBatch, TrainingSample
 from tests.conftest import ROOT, encoded, picture

@@ -7,6 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pointillist.config import EnvConfig, ModelConfig, OrchestratorConfig
+from pointillist.environments import load_environment
+from pointillist.environments.executor import RolloutRequest, RolloutResult
+from pointillist.environments.failures import RolloutFailure
 from pointillist.errors import EnvironmentLoadError, RefError
 from pointillist.images import Sources, normalize_images
 from pointillist.launch.progress import _status
@@ -19,10 +22,8 @@ from pointillist.orchestrator.runner import RolloutRunner
 from pointillist.orchestrator.samples import make_sample
 from pointillist.orchestrator.tasks import TaskOrder
 from pointillist.render import FolderTokenizer, RawRenderer
-from pointillist.rollouts import Branch, Completion, load_environment
-from pointillist.rollouts.executor import RolloutRequest, RolloutResult
-from pointillist.rollouts.failures import RolloutFailure
-from pointillist.rollouts.trace import Trace
+from pointillist.sessions import Branch, Completion
+from pointillist.sessions.trace import Trace
 from tests.conftest import picture
 from tests.unit.test_transport import sample
 

@@ -5,7 +5,7 @@ import asyncio
 import threading
 from pathlib import Path
 
-from pointillist.pools import Pool, give_threads_to_environments
+from pointillist.base.pools import Pool, give_threads_to_environments
 
 SOURCE = Path(__file__).parent.parent.parent / "src" / "pointillist"
 OURS = [

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pointillist.config import RLConfig, load_toml
-from pointillist.rollouts import load_environment
+from pointillist.environments import load_environment
 
 README = Path(__file__).parent.parent.parent / "README.md"
 

@@ -7,11 +7,11 @@ from typing import Any
 import msgspec
 import pytest
 
+from pointillist.environments.executor import RolloutFailure, RolloutResult
 from pointillist.orchestrator.records import RolloutRecorder
 from pointillist.refs import MMImageRef
 from pointillist.render import FolderTokenizer
-from pointillist.rollouts import Branch
-from pointillist.rollouts.executor import RolloutFailure, RolloutResult
+from pointillist.sessions import Branch
 from pointillist.view.rollout import BranchRecord, ErrorRecord, Piece, RolloutRecord, Span
 
 SHA = "ab" * 32

@@ -16,17 +16,19 @@ import pytest
 from click.testing import CliRunner
 
 from pointillist.cli import _guarded, cli
-from pointillist.config import CARRIER, EnvConfig, ModelConfig, RLConfig, RunPaths
+from pointillist.config import EnvConfig, ModelConfig, RLConfig
 from pointillist.config.rl import NOT_RECORDED
+from pointillist.config.shared import CARRIER
 from pointillist.errors import ConfigError, LaunchError
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.images.inventory import add_user
 from pointillist.images.store import local_path
 from pointillist.launch.changes import config_changes, model_changes, record_start, refuse_changes
-from pointillist.launch.layout import write_configs
+from pointillist.launch.placement import write_configs
 from pointillist.launch.rl import Interrupted, Signals, begin, environment, interruptible
 from pointillist.launch.run_dir import check_fresh, make_fresh, wait_for_survivors
-from pointillist.run_lock import RunLock
+from pointillist.runs.lock import RunLock
+from pointillist.runs.paths import RunPaths
 from tests.conftest import encoded, picture
 
 
@@ -38,7 +40,7 @@ def _config(model_dir: Path, run: Path, **fields: Any) -> RLConfig:
 
 def _begun(config: RLConfig) -> RunPaths:
     """A run that was begun with a config."""
-    from pointillist.launch.layout import Layout
+    from pointillist.launch.placement import Layout
 
     paths = RunPaths(config.output_dir)
     write_configs(config, Layout(config), [], paths)
@@ -121,7 +123,7 @@ def test_a_dry_run_of_resuming_compares_and_writes_nothing(model_dir: Path, tmp_
 _SURVIVOR = """
 import signal, sys, time
 from pathlib import Path
-from pointillist.heartbeat import beating
+from pointillist.runs.heartbeat import beating
 def save(*_):
     time.sleep(0.3)
     Path(sys.argv[2]).touch()
@@ -333,7 +335,8 @@ def test_a_dollar_in_the_folder_is_a_dollar(model_dir: Path, tmp_path: Path) -> 
         cli, ["rl", "--model.name", str(model_dir), "--env.id", "digits", "--output-dir", str(folder), "--dry-run"]
     )
     assert result.exit_code == 0, result.output
-    from pointillist.config import OrchestratorConfig, load_toml, resolve_image_dir
+    from pointillist.config import OrchestratorConfig, load_toml
+    from pointillist.runs.image_dir import resolve_image_dir
 
     config = load_toml(OrchestratorConfig, folder / "configs/orchestrator.toml")
     assert resolve_image_dir(config.multimodal, folder, {"HOME": "x"}) == folder / "assets/images"

@@ -19,16 +19,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pointillist.config import EnvConfig, ModelConfig, OrchestratorConfig
+from pointillist.environments import Task, loop
+from pointillist.environments.executor import LARGEST_REWARD, Executor, RolloutRequest, RolloutResult
+from pointillist.environments.failures import answer_text, printable
+from pointillist.environments.loop import LoopWatch
 from pointillist.errors import ContextLengthError, EnvironmentLoadError, PointillistError
 from pointillist.orchestrator.advantages import group_advantages
 from pointillist.orchestrator.records import RolloutRecorder, write_records
 from pointillist.orchestrator.runner import RolloutRunner
 from pointillist.orchestrator.samples import make_sample
 from pointillist.render import FolderTokenizer
-from pointillist.rollouts import Completion, Sampling, Session, Task, loop
-from pointillist.rollouts.executor import LARGEST_REWARD, Executor, RolloutRequest, RolloutResult
-from pointillist.rollouts.failures import answer_text, printable
-from pointillist.rollouts.loop import LoopWatch
+from pointillist.sessions import Completion, Sampling, Session
 from tests.conftest import ROOT
 
 BAD_TEXT = "x" * 5_000_000 + "\x1b[2J\ud800"
@@ -276,7 +277,7 @@ async def test_a_rollout_that_takes_too_long_is_given_up(
         return 1.0
 
     executor._timeout = 0.2
-    monkeypatch.setattr("pointillist.rollouts.executor._CANCEL_SECONDS", 0.1)
+    monkeypatch.setattr("pointillist.environments.executor._CANCEL_SECONDS", 0.1)
     monkeypatch.setattr(Stranger, "behaviour", staticmethod(slow))
     result = await executor.run(request())
     assert result.failure is not None
@@ -301,7 +302,7 @@ async def test_a_rollout_that_blocks_the_loop_is_interrupted(
     async def spawn(_: Any) -> float:
         return await asyncio.create_task(block(_))
 
-    monkeypatch.setattr("pointillist.rollouts.loop._SAY_SECONDS", 0.2)
+    monkeypatch.setattr("pointillist.environments.loop._SAY_SECONDS", 0.2)
     monkeypatch.setattr(Stranger, "behaviour", staticmethod(spawn if way == "task" else block))
     executor._timeout = 1.0
     executor._watch = LoopWatch(1.0)
@@ -343,7 +344,7 @@ async def test_the_runs_own_cancellation_is_one(executor: Executor, monkeypatch:
 async def test_an_environment_that_can_not_be_closed_is_left(
     executor: Executor, stage: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("pointillist.rollouts.executor._CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr("pointillist.environments.executor._CLOSE_SECONDS", 0.1)
     monkeypatch.setattr(
         Stranger, "closing", staticmethod((lambda: raising(SystemExit(0))(None)) if stage == "raises" else hang)
     )
@@ -514,7 +515,7 @@ def test_a_process_survives_what_an_environment_leaves_on_its_loop() -> None:
     """A SystemExit of a task or a callback, a stopped loop, and at the end a task and a thread that never end."""
     code = """
 import asyncio, sys, threading, time
-from pointillist.rollouts import loop
+from pointillist.environments import loop
 
 loop._CANCEL_SECONDS = loop._EXIT_SECONDS = 0.2
 

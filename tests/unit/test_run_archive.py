@@ -12,14 +12,14 @@ from click.testing import CliRunner, Result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pointillist.config import RunPaths
-from pointillist.digests import seal_folder
+from pointillist.base.digests import seal_folder
 from pointillist.errors import LaunchError, PointillistError
 from pointillist.images.decode import STORED_LIMITS
 from pointillist.images.store import file_uri
 from pointillist.launch.run_dir import resume_step
-from pointillist.view.run_archive import FORMAT, export_run, import_run
-from pointillist.view.store_commands import store as commands
+from pointillist.runs.paths import RunPaths
+from pointillist.upkeep.archive import FORMAT, export_run, import_run
+from pointillist.upkeep.commands import store as commands
 from tests.made_run import MadeRun
 
 MANIFEST = json.dumps({"format": FORMAT, "image_root": "file:///x/images", "images": 0}).encode()

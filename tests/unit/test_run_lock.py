@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from pointillist import run_lock
 from pointillist.errors import LaunchError
-from pointillist.run_lock import LOCK_FILE, Holder, Job, RunLock, live_holder, refuse_if_held
+from pointillist.runs import lock as run_lock
+from pointillist.runs.lock import LOCK_FILE, Holder, Job, RunLock, live_holder, refuse_if_held
 
 HOLDER = """
 import sys
 from pathlib import Path
-from pointillist.run_lock import RunLock
+from pointillist.runs.lock import RunLock
 lock = RunLock.take(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()

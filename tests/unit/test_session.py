@@ -11,7 +11,7 @@ from pointillist.errors import ContextLengthError, HistoryError, UnsupportedCont
 from pointillist.images import Sources
 from pointillist.orchestrator.samples import make_sample
 from pointillist.render import RawRenderer, RenderedPrompt
-from pointillist.rollouts import Completion, Sampling, Session, Turn
+from pointillist.sessions import Completion, Sampling, Session, Turn
 from tests.conftest import picture
 
 TOOLS = [{"type": "function", "function": {"name": "move", "parameters": {"type": "object", "properties": {}}}}]

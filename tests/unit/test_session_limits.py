@@ -11,8 +11,8 @@ from pointillist.errors import RenderError
 from pointillist.images import Sources
 from pointillist.render import RawRenderer, RenderedPrompt
 from pointillist.render.raw import Attribution
-from pointillist.rollouts import Completion, Sampling, Session
-from pointillist.rollouts.trace import Trace
+from pointillist.sessions import Completion, Sampling, Session
+from pointillist.sessions.trace import Trace
 
 
 class Asked:

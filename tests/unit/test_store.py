@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pointillist.environments import executor
 from pointillist.errors import ConfigError, ImageError, MissingImageError, RefError, StorageError
 from pointillist.images import ImageLimits, ImageStore, inventory, read_verified
 from pointillist.images.decode import STORED_LIMITS
 from pointillist.images.inventory import StoreEntry, list_store, verify_store
 from pointillist.images.store import file_uri, local_path, write_image
-from pointillist.rollouts import executor
-from pointillist.rollouts.gateway.errors import api_error
+from pointillist.sessions.gateway.errors import api_error
 from tests.conftest import encoded, open_files, picture
 
 LIMITS = ImageLimits()

@@ -10,13 +10,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 from pointillist.cli import cli
-from pointillist.config import OrchestratorConfig, RunPaths, write_toml
+from pointillist.config import OrchestratorConfig, write_toml
 from pointillist.errors import PointillistError
 from pointillist.families import Family, describe_image
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.images.store import file_uri, local_path
-from pointillist.view.references import run_hashes
-from pointillist.view.store_commands import store as commands
+from pointillist.runs.paths import RunPaths
+from pointillist.upkeep.commands import store as commands
+from pointillist.upkeep.references import run_hashes
 from tests.conftest import encoded, picture
 
 

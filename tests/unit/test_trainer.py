@@ -8,22 +8,25 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from pointillist.config import RunPaths
 from pointillist.config.trainer import LossConfig
 from pointillist.errors import InferenceError, MissingImageError, TrainingError
-from pointillist.families import Family, RawImageMaterializer
-from pointillist.families.image_cache import LoadedImage
+from pointillist.families import Family
 from pointillist.images import ImageLimits, ImageStore
-from pointillist.models import LoadedModel, copy_weights, load_model, read_weights, write_weights
+from pointillist.models import LoadedModel, load_model
 from pointillist.orchestrator.packing import pack
+from pointillist.pixels import RawImageMaterializer
+from pointillist.pixels.cache import LoadedImage
 from pointillist.refs import ImageRef
+from pointillist.runs.paths import RunPaths
 from pointillist.trainer import packing_check
 from pointillist.trainer.checkpoint import Checkpoints
-from pointillist.trainer.data import RowLoader
 from pointillist.trainer.loss import policy_gradient_loss
 from pointillist.trainer.parallel import Ranks
-from pointillist.trainer.policy import Policy
+from pointillist.trainer.policy_model import PolicyModel
+from pointillist.trainer.rows import RowLoader
 from pointillist.transport import TrainingSample
+from pointillist.weights.load import copy_weights, read_weights
+from pointillist.weights.publish import write_weights
 from tests.made_samples import trained_sample
 
 
@@ -71,7 +74,7 @@ def test_rows_equal_huggingface_alone(
     loader = RowLoader(loaded, RawImageMaterializer(family, [store.root], ImageLimits()))
     loader.packed = packed
     with torch.no_grad():
-        stats = Policy(loaded)(loader.load(row))
+        stats = PolicyModel(loaded)(loader.load(row))
     by_id = {sample.sample_id: sample for sample in samples}
     order = [by_id[name] for name in row.sample_ids]
     expected = torch.cat([_huggingface_logprobs(model_dir, loaded, each, store, blank=False) for each in order])
@@ -110,12 +113,12 @@ def test_a_faulty_image_costs_its_own_sample_only(
     ((row,),) = pack(samples, seq_len=512, num_workers=1)
     materializer = RawImageMaterializer(family, [store.root], ImageLimits(), cache_bytes=0)
     with torch.no_grad():
-        whole = Policy(loaded)(RowLoader(loaded, materializer).load(row)).logprobs
+        whole = PolicyModel(loaded)(RowLoader(loaded, materializer).load(row)).logprobs
     _damage(samples[2], kind)
     loader = RowLoader(loaded, materializer)
     with torch.no_grad():
         tensors = loader.load(row)
-        damaged = Policy(loaded)(tensors).logprobs
+        damaged = PolicyModel(loaded)(tensors).logprobs
     place = row.sample_ids.index(samples[2].sample_id)
     kept = [index for index in range(20) if index // 5 != place]
     torch.testing.assert_close(damaged, whole[kept], rtol=0, atol=1e-5)
@@ -161,13 +164,13 @@ def test_a_row_without_any_loss_still_has_a_gradient(loaded: LoadedModel, family
     sample = trained_sample(family, store, [(64, 64)], seed=0)
     _damage(sample, "missing")
     ((row,),) = pack([sample], seq_len=512, num_workers=1)
-    stats = Policy(loaded)(RowLoader(loaded, RawImageMaterializer(family, [store.root], ImageLimits())).load(row))
+    stats = PolicyModel(loaded)(RowLoader(loaded, RawImageMaterializer(family, [store.root], ImageLimits())).load(row))
     assert len(stats.logprobs) == 0
     stats.logprobs.sum().backward()
 
 
 def test_packing_proof_sees_a_leak(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    proof = packing_check.check_packing(Policy(loaded), loaded)
+    proof = packing_check.check_packing(PolicyModel(loaded), loaded)
     assert proof.can_pack
     assert max(proof.packed, proof.padded) < 1e-4
     assert proof.leaking > 0.01
@@ -182,10 +185,10 @@ def test_packing_proof_sees_a_leak(loaded: LoadedModel, monkeypatch: pytest.Monk
         return dataclasses.replace(row, position_ids=positions)
 
     monkeypatch.setattr(packing_check, "assemble_row", leaking_row)
-    assert not packing_check.check_packing(Policy(loaded), loaded).can_pack
+    assert not packing_check.check_packing(PolicyModel(loaded), loaded).can_pack
     monkeypatch.setattr(packing_check, "assemble_row", lambda *arguments, packed: leaking_row(*arguments, packed=True))
     with pytest.raises(TrainingError, match="see each other"):
-        packing_check.check_packing(Policy(loaded), loaded)
+        packing_check.check_packing(PolicyModel(loaded), loaded)
 
 
 def test_loss_is_the_formula() -> None:
@@ -245,12 +248,12 @@ def test_checkpoints_restore_everything(model_dir: Path, tmp_path: Path) -> None
     ranks = Ranks(torch.device("cpu"))
     checkpoints = Checkpoints(RunPaths(tmp_path), ranks, keep_last=1)
 
-    def fresh() -> tuple[Policy, torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-        policy = Policy(load_model(str(model_dir), device="cpu", dtype="float32"))
+    def fresh() -> tuple[PolicyModel, torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+        policy = PolicyModel(load_model(str(model_dir), device="cpu", dtype="float32"))
         optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
         return policy, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
 
-    def advance(policy: Policy, optimizer: torch.optim.Optimizer, scheduler: object, steps: int) -> None:
+    def advance(policy: PolicyModel, optimizer: torch.optim.Optimizer, scheduler: object, steps: int) -> None:
         for _ in range(steps):
             optimizer.zero_grad()
             sum((parameter**2).sum() for parameter in policy.parameters()).backward()

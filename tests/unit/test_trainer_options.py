@@ -16,23 +16,26 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForImageTextToText
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from pointillist.config import RunPaths
-from pointillist.config.run_paths import ORCHESTRATOR_STATE, WEIGHTS_FILE, latest_checkpoint, read_jsonl, steps_in
+from pointillist.base.jsonl import read_jsonl
 from pointillist.config.shared import ModelConfig
 from pointillist.config.trainer import LoRAConfig, TrainerConfig
 from pointillist.errors import ConfigError, TrainingError
-from pointillist.families import Family, RawImageMaterializer
+from pointillist.families import Family
 from pointillist.images import ImageLimits, ImageStore
-from pointillist.models import load_model, read_weights, write_weights
+from pointillist.models import load_model
 from pointillist.orchestrator.packing import pack
+from pointillist.pixels import RawImageMaterializer
+from pointillist.runs.paths import ORCHESTRATOR_STATE, WEIGHTS_FILE, RunPaths, latest_checkpoint, steps_in
 from pointillist.trainer import options
-from pointillist.trainer.data import RowLoader, RowTensors
 from pointillist.trainer.feed import RowFeed
 from pointillist.trainer.packing_check import check_packing
-from pointillist.trainer.policy import Policy
+from pointillist.trainer.policy_model import PolicyModel
+from pointillist.trainer.rows import RowLoader, RowTensors
 from pointillist.trainer.stopping import Stop
 from pointillist.trainer.train import Trainer
 from pointillist.transport import FilesystemSender, RankBatch
+from pointillist.weights.load import read_weights
+from pointillist.weights.publish import write_weights
 from tests.made_samples import trained_sample
 
 LORA = LoRAConfig(rank=4, alpha=12.0)
@@ -137,7 +140,7 @@ def test_lora_trains_the_adapters_and_publishes_merged_weights(
     row = _row(trainer, store)
     with torch.no_grad():
         adapted, initial_model = trainer.policy(row).logprobs, trainer.reference(row).logprobs
-        merged = Policy(dataclasses.replace(trainer.loaded, model=exported))(row).logprobs
+        merged = PolicyModel(dataclasses.replace(trainer.loaded, model=exported))(row).logprobs
     assert (merged - adapted).abs().max() < 1e-5
     assert (initial_model - adapted).abs().max() > 0.1  # the control; and the reference stayed what it was
     assert _same(base, dict(trainer.reference.model.state_dict())) == base.keys()

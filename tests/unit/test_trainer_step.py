@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from pointillist.config import RunPaths
-from pointillist.config.run_paths import read_jsonl
+from pointillist.base.jsonl import read_jsonl
 from pointillist.config.shared import ModelConfig
 from pointillist.config.trainer import LossConfig, SchedulerConfig, TrainerConfig
 from pointillist.errors import TrainingError
 from pointillist.families import Family
 from pointillist.images import ImageStore
 from pointillist.orchestrator.packing import pack
+from pointillist.runs.paths import RunPaths
 from pointillist.trainer.checkpoint import Checkpoints
 from pointillist.trainer.loss import policy_gradient_loss
 from pointillist.trainer.parallel import Ranks

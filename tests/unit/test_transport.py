@@ -9,11 +9,12 @@ import msgspec
 import pytest
 import zmq
 
-from pointillist.channel import decompress, secure_client
-from pointillist.config import RUN_KEY, RunPaths, TransportConfig
+from pointillist.base.channel import decompress, secure_client
+from pointillist.config import RUN_KEY, TransportConfig
 from pointillist.errors import TransportError
 from pointillist.orchestrator.packing import OverlongMultimodalSample, pack
 from pointillist.refs import MMImageRef, MMRefs, RawImageDescriptor
+from pointillist.runs.paths import RunPaths
 from pointillist.transport import (
     FilesystemReceiver,
     FilesystemSender,

@@ -16,8 +16,8 @@ from PIL import Image
 from rich.console import Console
 from starlette.testclient import TestClient
 
+from pointillist.base.jsonl import append_jsonl
 from pointillist.cli import cli
-from pointillist.config.run_paths import append_jsonl
 from pointillist.errors import ConfigError, MissingImageError, PointillistError
 from pointillist.images import ImageStore
 from pointillist.images.store import local_path

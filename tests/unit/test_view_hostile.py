@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 from starlette.testclient import TestClient
 
+from pointillist.base.jsonl import MAX_LINE_BYTES, read_jsonl
+from pointillist.base.logs import set_up_logging
 from pointillist.config import OrchestratorConfig, load_toml
-from pointillist.config.run_paths import MAX_LINE_BYTES, read_jsonl
 from pointillist.errors import ConfigError, PointillistError
 from pointillist.images.store import local_path
 from pointillist.launch.monitors.following import MetricsFollower, numbers, rows_of
-from pointillist.logs import set_up_logging
-from pointillist.view.references import run_hashes
+from pointillist.upkeep.references import run_hashes
 from pointillist.view.run import ViewedRun
 from pointillist.view.terminal import show_rollout
 from pointillist.view.transcript import write_transcript

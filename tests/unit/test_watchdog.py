@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from pointillist import heartbeat
-from pointillist.heartbeat import SERVERS, Beat, beating, enter, progress, read_beats
 from pointillist.launch.watchdog import Watchdog
+from pointillist.runs import heartbeat
+from pointillist.runs.heartbeat import SERVERS, Beat, beating, enter, progress, read_beats
 
 BASE = Beat(process="", rank=0, host="h", machine="m", namespace="n", pid=1, process_start="s", since="then")
 BATCH, WEIGHTS = "a batch of the orchestrator", "weights of the trainer"

@@ -14,17 +14,19 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from pointillist.base.digests import DIGESTS_FILE
+from pointillist.base.http_guard import HttpRefusal, RequestError
 from pointillist.config import InferenceConfig, ModelConfig
-from pointillist.config.run_paths import WEIGHTS_FILE
-from pointillist.digests import DIGESTS_FILE
 from pointillist.errors import InferenceError, PointillistError
-from pointillist.families import RawImageMaterializer
-from pointillist.http_guard import HttpRefusal
 from pointillist.inference.embedded.server import Server
-from pointillist.inference.protocol import MAX_WEIGHT_VERSION, RequestError, UpdateWeightsRequest, decode_body
-from pointillist.models import check_weights, load_model, read_weights, write_weights
-from pointillist.models import weights as module
-from pointillist.models.weights import open_weights, read_copy, this_machine
+from pointillist.inference.protocol import decode_body
+from pointillist.models import load_model
+from pointillist.pixels import RawImageMaterializer
+from pointillist.runs.paths import WEIGHTS_FILE
+from pointillist.weights import load as module
+from pointillist.weights.load import check_weights, open_weights, read_copy, read_weights, this_machine
+from pointillist.weights.publish import write_weights
+from pointillist.weights.wire import MAX_WEIGHT_VERSION, UpdateWeightsRequest
 
 Weights = dict[str, torch.Tensor]
 
@@ -111,7 +113,7 @@ def test_what_happens_to_the_file_afterwards_does_not_reach_the_reader(weights: 
         (tmp_path / WEIGHTS_FILE).write_bytes(b"")
         assert all(torch.equal(opened.tensor(name), weights[name]) for name in opened.shapes)
         # As a worker of the same machine maps it, in another process.
-        code = f"from pointillist.models.weights import *; print(sorted(read_copy('{opened.path}')), this_machine())"
+        code = f"from pointillist.weights.load import *; print(sorted(read_copy('{opened.path}')), this_machine())"
         said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         assert said.strip() == f"{sorted(opened.shapes)} {this_machine()}"
     with pytest.raises(InferenceError):

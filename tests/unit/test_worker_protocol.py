@@ -13,16 +13,16 @@ import zmq
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pointillist.channel import secure_client
+from pointillist.base.channel import secure_client
 from pointillist.config import EnvConfig, EnvWorkerConfig, OrchestratorConfig, WorkersConfig, load_toml
 from pointillist.config.shared import ModelConfig
+from pointillist.environments.executor import RolloutRequest, RolloutResult
+from pointillist.environments.workers import WorkerPool, protocol
+from pointillist.environments.workers.pool import _Worker
 from pointillist.errors import TransportError
 from pointillist.images import Sources
 from pointillist.render import RawRenderer
-from pointillist.rollouts import Branch, Completion, Sampling, Session
-from pointillist.rollouts.executor import RolloutRequest, RolloutResult
-from pointillist.rollouts.workers import WorkerPool, protocol
-from pointillist.rollouts.workers.pool import _Worker
+from pointillist.sessions import Branch, Completion, Sampling, Session
 from tests.conftest import picture
 
 

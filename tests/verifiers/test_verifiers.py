@@ -12,15 +12,16 @@ import pytest
 import verifiers.v1 as vf
 
 import pointillist_verifiers
-from pointillist.config import CARRIER, EnvConfig, RolloutsConfig
+from pointillist.base.jsonl import read_jsonl
+from pointillist.config import EnvConfig, RolloutsConfig
 from pointillist.config.orchestrator import ClientConfig
-from pointillist.config.run_paths import RunPaths, read_jsonl
-from pointillist.config.shared import ModelConfig
+from pointillist.config.shared import CARRIER, ModelConfig
+from pointillist.environments.executor import Executor, RolloutRequest
 from pointillist.errors import EnvironmentLoadError
 from pointillist.orchestrator.samples import make_sample
 from pointillist.render import RawRenderer
-from pointillist.rollouts import Sampling
-from pointillist.rollouts.executor import Executor, RolloutRequest
+from pointillist.runs.paths import RunPaths
+from pointillist.sessions import Sampling
 from tests.integration.conftest import pointillist
 from tests.integration.scripted import ScriptedPolicy, call
 

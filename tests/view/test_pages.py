@@ -7,7 +7,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 
-from pointillist.config.run_paths import RunPaths, read_jsonl
+from pointillist.base.jsonl import read_jsonl
+from pointillist.runs.paths import RunPaths
 from tests.integration.conftest import Digits, wait_for
 from tests.made_run import HOSTILE, LINK, MadeRun
 from tests.view.conftest import Viewer

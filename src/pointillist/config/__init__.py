@@ -1,15 +1,6 @@
-"""Floor 2: configuration. Validates everything that can be known before a process starts."""
+"""Configuration. Validates everything that can be known before a process starts."""
 
-from pointillist.config.assets import (
-    CARRIER,
-    LIMITS_CARRIER,
-    AssetServerConfig,
-    literal_dir,
-    own_image_dir,
-    resolve_image_dir,
-    writer_image_dir,
-    writer_limits,
-)
+from pointillist.config.assets import AssetServerConfig
 from pointillist.config.base import Config, load_toml, parse_cli, write_toml
 from pointillist.config.inference import InferenceConfig
 from pointillist.config.launch import SlurmConfig, SupervisionConfig
@@ -26,8 +17,9 @@ from pointillist.config.orchestrator import (
     WorkersConfig,
 )
 from pointillist.config.rl import RLConfig
-from pointillist.config.run_paths import RunPaths
 from pointillist.config.shared import (
+    CARRIER,
+    LIMITS_CARRIER,
     RUN_KEY,
     AssetsConfig,
     LimitsConfig,
@@ -57,7 +49,6 @@ __all__ = [
     "PolicyConfig",
     "RLConfig",
     "RolloutsConfig",
-    "RunPaths",
     "SamplingConfig",
     "SlurmConfig",
     "SupervisionConfig",
@@ -67,10 +58,7 @@ __all__ = [
     "WorkersConfig",
     "literal_dir",
     "load_toml",
-    "own_image_dir",
     "parse_cli",
-    "resolve_image_dir",
     "write_toml",
-    "writer_image_dir",
     "writer_limits",
 ]

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_config import BaseConfig, ConfigFileError, cli
 from pydantic_core import PydanticSerializationError
 
+from pointillist.base.files import write_atomically
 from pointillist.errors import ConfigError
-from pointillist.files import write_atomically
 
 
 class Config(BaseConfig):

@@ -10,13 +10,12 @@ from typing import Any, Final, Self
 
 from pydantic import Field, ValidationInfo, field_serializer, field_validator, model_validator
 
-from pointillist.config.assets import CARRIER
 from pointillist.config.base import Config, share
 from pointillist.config.inference import InferenceConfig
 from pointillist.config.launch import SlurmConfig, SupervisionConfig
 from pointillist.config.monitors import MonitorsConfig
 from pointillist.config.orchestrator import EnvConfig, OrchestratorConfig
-from pointillist.config.shared import LogLevel, ModelConfig, MultimodalConfig, ServerConfig, TransportConfig
+from pointillist.config.shared import CARRIER, LogLevel, ModelConfig, MultimodalConfig, ServerConfig, TransportConfig
 from pointillist.config.trainer import TrainerConfig
 
 NOT_RECORDED: Final = "<not recorded>"

@@ -5,11 +5,15 @@ from typing import Final, Literal, get_args
 
 from pydantic import Field, field_validator
 
+from pointillist.base.net import LOOPBACK
 from pointillist.config.base import Config
 from pointillist.images.decode import ImageLimits
 from pointillist.images.sniff import ImageFormat
-from pointillist.system import LOOPBACK
 
+CARRIER: Final = "VF_RENDERER_IMAGE_OFFLOAD_DIR"
+"""Environment variable with the image folder, which the launcher sets for the processes that write images."""
+LIMITS_CARRIER: Final = "POINTILLIST_IMAGE_LIMITS"
+"""Environment variable with `multimodal.limits` as JSON, for the same processes."""
 RUN_KEY: Final = "POINTILLIST_RUN_KEY"
 """Environment variable with the word that the processes of one run know each other by; the launcher makes it up."""
 

@@ -27,9 +27,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from pointillist.environments import Task
 from pointillist.environments.tasks import made, read_lines
 from pointillist.errors import EnvironmentLoadError
-from pointillist.rollouts import Session, Task
+from pointillist.sessions import Session
 
 MARK: Final = "<image>"
 _URL: Final = re.compile(r"data:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)

@@ -7,8 +7,9 @@ files by `examples/digits/prepare.py`: a folder with `train.jsonl`, `heldout.jso
 from collections.abc import Sequence
 from pathlib import Path
 
+from pointillist.environments import Task
 from pointillist.environments.tasks import read_tasks
-from pointillist.rollouts import Session, Task
+from pointillist.sessions import Session
 
 QUESTION = "What digit?"
 _HINT = "run examples/digits/prepare.py"

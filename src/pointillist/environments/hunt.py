@@ -14,9 +14,10 @@ from typing import Any, Final
 
 from PIL import Image
 
+from pointillist.environments import Task
 from pointillist.environments.tasks import read_tasks
 from pointillist.images.decode import STORED_LIMITS, decode_rgb, to_pillow
-from pointillist.rollouts import Session, Task
+from pointillist.sessions import Session
 
 QUESTION = "Find it and name it."
 _DIRECTIONS: Final[Mapping[str, tuple[int, int]]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pointillist.environments import Task
 from pointillist.errors import EnvironmentLoadError, ImageError
 from pointillist.images.decode import STORED_LIMITS, decode_rgb
-from pointillist.rollouts import Task
 
 T = TypeVar("T")
 

@@ -33,7 +33,7 @@ class ImageLayout:
 
 
 @dataclass(frozen=True, slots=True)
-class ForwardPolicy:
+class ForwardArgs:
     """What a model's `forward` wants beside the tensors."""
 
     pass_position_ids_with_mm: bool
@@ -62,7 +62,7 @@ class Family(Protocol):
     """The `family` of descriptors and references."""
     model_types: ClassVar[frozenset[str]]
     """`model_type` values of `config.json` that this adapter serves."""
-    forward_policy: ClassVar[ForwardPolicy]
+    forward_args: ClassVar[ForwardArgs]
     vision_modules: ClassVar[tuple[str, ...]]
     """Vision tower and projector: their names in the Hugging Face model's `model`. All else is the language model."""
 

@@ -14,14 +14,9 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from pointillist.errors import ConfigError, LayoutError
-from pointillist.families.base import (
-    Expansion,
-    ForwardPolicy,
-    ImageLayout,
-    check_placeholder_count,
-)
+from pointillist.families.arrays import pil_normalization_levels, planes_by_pillow
+from pointillist.families.base import Expansion, ForwardArgs, ImageLayout, check_placeholder_count
 from pointillist.families.model_files import ModelFiles, refuse_other_steps, token_id
-from pointillist.families.pixels import pil_normalization_levels, planes_by_pillow
 from pointillist.images.decode import PIXEL_RULES
 from pointillist.refs.descriptor import fingerprint_of
 
@@ -41,7 +36,7 @@ class Gemma3Family:
 
     name: ClassVar[str] = "gemma3"
     model_types: ClassVar[frozenset[str]] = frozenset({"gemma3"})
-    forward_policy: ClassVar[ForwardPolicy] = ForwardPolicy(
+    forward_args: ClassVar[ForwardArgs] = ForwardArgs(
         pass_position_ids_with_mm=True,
         requires_mm_token_type_ids=True,
         token_types_argument="token_type_ids",  # noqa: S106 - no password

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pointillist.errors import ConfigError, LayoutError
-from pointillist.families.base import Expansion, ForwardPolicy, ImageLayout, expand_one_placeholder, one_row_of_blocks
+from pointillist.families.arrays import grids_of
+from pointillist.families.base import Expansion, ForwardArgs, ImageLayout, expand_one_placeholder, one_row_of_blocks
 from pointillist.families.model_files import VISION_TOKENS, ModelFiles, refuse_other_steps, token_id
-from pointillist.families.pixels import grids_of
 from pointillist.images.decode import PIXEL_RULES
 from pointillist.refs.descriptor import fingerprint_of
 
@@ -39,9 +39,7 @@ class KimiK25Family:
     name: ClassVar[str] = "kimi_k25"
     model_types: ClassVar[frozenset[str]] = frozenset({"kimi_k25"})
     # Plain positions; images are found by their token id.
-    forward_policy: ClassVar[ForwardPolicy] = ForwardPolicy(
-        pass_position_ids_with_mm=True, requires_mm_token_type_ids=False
-    )
+    forward_args: ClassVar[ForwardArgs] = ForwardArgs(pass_position_ids_with_mm=True, requires_mm_token_type_ids=False)
     vision_modules: ClassVar[tuple[str, ...]] = ("vision_tower", "mm_projector")
 
     def __init__(self, files: ModelFiles) -> None:

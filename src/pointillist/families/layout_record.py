@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pointillist.base.files import write_atomically
 from pointillist.errors import StorageError
 from pointillist.families.base import Family
-from pointillist.files import write_atomically
 from pointillist.images.inventory import LAYOUTS_FOLDER
 from pointillist.refs.descriptor import canonical_json, fingerprint_of
 

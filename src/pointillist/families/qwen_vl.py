@@ -14,15 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pointillist.errors import LayoutError
-from pointillist.families.base import (
-    Expansion,
-    ForwardPolicy,
-    ImageLayout,
-    expand_one_placeholder,
-    one_row_of_blocks,
-)
+from pointillist.families.arrays import grids_of, pil_normalization_levels, planes_by_pillow
+from pointillist.families.base import Expansion, ForwardArgs, ImageLayout, expand_one_placeholder, one_row_of_blocks
 from pointillist.families.model_files import VISION_TOKENS, ModelFiles, refuse_other_steps, token_id
-from pointillist.families.pixels import grids_of, pil_normalization_levels, planes_by_pillow
 from pointillist.images.decode import PIXEL_RULES
 from pointillist.refs.descriptor import fingerprint_of
 
@@ -56,9 +50,7 @@ class QwenVLFamily:
     name: ClassVar[str] = "qwen_vl"
     model_types: ClassVar[frozenset[str]] = frozenset(_RENDERERS)
     # Qwen builds its own three-dimensional positions (MRoPE) and finds the images by their token types.
-    forward_policy: ClassVar[ForwardPolicy] = ForwardPolicy(
-        pass_position_ids_with_mm=False, requires_mm_token_type_ids=True
-    )
+    forward_args: ClassVar[ForwardArgs] = ForwardArgs(pass_position_ids_with_mm=False, requires_mm_token_type_ids=True)
     vision_modules: ClassVar[tuple[str, ...]] = ("visual",)
 
     def __init__(self, files: ModelFiles) -> None:

@@ -1,4 +1,4 @@
-"""Floor 1, bytes: the content-addressed store, the hardened decoder, and message parts turned into stored files."""
+"""Bytes: the content-addressed store, the hardened decoder, and message parts turned into stored files."""
 
 from pointillist.images.decode import ImageHeader, ImageLimits, decode_rgb, read_header
 from pointillist.images.sources import Sources, normalize_images

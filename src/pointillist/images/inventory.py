@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from pointillist.base.files import write_atomically
 from pointillist.errors import ImageError, PointillistError
-from pointillist.files import write_atomically
 from pointillist.images.decode import ImageLimits, decode_rgb
 from pointillist.images.sniff import format_of
 from pointillist.images.store import STORED_NAME, TEMPORARY_SUFFIX

@@ -20,8 +20,8 @@ from typing import Any, Final
 import httpcore
 import httpx
 
+from pointillist.base.deadline import Deadline, DeadlineStream
 from pointillist.errors import SourceError
-from pointillist.images.deadline import Deadline, DeadlineStream
 
 _MAX_REDIRECTS: Final = 3
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import BinaryIO, Final
 from urllib.parse import quote, unquote_to_bytes
 
+from pointillist.base.files import flush_folder
 from pointillist.errors import ConfigError, MissingImageError, RefError, StorageError
-from pointillist.files import flush_folder
 from pointillist.images.decode import ImageHeader, ImageLimits, decode_rgb, read_header
 from pointillist.images.sniff import ALL_FORMATS
 

@@ -1,1 +1,1 @@
-"""Floor 4: the inference server. Its wire is vLLM's token-in, token-out protocol with images as `mmraw:` references."""
+"""The inference server. Its wire is vLLM's token-in, token-out protocol with images as `mmraw:` references."""

@@ -5,8 +5,8 @@ from typing import Final
 
 from starlette.requests import Request
 
+from pointillist.base.http_guard import HttpLimits, HttpRefusal, check_address, check_bearer, check_json
 from pointillist.config import RUN_KEY
-from pointillist.http_guard import HttpLimits, HttpRefusal, check_address, check_bearer, check_json
 from pointillist.inference.prompt import longest_body
 
 ADMIN_PATHS: Final = ("/update_weights", "/pause", "/resume")

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from pointillist.base.http_guard import RequestError
 from pointillist.errors import MissingImageError, PointillistError, RefError
-from pointillist.inference.protocol import PromptFields, RequestError
+from pointillist.inference.protocol import PromptFields
 from pointillist.refs.mm_refs import IMAGE, MMImageRef, check_spans, mm_token_type_ids
 from pointillist.refs.wire import ImageRef, decode_ref
 

@@ -2,7 +2,7 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from pointillist.families.image_cache import ImageCache
+from pointillist.pixels.cache import ImageCache
 
 
 class ImageMetrics:

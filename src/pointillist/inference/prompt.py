@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from pointillist.base.http_guard import RequestError
 from pointillist.errors import MissingImageError, PointillistError
-from pointillist.families import ImageLayout, RawImageMaterializer
+from pointillist.families import ImageLayout
 from pointillist.inference.features import invalid, refs_of, request_error
-from pointillist.inference.protocol import ContentPart, PlaceholderRange, PromptFields, RequestError
+from pointillist.inference.protocol import ContentPart, PlaceholderRange, PromptFields
+from pointillist.pixels import RawImageMaterializer
 from pointillist.refs.wire import MAX_CHARACTERS, ImageRef
 
 _TOKEN_BYTES: Final = 24

@@ -11,11 +11,9 @@ from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
+from pointillist.base.http_guard import RequestError
 from pointillist.config.sampling import BOUNDS, MAX_SEQUENCE, MAX_STOP_TOKEN_IDS, check_sampling_number
-from pointillist.http_guard import HttpRefusal
 
-MAX_WEIGHT_VERSION: Final = 2**53 - 1
-"""The largest integer that JSON and the metrics hold exactly."""
 _MAX_PATH: Final = 4096
 
 RequestId = Annotated[str, Meta(pattern=r"^[!-~]{1,256}\Z")]
@@ -228,26 +226,6 @@ class GenerateResponse(Struct):
     usage: Usage
     prompt_token_ids: list[int] | None = None
     mm_placeholders: Placeholders | None = None
-
-
-class UpdateWeightsRequest(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """Which weights to load."""
-
-    weight_dir: _Name
-    """Folder below the run's `broadcasts`, with a `model.safetensors`."""
-    weight_version: Annotated[int, Meta(ge=0, le=MAX_WEIGHT_VERSION)]
-    rewind: bool = False
-    """Whether an older version than the one that serves is meant: a run goes on after a checkpoint. Otherwise an older
-    one is refused, since it is a late message."""
-
-
-class RequestError(HttpRefusal):
-    """A request that is answered by an error."""
-
-    def __init__(
-        self, message: str, *, type: str = "BadRequestError", param: str | None = None, code: int = 400
-    ) -> None:
-        super().__init__(code, message, type, param)
 
 
 BodyT = TypeVar("BodyT", bound=Struct)

@@ -1,1 +1,1 @@
-"""Floor 5: starting a run, watching it, and saying what came of it."""
+"""Starting a run, watching it, and saying what came of it."""

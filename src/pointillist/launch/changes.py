@@ -12,13 +12,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from pointillist.config import RLConfig, RunPaths, resolve_image_dir
+from pointillist.base.files import write_atomically
+from pointillist.config import RLConfig
 from pointillist.config.base import dump_toml
-from pointillist.config.run_paths import number_of
 from pointillist.errors import ConfigError, LaunchError
 from pointillist.families import load_family
-from pointillist.files import write_atomically
 from pointillist.images.inventory import add_user
+from pointillist.runs.image_dir import resolve_image_dir
+from pointillist.runs.paths import RunPaths, number_of
 
 # Keys that decide where and how fast a run runs, what is shown of it, and what happens when something dies.
 _FREE: Final = (

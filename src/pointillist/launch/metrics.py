@@ -26,13 +26,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pointillist.config import RunPaths
-from pointillist.config.run_paths import is_number, read_jsonl
+from pointillist.base.http_guard import Guard, HttpLimits, check_address, check_bearer, uvicorn_config
+from pointillist.base.jsonl import is_number, read_jsonl
+from pointillist.base.net import api_key, http_url
 from pointillist.config.shared import ServerConfig
-from pointillist.http_guard import Guard, HttpLimits, check_address, check_bearer, uvicorn_config
 from pointillist.launch.supervisor import Supervisor
-from pointillist.rollouts.client import api_key
-from pointillist.system import http_url
+from pointillist.runs.paths import RunPaths
 
 _ANSWER_SECONDS: Final = 2.0
 _STARTUP_SECONDS: Final = 10.0

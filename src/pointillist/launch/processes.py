@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from pointillist.files import open_private
-from pointillist.system import die_with_parent
+from pointillist.base.files import open_private
+from pointillist.base.system import die_with_parent
 
 _GRACE_SECONDS: Final = 5.0
 _TAIL_BYTES: Final = 256 * 1024

@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from pointillist.config.run_paths import RunPaths, read_jsonl
-from pointillist.logs import plain
+from pointillist.base.jsonl import read_jsonl
+from pointillist.base.logs import plain
+from pointillist.runs.paths import RunPaths
 
 _PLAIN_SECONDS: Final = 10.0
 _REFRESH_SECONDS: Final = 0.5

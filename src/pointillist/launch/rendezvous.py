@@ -7,9 +7,9 @@ from typing import Final
 
 import msgspec
 
+from pointillist.base.files import write_atomically
 from pointillist.errors import LaunchError
-from pointillist.files import write_atomically
-from pointillist.launch.layout import Node
+from pointillist.launch.placement import Node
 
 _POLL_SECONDS: Final = 0.2
 

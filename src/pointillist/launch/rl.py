@@ -17,12 +17,16 @@ from typing import Final
 
 from rich.console import Console
 
-from pointillist.config import CARRIER, RUN_KEY, RLConfig, RunPaths, resolve_image_dir
+from pointillist.base.logs import plain
+from pointillist.config import RUN_KEY, RLConfig
 from pointillist.config.rl import NOT_RECORDED
+from pointillist.config.shared import CARRIER
 from pointillist.errors import ConfigError, LaunchError, PointillistError
 from pointillist.families import load_family, resolve_model_dir
 from pointillist.launch.changes import record_start, refuse_changes
-from pointillist.launch.layout import (
+from pointillist.launch.metrics import MetricsEndpoint
+from pointillist.launch.monitors import Watching, check_monitors
+from pointillist.launch.placement import (
     Layout,
     Node,
     check_keys,
@@ -32,16 +36,15 @@ from pointillist.launch.layout import (
     specs,
     write_configs,
 )
-from pointillist.launch.metrics import MetricsEndpoint
-from pointillist.launch.monitors import Watching, check_monitors
 from pointillist.launch.processes import Child
 from pointillist.launch.progress import Progress
 from pointillist.launch.run_dir import check_fresh, make_fresh, resume_step, rewind, wait_for_survivors
 from pointillist.launch.summary import summarize
 from pointillist.launch.supervisor import Supervisor
-from pointillist.logs import plain
 from pointillist.render import FolderTokenizer
-from pointillist.run_lock import Job, RunLock, refuse_if_held
+from pointillist.runs.image_dir import resolve_image_dir
+from pointillist.runs.lock import Job, RunLock, refuse_if_held
+from pointillist.runs.paths import RunPaths
 
 _LOG_LINES: Final = 15
 _WORK: Final = ("trainer", "orchestrator")

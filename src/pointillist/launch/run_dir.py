@@ -9,22 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pointillist.config import own_image_dir
-from pointillist.config.run_paths import (
-    RunPaths,
-    evals_in,
-    latest_checkpoint,
-    read_jsonl,
-    remove,
-    remove_steps_after,
-    steps_in,
-)
+from pointillist.base.files import write_atomically
+from pointillist.base.jsonl import read_jsonl
+from pointillist.base.system import is_process, kill_process
 from pointillist.errors import LaunchError
-from pointillist.files import write_atomically
-from pointillist.heartbeat import read_beats
 from pointillist.images.inventory import collect_garbage
-from pointillist.run_lock import LOCK_FILE
-from pointillist.system import is_process, kill_process
+from pointillist.runs.heartbeat import read_beats
+from pointillist.runs.image_dir import own_image_dir
+from pointillist.runs.lock import LOCK_FILE
+from pointillist.runs.paths import RunPaths, evals_in, latest_checkpoint, remove, remove_steps_after, steps_in
 
 METRIC_FILES = ("trainer.jsonl", "orchestrator.jsonl", "eval.jsonl")
 

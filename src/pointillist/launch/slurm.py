@@ -21,12 +21,12 @@ from typing import Final
 import jinja2
 from rich.console import Console
 
-from pointillist.config import RLConfig, RunPaths, SlurmConfig, write_toml
+from pointillist.base.files import write_atomically
+from pointillist.config import RLConfig, SlurmConfig, write_toml
 from pointillist.errors import LaunchError
-from pointillist.files import write_atomically
 from pointillist.launch.changes import record_start, refuse_changes
-from pointillist.launch.layout import Layout, Node, address_towards, choose_ports, settle, specs, write_configs
 from pointillist.launch.monitors import Watching
+from pointillist.launch.placement import Layout, Node, address_towards, choose_ports, settle, specs, write_configs
 from pointillist.launch.rendezvous import Rendezvous
 from pointillist.launch.rl import (
     Interrupted,
@@ -44,7 +44,8 @@ from pointillist.launch.rl import (
 from pointillist.launch.run_dir import make_fresh, resume_step
 from pointillist.launch.summary import summarize
 from pointillist.launch.supervisor import Supervisor
-from pointillist.run_lock import Job, RunLock, refuse_if_held
+from pointillist.runs.lock import Job, RunLock, refuse_if_held
+from pointillist.runs.paths import RunPaths
 
 _TEMPLATE: Final = Path(__file__).parent / "templates" / "rl.sbatch.j2"
 _SCRIPT: Final = "rl.sbatch"

@@ -9,9 +9,10 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
-from pointillist.config import RLConfig, RunPaths
-from pointillist.config.run_paths import read_jsonl
-from pointillist.files import write_atomically
+from pointillist.base.files import write_atomically
+from pointillist.base.jsonl import read_jsonl
+from pointillist.config import RLConfig
+from pointillist.runs.paths import RunPaths
 from pointillist.view.curve import draw_curve
 
 _NO_KINDS: Final = ("dropped", "by_policy", "retried")

@@ -19,11 +19,11 @@ from typing import Final
 
 import httpx
 
+from pointillist.base.system import kill_process
 from pointillist.config import SupervisionConfig
-from pointillist.heartbeat import PROCESS_VAR, Beat, forget, read_beats
 from pointillist.launch.processes import Child, signal_group, start, stop_all
 from pointillist.launch.watchdog import Watchdog
-from pointillist.system import kill_process
+from pointillist.runs.heartbeat import PROCESS_VAR, Beat, forget, read_beats
 
 _POLL_SECONDS: Final = 0.1
 _LONGEST_BACKOFF_SECONDS: Final = 60.0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from pointillist.heartbeat import SERVERS, Beat, read_beats
+from pointillist.runs.heartbeat import SERVERS, Beat, read_beats
 
 _LOOK_SECONDS: Final = 1.0
 

@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 
-from pointillist.families import ForwardPolicy
+from pointillist.families import ForwardArgs
 
 
 def sample_positions(
     model: Any,
-    policy: ForwardPolicy,
+    policy: ForwardArgs,
     token_ids: torch.Tensor,
     mm_token_type_ids: torch.Tensor,
     image_grid_thw: torch.Tensor | None,

@@ -22,27 +22,28 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from pointillist.config import OrchestratorConfig, RunPaths
-from pointillist.config.run_paths import ORCHESTRATOR_STATE, append_jsonl, read_jsonl
+from pointillist.base.jsonl import append_jsonl, read_jsonl
+from pointillist.base.pools import SENDING
+from pointillist.base.system import resident_mb
+from pointillist.config import OrchestratorConfig
+from pointillist.environments.executor import Executor, RolloutHost, RolloutResult
+from pointillist.environments.failures import failure_of
+from pointillist.environments.workers import WorkerPool
 from pointillist.errors import InferenceError, PointillistError, RefError, TransportError
 from pointillist.families import load_family, resolve_model_dir
-from pointillist.heartbeat import SERVERS, beating, enter
 from pointillist.orchestrator.advantages import group_advantages
 from pointillist.orchestrator.packing import OverlongMultimodalSample, pack
 from pointillist.orchestrator.records import Outcome, RolloutRecorder, write_records
 from pointillist.orchestrator.runner import RolloutRunner
 from pointillist.orchestrator.samples import make_sample, with_advantage
 from pointillist.orchestrator.tasks import TaskOrder
-from pointillist.orchestrator.weights import WeightWatcher
-from pointillist.pools import SENDING
 from pointillist.render import FolderTokenizer
-from pointillist.rollouts import InferenceClient
-from pointillist.rollouts.executor import Executor, RolloutHost, RolloutResult
-from pointillist.rollouts.failures import failure_of
-from pointillist.rollouts.workers import WorkerPool
-from pointillist.system import resident_mb
+from pointillist.runs.heartbeat import SERVERS, beating, enter
+from pointillist.runs.paths import ORCHESTRATOR_STATE, RunPaths
+from pointillist.sessions import InferenceClient
 from pointillist.transport import RankBatch, Sender, TrainingSample, make_sender
 from pointillist.transport.types import encoded_image_bytes
+from pointillist.weights.follow import WeightWatcher
 
 logger = logging.getLogger(__name__)
 

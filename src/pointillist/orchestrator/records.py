@@ -19,11 +19,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-from pointillist.files import write_atomically
+from pointillist.base.files import write_atomically
+from pointillist.environments.executor import RolloutResult
+from pointillist.environments.failures import RolloutFailure, failure_of
 from pointillist.render import FolderTokenizer
-from pointillist.rollouts import Branch
-from pointillist.rollouts.executor import RolloutResult
-from pointillist.rollouts.failures import RolloutFailure, failure_of
+from pointillist.sessions import Branch
 
 Outcome = Literal["sent", "zero_variance", "alone", "failed", "evaluated"]
 """`sent` to the trainer (but for branches that were too long); in a group of `zero_variance`; `alone`, since all others

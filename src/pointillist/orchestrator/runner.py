@@ -12,11 +12,11 @@ from typing import Final
 import msgspec
 
 from pointillist.config import OrchestratorConfig
-from pointillist.heartbeat import progress
-from pointillist.rollouts import Sampling
-from pointillist.rollouts.executor import RolloutHost, RolloutRequest, RolloutResult
-from pointillist.rollouts.failures import RolloutFailure
-from pointillist.rollouts.policy import sampling_of
+from pointillist.environments.executor import RolloutHost, RolloutRequest, RolloutResult
+from pointillist.environments.failures import RolloutFailure
+from pointillist.runs.heartbeat import progress
+from pointillist.sessions import Sampling
+from pointillist.sessions.factory import sampling_of
 
 logger = logging.getLogger(__name__)
 

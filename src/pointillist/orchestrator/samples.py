@@ -6,7 +6,7 @@ import msgspec
 
 from pointillist.errors import TransportError
 from pointillist.refs.mm_refs import build_mm_refs, mm_token_type_ids
-from pointillist.rollouts import Branch
+from pointillist.sessions import Branch
 from pointillist.transport.types import TrainingSample, check_sample
 
 

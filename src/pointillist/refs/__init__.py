@@ -1,4 +1,4 @@
-"""Floor 1, the contract: raw descriptors, `mmraw:` references on the inference wire, `MMRefs` in training samples."""
+"""The contract: raw descriptors, `mmraw:` references on the inference wire, `MMRefs` in training samples."""
 
 from pointillist.refs.descriptor import RawImageDescriptor, fingerprint_of, parse_descriptor
 from pointillist.refs.mm_refs import MMImageRef, MMRefs, build_mm_refs, mm_token_type_ids

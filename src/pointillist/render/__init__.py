@@ -1,4 +1,4 @@
-"""Floor 3: conversations to tokens, without an image processor."""
+"""Conversations to tokens, without an image processor."""
 
 from pointillist.render.raw import PromptImage, RawRenderer, RenderedPrompt
 from pointillist.render.tokenizer import FolderTokenizer

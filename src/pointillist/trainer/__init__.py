@@ -1,1 +1,1 @@
-"""Floor 4: the trainer. References become tensors in its data loader; the same function made the server's."""
+"""The trainer. References become tensors in its data loader; the same function made the server's."""

@@ -17,9 +17,9 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from pointillist.config.run_paths import ORCHESTRATOR_STATE, RunPaths, remove, steps_in
-from pointillist.digests import fault_in, move_sealed, seal_folder
+from pointillist.base.digests import fault_in, move_sealed, seal_folder
 from pointillist.errors import TrainingError
+from pointillist.runs.paths import ORCHESTRATOR_STATE, RunPaths, remove, steps_in
 from pointillist.trainer.parallel import Ranks
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pointillist.errors import TrainingError
-from pointillist.trainer.data import ImageCounts, ImageFault, RowLoader, RowTensors
+from pointillist.trainer.rows import ImageCounts, ImageFault, RowLoader, RowTensors
 from pointillist.transport import RankBatch, Receiver
 
 

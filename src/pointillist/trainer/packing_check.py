@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from pointillist.errors import TrainingError
-from pointillist.models import LoadedModel, as_tensors
+from pointillist.models import LoadedModel
+from pointillist.pixels.on_device import as_tensors
 from pointillist.refs import MMImageRef, MMRefs, mm_token_type_ids
-from pointillist.trainer.data import RowTensors, assemble_row
-from pointillist.trainer.policy import Policy
+from pointillist.trainer.policy_model import PolicyModel
+from pointillist.trainer.rows import RowTensors, assemble_row
 from pointillist.transport import MicroBatch
 
 _IMAGE_SIDE = 96
@@ -41,7 +42,7 @@ class PackingProof:
 
 
 @torch.no_grad()
-def check_packing(policy: Policy, loaded: LoadedModel) -> PackingProof:
+def check_packing(policy: PolicyModel, loaded: LoadedModel) -> PackingProof:
     """Packs two samples, and pads them, and compares with each alone.
 
     Raises:

@@ -20,24 +20,27 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from pointillist.config import RunPaths, TrainerConfig
-from pointillist.config.run_paths import append_jsonl, remove, steps_in
+from pointillist.base.jsonl import append_jsonl
+from pointillist.base.system import die_with_parent, resident_mb
+from pointillist.config import TrainerConfig
 from pointillist.config.trainer import SchedulerConfig
 from pointillist.errors import TrainingError
-from pointillist.families import RawImageMaterializer, resolve_model_dir
-from pointillist.heartbeat import beating, enter, progress
-from pointillist.models import LoadedModel, check_finite, load_model, pick_device, write_weights
-from pointillist.system import die_with_parent, resident_mb
+from pointillist.families import resolve_model_dir
+from pointillist.models import LoadedModel, load_model, pick_device
+from pointillist.pixels import RawImageMaterializer
+from pointillist.runs.heartbeat import beating, enter, progress
+from pointillist.runs.paths import RunPaths, remove, steps_in
 from pointillist.trainer.checkpoint import Checkpoints
-from pointillist.trainer.data import ImageCounts, ImageFault, RowLoader, RowTensors
 from pointillist.trainer.feed import RowFeed
 from pointillist.trainer.loss import LossTerms, policy_gradient_loss
 from pointillist.trainer.options import merge_lora, prepare_model
 from pointillist.trainer.packing_check import check_packing
 from pointillist.trainer.parallel import Ranks
-from pointillist.trainer.policy import Policy, TokenStats
+from pointillist.trainer.policy_model import PolicyModel, TokenStats
+from pointillist.trainer.rows import ImageCounts, ImageFault, RowLoader, RowTensors
 from pointillist.trainer.stopping import STOPPED, Stop
 from pointillist.transport import RankBatch, make_receiver
+from pointillist.weights.publish import check_finite, write_weights
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +88,7 @@ class Trainer:
         loaded = load_model(config.model.name, device=config.device, dtype="float32")
         prepare_model(loaded, config)
         self.loaded: LoadedModel = loaded
-        self.policy = Policy(loaded)
+        self.policy = PolicyModel(loaded)
         self.activations = getattr(torch, config.dtype)
         self.ranks.shard(self.policy, self.activations)
         self.reference = self._frozen_copy() if config.loss.kl_coef > 0 else None
@@ -353,10 +356,10 @@ class Trainer:
             step, metrics["loss"], metrics["entropy"], metrics["mismatch/mean_abs"], grad_norm, metrics["time/step"],
         )  # fmt: skip
 
-    def _frozen_copy(self) -> Policy:
+    def _frozen_copy(self) -> PolicyModel:
         """The initial model, for the KL term; sharded and computed as the policy is."""
         loaded = load_model(self.config.model.name, device=self.config.device, dtype="float32")
-        reference = Policy(loaded)
+        reference = PolicyModel(loaded)
         reference.requires_grad_(False)
         self.ranks.shard(reference, self.activations)
         return reference

@@ -2,7 +2,8 @@
 
 from typing import Protocol
 
-from pointillist.config import RunPaths, TransportConfig
+from pointillist.config import TransportConfig
+from pointillist.runs.paths import RunPaths
 from pointillist.transport.filesystem import FilesystemReceiver, FilesystemSender
 from pointillist.transport.types import RankBatch
 from pointillist.transport.zmq import ZmqReceiver, ZmqSender

@@ -4,9 +4,9 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
-from pointillist.config.run_paths import RunPaths, steps_in
+from pointillist.base.files import write_atomically
 from pointillist.errors import TransportError
-from pointillist.files import write_atomically
+from pointillist.runs.paths import RunPaths, steps_in
 from pointillist.transport.types import RankBatch, decode_rank_batch, encode_rank_batch
 
 _SHORTEST_POLL_SECONDS: Final = 0.01

@@ -4,8 +4,8 @@ A rank says `Want` with the step it is to train, and `Done` when it needs nothin
 kept until all ranks are done with them, so a rank that restarts asks again and loses nothing; at most `max_pending`
 steps are kept, so a sender that is ahead waits. The answer to a `Want` is a batch, or a refusal with its reason.
 
-Only processes that know the run's key can connect (`pointillist.channel`). The orchestrator's end answers in a thread;
-should that thread fail, `send` raises its error, so the run ends with the reason.
+Only processes that know the run's key can connect (`pointillist.base.channel`). The orchestrator's end answers in a
+thread; should that thread fail, `send` raises its error, so the run ends with the reason.
 """
 
 import logging
@@ -17,7 +17,7 @@ from typing import Final
 import msgspec
 import zmq
 
-from pointillist.channel import decode, key_from_environment, one_frame, secure_client, secure_listener
+from pointillist.base.channel import decode, key_from_environment, one_frame, secure_client, secure_listener
 from pointillist.config import RUN_KEY
 from pointillist.errors import TransportError
 from pointillist.transport.types import RankBatch, decode_rank_batch, encode_rank_batch

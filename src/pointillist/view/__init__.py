@@ -1,1 +1,1 @@
-"""Floor 5: looking at a run."""
+"""Looking at a run."""

@@ -23,13 +23,14 @@ from typing import Any, Final
 
 import msgspec
 
-from pointillist.config.run_paths import RunPaths, complete_lines
+from pointillist.base.files import open_regular
+from pointillist.base.jsonl import complete_lines
 from pointillist.errors import ConfigError, MissingImageError, RefError
-from pointillist.files import open_regular
 from pointillist.images.decode import STORED_LIMITS
 from pointillist.images.inventory import list_store
 from pointillist.images.store import read_stored
-from pointillist.view.references import file_of, rollout_files
+from pointillist.runs.paths import RunPaths
+from pointillist.upkeep.references import file_of, rollout_files
 from pointillist.view.rollout import RolloutRecord
 
 logger = logging.getLogger(__name__)

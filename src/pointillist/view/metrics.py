@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pointillist.config.run_paths import complete_lines, is_number
-from pointillist.files import open_regular
+from pointillist.base.files import open_regular
+from pointillist.base.jsonl import complete_lines, is_number
 
 
 @dataclass(slots=True)

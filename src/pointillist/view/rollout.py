@@ -10,8 +10,8 @@ from typing import Annotated, Any, Final
 
 import msgspec
 
-from pointillist.config.run_paths import number_of
-from pointillist.view.references import name_in_store
+from pointillist.runs.paths import number_of
+from pointillist.upkeep.references import name_in_store
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 """What a script of a page and SQLite hold as a whole number."""

@@ -8,13 +8,14 @@ from typing import Any, Final
 
 import msgspec
 
-from pointillist.config.run_paths import RunPaths, complete_lines
+from pointillist.base.files import open_regular
+from pointillist.base.jsonl import complete_lines
 from pointillist.errors import ConfigError, MissingImageError, PointillistError
-from pointillist.files import open_regular
 from pointillist.images.store import STORED_NAME
+from pointillist.runs.paths import RunPaths
+from pointillist.upkeep.references import image_dir_of
 from pointillist.view.index import RunIndex, is_intact
 from pointillist.view.metrics import Column, MetricsFile
-from pointillist.view.references import image_dir_of
 from pointillist.view.rollout import Fault
 
 COMPONENTS: Final = ("orchestrator", "trainer", "eval")

@@ -11,10 +11,10 @@ from pathlib import Path
 import click
 import uvicorn
 
+from pointillist.base.http_guard import uvicorn_config
+from pointillist.base.logs import plain
+from pointillist.base.net import LOOPBACK, http_url
 from pointillist.errors import ConfigError
-from pointillist.http_guard import uvicorn_config
-from pointillist.logs import plain
-from pointillist.system import LOOPBACK, http_url
 from pointillist.view.index import cache_dir
 from pointillist.view.run import ViewedRun
 from pointillist.view.web.access import LIMITS_OF_REQUESTS

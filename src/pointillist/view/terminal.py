@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pointillist.base.logs import plain
 from pointillist.errors import ImageError, MissingImageError, PointillistError, RefError
 from pointillist.images.store import read_stored
-from pointillist.logs import plain
 from pointillist.view.index import cache_dir
 from pointillist.view.queries import best_of_last_step
 from pointillist.view.rollout import Message, Picture, Piece, RolloutRecord, conversation, fate_of

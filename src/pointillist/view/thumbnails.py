@@ -14,8 +14,8 @@ from typing import Final
 
 from PIL import Image
 
+from pointillist.base.files import write_atomically
 from pointillist.errors import RefError
-from pointillist.files import write_atomically
 from pointillist.images.decode import STORED_LIMITS, decode_rgb, to_pillow
 from pointillist.images.store import read_stored
 

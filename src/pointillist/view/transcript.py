@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from pointillist.config import RunPaths
-from pointillist.config.run_paths import read_jsonl
+from pointillist.base.jsonl import read_jsonl
+from pointillist.base.logs import plain
 from pointillist.errors import PointillistError
 from pointillist.images.decode import STORED_LIMITS
 from pointillist.images.store import read_verified, stored_name
-from pointillist.logs import plain
-from pointillist.view.references import file_of, image_dir_of
+from pointillist.runs.paths import RunPaths
+from pointillist.upkeep.references import file_of, image_dir_of
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 

@@ -13,7 +13,8 @@ import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from pointillist.models import LoadedModel, PixelNormalizer, sample_positions
+from pointillist.models import LoadedModel, sample_positions
+from pointillist.pixels.on_device import PixelNormalizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ def prefill(loaded: LoadedModel, normalize: PixelNormalizer, prompts: Sequence[P
     """
     longest = max(len(prompt.token_ids) for prompt in prompts)
     ids, types, masks, positions = [], [], [], []
-    policy = loaded.family.forward_policy
+    policy = loaded.family.forward_args
     for prompt in prompts:
         left = longest - len(prompt.token_ids)
         rows = sample_positions(
@@ -137,7 +138,7 @@ def decode(loaded: LoadedModel, batch: RunningBatch, token_ids: torch.Tensor) ->
     """
     mask = pad(batch.mask, (0, 1), value=True)
     positions = batch.next_position[:, None]
-    three_rows = not loaded.family.forward_policy.pass_position_ids_with_mm
+    three_rows = not loaded.family.forward_args.pass_position_ids_with_mm
     cache = DynamicCache()
     for layer, (keys, values) in enumerate(batch.cache):
         cache.update(keys, values, layer)

@@ -28,16 +28,10 @@ from pointillist.errors import InferenceError
 from pointillist.inference.embedded.batch import Prompt, RunningBatch, decode, prefill
 from pointillist.inference.embedded.metrics import EngineMetrics
 from pointillist.inference.embedded.sampling import Sampled, draw_noise, sample
-from pointillist.inference.protocol import (
-    Choice,
-    LogProb,
-    LogProbs,
-    LogProbsContent,
-    SamplingParams,
-    WeightVersionSpan,
-)
-from pointillist.models import LoadedModel, PixelNormalizer, check_weights, copy_weights, read_weights
-from pointillist.models.weights import largest_file
+from pointillist.inference.protocol import Choice, LogProb, LogProbs, LogProbsContent, SamplingParams, WeightVersionSpan
+from pointillist.models import LoadedModel
+from pointillist.pixels.on_device import PixelNormalizer
+from pointillist.weights.load import check_weights, copy_weights, largest_file, read_weights
 
 logger = logging.getLogger(__name__)
 

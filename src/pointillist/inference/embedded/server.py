@@ -27,32 +27,25 @@ from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 
-from pointillist.budget import ByteBudget
+from pointillist.base.budget import ByteBudget
+from pointillist.base.http_guard import Guard, HttpRefusal, RequestError, answer_json, release_body, uvicorn_config
+from pointillist.base.net import api_key
 from pointillist.config import RUN_KEY, InferenceConfig
 from pointillist.errors import ConfigError, InferenceError, PointillistError
-from pointillist.families import RawImageMaterializer
-from pointillist.http_guard import Guard, HttpRefusal, answer_json, release_body, uvicorn_config
 from pointillist.inference.door import Door, http_limits
 from pointillist.inference.embedded.batch import Prompt
 from pointillist.inference.embedded.engine import Engine, EngineRequest
 from pointillist.inference.embedded.metrics import EngineMetrics
 from pointillist.inference.features import request_error
 from pointillist.inference.prompt import CheckedPrompt, ServerBounds, check_prompt, check_sizes, pixel_bytes
-from pointillist.inference.protocol import (
-    Choice,
-    GenerateRequest,
-    GenerateResponse,
-    Placeholders,
-    RequestError,
-    UpdateWeightsRequest,
-    Usage,
-    decode_body,
-)
-from pointillist.inference.weight_folders import WeightFolders, check_order, load_newest_usable
-from pointillist.models import LoadedModel, as_tensors, load_model
+from pointillist.inference.protocol import Choice, GenerateRequest, GenerateResponse, Placeholders, Usage, decode_body
+from pointillist.models import LoadedModel, load_model
+from pointillist.pixels import RawImageMaterializer
+from pointillist.pixels.on_device import as_tensors
 from pointillist.refs.mm_refs import mm_token_type_ids
 from pointillist.refs.wire import ImageRef
-from pointillist.rollouts.client import api_key
+from pointillist.weights.fetch import WeightFolders, check_order, load_newest_usable
+from pointillist.weights.wire import UpdateWeightsRequest
 
 logger = logging.getLogger(__name__)
 

@@ -24,23 +24,23 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import load_aware_call, with_cancellation
 from vllm.sampling_params import SamplingParams
 
-from pointillist.budget import ByteBudget
+from pointillist.base.budget import ByteBudget
+from pointillist.base.http_guard import Guard, HttpRefusal, RequestError, answer_json, guarded_protocol, release_body
+from pointillist.base.net import api_key, is_loopback
 from pointillist.config import RUN_KEY, InferenceConfig, MultimodalConfig, load_toml
-from pointillist.config.assets import CARRIER
-from pointillist.config.shared import ModelConfig
-from pointillist.families import RawImageMaterializer, load_family, resolve_model_dir
-from pointillist.http_guard import Guard, HttpRefusal, answer_json, guarded_protocol, release_body
+from pointillist.config.shared import CARRIER, ModelConfig
+from pointillist.families import load_family, resolve_model_dir
 from pointillist.inference.door import OWN_PATHS, Door, http_limits
 from pointillist.inference.metrics import ImageMetrics
 from pointillist.inference.prompt import CheckedPrompt, ServerBounds, check_prompt, check_sizes, pixel_bytes
-from pointillist.inference.protocol import PromptFields, RequestError, UpdateWeightsRequest, check_params, decode_body
+from pointillist.inference.protocol import PromptFields, check_params, decode_body
 from pointillist.inference.vllm.serve import CONFIG_VARIABLE
 from pointillist.inference.vllm.serving import ItemMaker, RawServingTokens
 from pointillist.inference.vllm.versions import check_vllm
-from pointillist.inference.vllm.weights import WeightUpdates
-from pointillist.inference.weight_folders import WeightFolders
-from pointillist.rollouts.client import api_key
-from pointillist.system import is_loopback
+from pointillist.pixels import RawImageMaterializer
+from pointillist.weights.fetch import WeightFolders
+from pointillist.weights.vllm import WeightUpdates
+from pointillist.weights.wire import UpdateWeightsRequest
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ from typing import Any, Final
 
 import torch
 
+from pointillist.base.net import api_key
 from pointillist.config import InferenceConfig
 from pointillist.config.base import write_toml
 from pointillist.inference.vllm.versions import check_vllm
-from pointillist.rollouts.client import api_key
 
 CONFIG_VARIABLE: Final = "POINTILLIST_INFERENCE_CONFIG"
 """Environment variable by which the plugin finds the path of the server's config."""

@@ -12,11 +12,11 @@ from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
 from vllm.multimodal.inputs import MultiModalKwargsItem, MultiModalKwargsItems
 
 from pointillist.errors import PointillistError
-from pointillist.families import LoadedImage, RawImageMaterializer
-from pointillist.families.pixels import PixelDtype
 from pointillist.inference.features import request_error
 from pointillist.inference.prompt import CheckedPrompt
-from pointillist.models import as_tensors
+from pointillist.pixels import LoadedImage, RawImageMaterializer
+from pointillist.pixels.levels import PixelDtype
+from pointillist.pixels.on_device import as_tensors
 
 _items: ContextVar[list[MultiModalKwargsItem]] = ContextVar("items")
 _FLOATS: Final[dict[torch.dtype, PixelDtype]] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from pointillist.models.weights import read_copy, read_weights, this_machine
+from pointillist.weights.load import read_copy, read_weights, this_machine
 
 
 class WeightsWorker:

@@ -7,15 +7,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pointillist.config.run_paths import RunPaths, complete_lines, is_number, read_jsonl
+from pointillist.base.files import open_regular
+from pointillist.base.jsonl import complete_lines, is_number, read_jsonl
 from pointillist.errors import PointillistError
-from pointillist.files import open_regular
 from pointillist.images import read_verified
 from pointillist.images.decode import STORED_LIMITS
 from pointillist.images.store import stored_name
 from pointillist.launch.monitors.interface import Picture, Row
 from pointillist.launch.run_dir import METRIC_FILES
-from pointillist.view.references import image_dir_of
+from pointillist.runs.paths import RunPaths
+from pointillist.upkeep.references import image_dir_of
 
 _IMAGE = "[image]"
 

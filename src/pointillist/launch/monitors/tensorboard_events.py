@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from pointillist.base.logs import plain
 from pointillist.images import read_header
 from pointillist.images.decode import STORED_LIMITS
 from pointillist.launch.monitors.interface import Picture, Row
-from pointillist.logs import plain
 
 _MARKUP: Final = {ord(character): f"&#{ord(character)};" for character in "\\`*_{}[]()<>#!|~&\"'"}
 

@@ -11,11 +11,12 @@ from typing import Final
 
 from rich.markup import escape
 
-from pointillist.config import MonitorsConfig, RLConfig, RunPaths
+from pointillist.base.logs import plain
+from pointillist.config import MonitorsConfig, RLConfig
 from pointillist.errors import ConfigError, PointillistError
 from pointillist.launch.monitors.following import MetricsFollower, numbers, rows_of
 from pointillist.launch.monitors.interface import Monitor, Row
-from pointillist.logs import plain
+from pointillist.runs.paths import RunPaths
 
 _POLL_SECONDS: Final = 1.0
 _CLOSE_SECONDS: Final = 60.0

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from pointillist.config import RLConfig, RunPaths, WandbConfig
-from pointillist.files import write_atomically
+from pointillist.base.files import write_atomically
+from pointillist.config import RLConfig, WandbConfig
 from pointillist.launch.monitors.interface import Picture, Row
+from pointillist.runs.paths import RunPaths
 
 _COLUMNS: Final = ("rollout", "prompt", "completion", "reward", "advantage")
 

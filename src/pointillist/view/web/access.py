@@ -14,8 +14,8 @@ from starlette.middleware.base import RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
+from pointillist.base.http_guard import HttpLimits, HttpRefusal, check_address
 from pointillist.errors import PointillistError
-from pointillist.http_guard import HttpLimits, HttpRefusal, check_address
 
 LIMITS_OF_REQUESTS: Final = HttpLimits(body_bytes=0)
 """No request has a body."""

@@ -30,10 +30,10 @@ from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainT
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from pointillist.config.run_paths import number_of
+from pointillist.base.http_guard import Guard
 from pointillist.errors import ImageError, MissingImageError, RefError
-from pointillist.http_guard import Guard
 from pointillist.images.store import STORED_NAME, read_stored
+from pointillist.runs.paths import number_of
 from pointillist.view.queries import (
     FAULTS,
     OUTCOMES,

@@ -1,0 +1,54 @@
+"""Addresses, ports and keys of servers."""
+
+import ipaddress
+import os
+import socket
+from typing import Final
+
+from pointillist.errors import ConfigError
+
+LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
+"""Addresses that only this machine can reach."""
+
+
+def free_port(host: str, port: int = 0) -> int:
+    """A port of this machine that can be listened on.
+
+    Args:
+        host: Address to listen on.
+        port: The one that is wanted; 0 is any.
+
+    Raises:
+        OSError: It is taken.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+        return int(probe.getsockname()[1])
+
+
+def http_url(host: str, port: int) -> str:
+    """`http://host:port`, an IPv6 address in brackets."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, by name or address without brackets, is this machine for itself only."""
+    if host in LOOPBACK:
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def api_key(variable: str) -> str:
+    """The API key in an environment variable.
+
+    Raises:
+        ConfigError: The variable is not set or empty.
+    """
+    value = os.environ.get(variable, "")
+    if not value:
+        raise ConfigError(f"environment variable {variable} should hold the inference server's API key, it is not set")
+    return value

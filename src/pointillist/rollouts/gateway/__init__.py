@@ -1,5 +1,0 @@
-"""The face that a session shows to agents that already exist: OpenAI's and Anthropic's chat APIs."""
-
-from pointillist.rollouts.gateway.server import Gateway
-
-__all__ = ["Gateway"]

@@ -1,5 +1,0 @@
-"""Environments in processes of their own: one that dies, hangs or leaks costs its rollouts of the moment."""
-
-from pointillist.rollouts.workers.pool import WorkerPool
-
-__all__ = ["WorkerPool"]

@@ -1,0 +1,80 @@
+"""The policy as the loss sees it: a packed row in, logprobs and entropies of its trained tokens out."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from pointillist.models import LoadedModel
+from pointillist.pixels.on_device import PixelNormalizer
+from pointillist.trainer.rows import RowTensors
+
+
+class TokenStats(NamedTuple):
+    """Of each trained token of a row, float32 `(trained,)`. A tuple, so that FSDP finds the tensors in it."""
+
+    logprobs: torch.Tensor
+    """At the sampling temperature, with the sampler's mask."""
+    entropy: torch.Tensor
+    """Of the distribution it was drawn from, in nats."""
+
+
+class PolicyModel(nn.Module):
+    """Wraps the model so that one `forward` does everything a row needs (sharded training hooks into `forward`)."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        super().__init__()
+        self.model: Any = loaded.model
+        self.forward_args = loaded.family.forward_args
+        self.normalize = PixelNormalizer(loaded.family).to(loaded.device)
+        self.register_buffer("unsampleable", loaded.unsampleable, persistent=False)
+
+    def forward(self, row: RowTensors) -> TokenStats:
+        """Logprobs and entropies of the trained tokens.
+
+        In a packed row `attention_mask=None`, `use_cache=False` and positions that restart per sample make the model
+        build a block-diagonal causal mask. With a cache, or with a mask of ones, samples would see each other.
+        """
+        kwargs: dict[str, Any] = {}
+        nothing = self._run_vision_for_nothing(row) if row.images and not row.image_index else None
+        if row.image_index:
+            kwargs["mm_encoder_outputs"] = {"image": self._encode_images(row)}
+            if self.forward_args.requires_mm_token_type_ids:
+                kwargs[self.forward_args.token_types_argument] = row.mm_token_type_ids
+        hidden = self.model.model(
+            input_ids=row.input_ids,
+            position_ids=row.position_ids,
+            attention_mask=row.attention_mask,
+            use_cache=False,
+            **kwargs,
+        ).last_hidden_state.flatten(0, 1)
+        logits = self.model.get_output_embeddings()(hidden[row.predict_from]) / row.temperatures[:, None]
+        # The lowest finite number, not minus infinity: 0 * -inf would make the entropy NaN.
+        logprobs = logits.index_fill(1, self.unsampleable, torch.finfo(torch.float32).min).log_softmax(-1)
+        chosen = logprobs.gather(1, row.targets[:, None])[:, 0]
+        return TokenStats(
+            logprobs=chosen if nothing is None else chosen + nothing,
+            entropy=-(logprobs.exp() * logprobs).sum(-1),
+        )
+
+    def _features(self, row: RowTensors) -> Any:
+        images = {**row.images, "pixel_values": self.normalize(row.images["pixel_values"])}
+        return self.model.model.get_image_features(**images, return_dict=True)
+
+    def _run_vision_for_nothing(self, row: RowTensors) -> torch.Tensor:
+        """A zero that depends on all of the vision tower, so that its collectives run forwards and backwards."""
+        features = self._features(row)
+        layers = [features.pooler_output, *(getattr(features, "deepstack_features", None) or [])]
+        return torch.stack([image.float().sum() for layer in layers for image in layer]).sum() * 0.0
+
+    def _encode_images(self, row: RowTensors) -> Any:
+        """Features of the row's spans; each distinct image goes through the vision tower once."""
+        features = self._features(row)
+        distinct = features.pooler_output  # a tensor where all images have equally many tokens, else one each
+        by_span = [distinct[index] for index in row.image_index]
+        features.pooler_output = torch.stack(by_span) if isinstance(distinct, torch.Tensor) else by_span
+        if getattr(features, "deepstack_features", None) is not None:
+            features.deepstack_features = [
+                [layer[index] for index in row.image_index] for layer in features.deepstack_features
+            ]
+        return features
