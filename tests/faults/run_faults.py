@@ -97,7 +97,8 @@ class Run:
             "--orchestrator.workers.count", "1", "--trainer.ckpt.interval", str(interval),
             "--trainer.ckpt.keep_last", "3", "--trainer.num_threads", "1", "--inference.engine.num_threads", "1",
             # A rate at which so small a batch does not ruin the policy: with nothing to learn from a run ends.
-            "--trainer.optim.lr", "5e-5", "--trainer.optim.scheduler.warmup_steps", "0", "--trainer.optim.scheduler.decay_steps", "1",
+            "--trainer.optim.lr", "5e-5", "--trainer.optim.scheduler.warmup_steps", "0",
+            "--trainer.optim.scheduler.decay_steps", "1",
             "--supervision.max_resumes", str(2 * kills), "--supervision.max_restarts", str(2 * kills),
             "--supervision.backoff", "0.1",
         ]  # fmt: skip
