@@ -8,8 +8,8 @@ This is GRPO with masked importance sampling, in one process, with one model: no
 renderer, pixel reader, sampler, advantages, loss. `tests/unit/test_one_file.py` trains the same rollouts here, in the
 real trainer, and in plain torch and transformers, and compares loss, gradient norm and weights.
 
-Seen (seed 0): held-out accuracy 0.098 before training, which is chance, 0.353 after 25 steps, 0.579 after 50, 0.678 after
-75 and 0.662 after 100. `make demo`, whose learning rate rises and falls, reaches 0.9 in 200.
+Seen (seed 0): held-out accuracy 0.098 before training, which is chance, 0.617 after 50 steps, 0.683 after 100, 0.809 after
+150 and 0.783 after 200. `make demo`, whose learning rate rises and falls, reaches 0.904 in 200.
 
 Axes, here and in the comments:
 
@@ -209,10 +209,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train.jsonl, heldout.jsonl and pictures")
     parser.add_argument("--model", required=True, help="folder of the model")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--tasks", type=int, default=32, help="tasks of a step")
     parser.add_argument("--group", type=int, default=16, help="rollouts of a task")
-    parser.add_argument("--lr", type=float, default=7e-4)
+    parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
