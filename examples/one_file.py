@@ -8,8 +8,8 @@ This is GRPO with masked importance sampling, in one process, with one model: no
 renderer, pixel reader, sampler, advantages, loss. `tests/unit/test_one_file.py` trains the same rollouts here, in the
 real trainer, and in plain torch and transformers, and compares loss, gradient norm and weights.
 
-Seen (seed 0): held-out accuracy 0.098 before training, which is chance, 0.617 after 50 steps, 0.683 after 100, 0.809 after
-150 and 0.783 after 200. `make demo`, whose learning rate rises and falls, reaches 0.904 in 200.
+Seen (seed 0): held-out accuracy 0.098 before training, which is chance, 0.617 after 50 steps, 0.683 after 100, 0.809
+after 150 and 0.783 after 200. `make demo`, whose learning rate rises and falls, reaches 0.904 in 200.
 
 Axes, here and in the comments:
 
