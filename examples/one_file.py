@@ -1,23 +1,27 @@
-"""The whole algorithm on one page: a vision-language model learns to read digits from reward alone.
+"""The whole algorithm in one file: a vision-language model learns to read digits from reward alone.
 
     python examples/digits/prepare.py --data outputs/digits/data --model outputs/digits/model
-    python examples/one_file.py --data outputs/digits/data --model outputs/digits/model --steps 100
+    python examples/one_file.py --data outputs/digits/data --model outputs/digits/model
 
-One process, one model, no server, no packing: what `pointillist rl` spreads over processes, in the order in which it
-happens, on the same pieces (store, renderer, reader of references, sampler, advantages, loss). A test trains one step
-here and one in the real trainer on the same samples, and compares loss, gradient norm and weights.
+This is GRPO with masked importance sampling, in one process, with one model: no server, no packing, no transport. What
+`pointillist rl` spreads over processes stands here in the order in which it happens, on the same pieces: image store,
+renderer, pixel reader, sampler, advantages, loss. `tests/unit/test_one_file.py` trains the same rollouts here, in the
+real trainer, and in plain torch and transformers, and compares loss, gradient norm and weights.
 
-Shapes, here and in the comments:
+Seen (seed 0): held-out accuracy 0.098 before training, which is chance, 0.617 after 50 steps, 0.683 after 100, 0.809
+after 150 and 0.783 after 200. `make demo`, whose learning rate rises and falls, reaches 0.904 in 200.
 
-    B   tasks of a step                     G   rollouts of a task (a group)
-    T   tokens of a prompt, placeholders of images included; an image of 32x32 pixels has 4 of them
-    C   tokens of a completion, at most `max_tokens`
-    L   T + C, tokens of a sample           V   tokens of the vocabulary
-    P   patches of a prompt's images        D   3 * 2 * 8 * 8, numbers of a patch (colours, time, height, width)
+Axes, here and in the comments:
 
-    ids          int64   (G, T..L)          logits       float32 (G, T..L, V)
-    pixel_values float32 (G * P, D)         logprobs     float32 (C,) of one sample, at the sampling temperature
-    image_grid_thw int64 (G * images, 3)    advantage    one number a rollout, the same for its C tokens
+    G  rollouts of one task (a group)       T  tokens of a sequence: the prompt, then the completion
+    N  tokens of a completion, padded       V  tokens of the vocabulary
+    I  images of a prompt                   P  patches of these images; one of 32x32 pixels has 16, and 4 tokens
+    D  numbers of one patch: time x height x width x colours = 2 * 8 * 8 * 3
+
+    ids              int64   (G, T)         pixel_values      float32 (G * P, D)
+    logits           float32 (G, T, V)      image_grid_thw    int64   (G * I, 3)
+    completions      int64   (G, N)         logprobs_sampled  float32 (G, N)
+    loss_mask        bool    (G, N)         advantages        float32 (G,)
 """
 
 import argparse
@@ -37,7 +41,7 @@ from pointillist.environments.tasks import read_tasks
 from pointillist.images import ImageLimits, ImageStore, Sources, normalize_images
 from pointillist.inference.embedded.sampling import draw_noise, sample
 from pointillist.inference.protocol import SamplingParams
-from pointillist.models import LoadedModel, load_model
+from pointillist.models import load_model
 from pointillist.orchestrator.advantages import group_advantages
 from pointillist.pixels import RawImageMaterializer
 from pointillist.pixels.on_device import PixelNormalizer, as_tensors
@@ -48,177 +52,192 @@ from pointillist.trainer.loss import policy_gradient_loss
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """One rollout: what was read, what was sampled, and how much better it was than the others of its group."""
+class Group:
+    """G rollouts of one task. A shorter completion is padded on the right, where `loss_mask` is false."""
 
     prompt: RenderedPrompt
-    """T tokens, and the references of its images."""
-    completion: list[int]
-    """C token ids."""
-    logprobs: list[float]
-    """The sampler's, C numbers."""
-    advantage: float = 0.0
+    """Token ids of the prompt, and references to its images."""
+    completions: torch.Tensor
+    loss_mask: torch.Tensor
+    logprobs_sampled: torch.Tensor
+    """Logprob of each token at the moment when it was sampled."""
+    rewards: list[float]
+    advantages: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of sampled tokens."""
+        return int(self.loss_mask.sum())
 
 
-class OneFile:
-    """Model, image store, renderer: everything that a step needs."""
+class Policy:
+    """The model, and the pieces that turn a conversation with images into the model's inputs."""
 
     def __init__(self, model: str, store: Path) -> None:
-        self.loaded: LoadedModel = load_model(model, device="cpu", dtype="float32")
-        self.renderer = RawRenderer(self.loaded.family, self.loaded.tokenizer)
-        self.normalize = PixelNormalizer(self.loaded.family)
+        loaded = load_model(model, device="cpu", dtype="float32")
+        self.model, self.family, self.tokenizer = loaded.model, loaded.family, loaded.tokenizer
+        self.unsampleable = loaded.unsampleable  # ids of image tokens: a sampled one would be an image without pixels
+        self.renderer = RawRenderer(self.family, self.tokenizer)
         self.sources = Sources(ImageStore(store, ImageLimits()))
-        self.reader = RawImageMaterializer(self.loaded.family, [store], ImageLimits())
+        self.reader = RawImageMaterializer(self.family, [store], ImageLimits())
+        self.normalize = PixelNormalizer(self.family)
 
-    # ---- 1. A task becomes tokens: its picture is stored once, and from here on only a reference travels.
+    # ---- 1. Render: a task becomes tokens. Its image is stored once, and from here on only a reference travels.
 
     def render(self, task: Task) -> RenderedPrompt:
-        """The T tokens of a question: `<im_start> user <vision_start> pad pad pad pad <vision_end> What digit?` ..."""
+        """The prompt `<im_start> user <vision_start> pad ... pad <vision_end> What digit? <im_end> ...` of a task."""
         content = [{"type": "image", "image": task.data["image"]}, {"type": "text", "text": QUESTION}]
         images = []
         message = normalize_images({"role": "user", "content": content}, self.sources, images)
         return self.renderer.render([message], images)
 
-    # ---- 2. References become pixels, and pixels and tokens become logits: the same way for sampling and training.
+    # ---- 2. References become pixels, pixels and tokens become logits: one way for sampling and for training.
 
     def logits(self, prompt: RenderedPrompt, ids: torch.Tensor) -> torch.Tensor:
-        """Logits of sequences that begin with one prompt.
-
-        Args:
-            prompt: With its images.
-            ids: int64 `(sequences, T..L)`.
-
-        Returns:
-            float32 `(sequences, T..L, V)`.
-        """
+        """Logits, float32 `(G, T, V)`, of sequences `ids`, int64 `(G, T)`, that begin with one prompt."""
         refs = [ImageRef.of(image.descriptor, image.sha256) for image in prompt.images]
-        arrays = as_tensors(self.reader.materialize(refs, [image.length for image in prompt.images], "uint8"))
-        pixels = self.normalize(arrays.pop("pixel_values"))
-        return self.loaded.model(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            # Each sequence brings the images of its prompt: (sequences * P, D).
-            pixel_values=torch.cat([pixels] * len(ids)),
-            mm_token_type_ids=(ids == self.loaded.family.image_token_id).int(),
-            use_cache=False,
-            **{name: torch.cat([tensor] * len(ids)) for name, tensor in arrays.items()},
-        ).logits
+        inputs = as_tensors(self.reader.materialize(refs, [image.length for image in prompt.images], "uint8"))
+        inputs["pixel_values"] = self.normalize(inputs["pixel_values"])
+        # The model wants the images of every sequence, though here all sequences show the same ones.
+        repeated = {name: torch.cat([tensor] * len(ids)) for name, tensor in inputs.items()}
+        types = (ids == self.family.image_token_id).int()
+        return self.model(input_ids=ids, mm_token_type_ids=types, use_cache=False, **repeated).logits
 
-    # ---- 3. Rollouts: G completions of one prompt, token by token.
+    # ---- 3. Sample: G completions of one prompt, token by token. (Servers keep a cache; here each token reads all.)
 
     @torch.no_grad()
-    def roll_out(self, prompt: RenderedPrompt, seeds: Sequence[int], params: SamplingParams) -> list[Sample]:
-        """One completion a seed."""
+    def generate(
+        self, prompt: RenderedPrompt, seeds: Sequence[int], params: SamplingParams
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One completion a seed: `completions`, `loss_mask` and `logprobs_sampled` of a group."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        ids = torch.tensor([prompt.token_ids] * len(seeds))  # (G, T)
-        chosen: list[list[int]] = [[] for _ in seeds]
-        logprobs: list[list[float]] = [[] for _ in seeds]
+        stops = torch.tensor(sorted(self.renderer.stop_token_ids))
+        ids = torch.tensor([prompt.token_ids] * len(seeds))
+        running = torch.ones(len(seeds), dtype=torch.bool)
+        loss_mask, logprobs = [], []
         for _ in range(params.max_tokens or 1):
-            step = sample(
-                self.logits(prompt, ids)[:, -1], self.loaded.unsampleable, [params] * len(seeds), draw_noise(generators)
-            )
-            for row, token in enumerate(step.token_ids.tolist()):
-                if not chosen[row] or chosen[row][-1] not in self.renderer.stop_token_ids:
-                    chosen[row].append(token)
-                    logprobs[row].append(float(step.logprobs[row, token]))
-            ids = torch.cat([ids, step.token_ids[:, None]], dim=1)
-        return [Sample(prompt, tokens, values) for tokens, values in zip(chosen, logprobs, strict=True)]
+            last = self.logits(prompt, ids)[:, -1]
+            drawn = sample(last, self.unsampleable, [params] * len(seeds), draw_noise(generators))
+            token = drawn.token_ids[:, None]
+            ids = torch.cat([ids, token], dim=1)
+            logprobs.append(drawn.logprobs.gather(1, token))
+            loss_mask.append(running[:, None])
+            running = running & ~torch.isin(drawn.token_ids, stops)
+        return ids[:, len(prompt.token_ids) :], torch.cat(loss_mask, dim=1), torch.cat(logprobs, dim=1)
 
-    def reward(self, task: Task, rollout: Sample) -> float:
-        """1 for the right digit and the end of the turn, else 0."""
-        *answer, end = rollout.completion
-        right = self.loaded.tokenizer.decode(answer) == task.data["answer"]
+    # ---- 4. Reward.
+
+    def reward(self, task: Task, completion: Sequence[int]) -> float:
+        """1 for the right digit and then the end of the turn, else 0."""
+        *answer, end = completion
+        right = self.tokenizer.decode(answer) == task.data["answer"]
         return float(right and end in self.renderer.stop_token_ids)
 
-    # ---- 4. Advantages: how much better than the other rollouts of the same task.
 
-    def group(self, task: Task, seeds: Sequence[int], params: SamplingParams) -> tuple[list[Sample], list[float]]:
-        """G rollouts with their advantages, and their rewards.
+# ---- 5. Advantages: how much better a rollout is than the others of its group.
 
-        Example: rewards `[1, 0, 0, 0]` give advantages `[1.5, -0.5, -0.5, -0.5]` (mean 0.25, standard deviation 0.5).
-        A group whose rewards are all the same gives advantages of 0: it says nothing.
-        """
-        rollouts = self.roll_out(self.render(task), seeds, params)
-        rewards = [self.reward(task, rollout) for rollout in rollouts]
-        advantages = group_advantages(rewards, normalize_std=True) or [0.0] * len(rewards)
-        return [
-            Sample(each.prompt, each.completion, each.logprobs, advantage)
-            for each, advantage in zip(rollouts, advantages, strict=True)
-        ], rewards
 
-    # ---- 5. Loss and step.
+def roll_out(policy: Policy, task: Task, seeds: Sequence[int], params: SamplingParams) -> Group:
+    """One group: rollouts of a task, their rewards and advantages.
 
-    def backward(self, samples: Sequence[Sample], num_tokens: int, loss: LossConfig, temperature: float) -> float:
-        """Gradients of a step's samples, one after the other; returns the loss.
+    Example:
+        Rewards `[1, 0, 0, 0]` have mean 0.25 and standard deviation 0.5: advantages of about `[1.5, -0.5, -0.5, -0.5]`.
+        Rewards that are all the same say nothing, and give advantages of 0.
+    """
+    prompt = policy.render(task)
+    completions, loss_mask, logprobs = policy.generate(prompt, seeds, params)
+    rewards = [policy.reward(task, tokens[on].tolist()) for tokens, on in zip(completions, loss_mask, strict=True)]
+    advantages = group_advantages(rewards, normalize_std=True) or [0.0] * len(rewards)
+    return Group(prompt, completions, loss_mask, logprobs, rewards, torch.tensor(advantages))
 
-        Args:
-            samples: With their advantages.
-            num_tokens: Sampled tokens of the step, those of groups without a difference included.
-            loss: Band of the importance ratio and the weights of the loss's terms.
-            temperature: That the samples were drawn at.
-        """
-        total = 0.0
-        for each in samples:
-            ids = torch.tensor([each.prompt.token_ids + each.completion])  # (1, L)
-            first, count = len(each.prompt.token_ids), len(each.completion)
-            # The logits at a position are those of the next token: C rows from the prompt's last token on. (C, V)
-            logits = self.logits(each.prompt, ids)[0, first - 1 : first - 1 + count] / temperature
-            lowest = torch.finfo(logits.dtype).min
-            everything = logits.index_fill(1, self.loaded.unsampleable, lowest).log_softmax(-1)
-            terms = policy_gradient_loss(
-                everything.gather(1, torch.tensor(each.completion)[:, None])[:, 0],
-                -(everything.exp() * everything).sum(-1),
-                torch.tensor(each.logprobs),
-                torch.full((count,), each.advantage),
-                num_tokens,
-                loss,
-            )
-            terms.loss.backward()
-            total += float(terms.loss.detach())
-        return total
 
-    def step(self, samples: Sequence[Sample], num_tokens: int, optimizer: torch.optim.Optimizer) -> tuple[float, float]:
-        """One optimiser step on samples; returns loss and gradient norm."""
-        optimizer.zero_grad()
-        loss = self.backward(samples, num_tokens, LossConfig(), temperature=1.0)
-        norm = torch.nn.utils.clip_grad_norm_(self.loaded.model.parameters(), 1.0)
-        optimizer.step()
-        return loss, float(norm)
+# ---- 6. Loss and step.
+
+
+def group_loss(policy: Policy, group: Group, num_tokens: int, temperature: float = 1.0) -> torch.Tensor:
+    """A group's part of the step's loss.
+
+    Args:
+        policy: The policy of today, whose gradient is wanted; the rollouts may be of an older one.
+        group: The rollouts.
+        num_tokens: Number of sampled tokens of the whole step, by which its loss is divided.
+        temperature: Temperature of the sampling.
+    """
+    size, length = group.completions.shape
+    prompts = torch.tensor([group.prompt.token_ids] * size)
+    logits = policy.logits(group.prompt, torch.cat([prompts, group.completions], dim=1))
+    # The logits at a position are those of the next token: the completion's begin at the prompt's last token.
+    logits = logits[:, -length - 1 : -1] / temperature  # (G, N, V)
+    # Sampler and trainer mask the same ids. The mask is finite here, so that the entropy has no 0 * infinity.
+    logits = logits.index_fill(-1, policy.unsampleable, torch.finfo(logits.dtype).min)
+    logprobs = logits.log_softmax(-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)  # (G, N)
+    chosen = logprobs.gather(-1, group.completions[..., None])[..., 0]  # (G, N)
+    on = group.loss_mask
+    advantages = group.advantages[:, None].expand(size, length)  # each token of a rollout has the rollout's
+    return policy_gradient_loss(
+        chosen[on], entropy[on], group.logprobs_sampled[on], advantages[on], num_tokens, LossConfig()
+    ).loss
+
+
+def train_step(policy: Policy, groups: Sequence[Group], optimizer: torch.optim.Optimizer) -> tuple[float, float]:
+    """One optimiser step; returns loss and gradient norm.
+
+    Groups without a difference are left out, but their tokens count: else the step would be the larger, the more
+    groups agree.
+    """
+    num_tokens = sum(group.num_tokens for group in groups)
+    optimizer.zero_grad()
+    total = 0.0
+    for group in groups:
+        if group.advantages.any():
+            loss = group_loss(policy, group, num_tokens)
+            loss.backward()  # gradients add up over the groups
+            total += loss.item()
+    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+    optimizer.step()
+    return total, float(norm)
+
+
+def evaluate(policy: Policy, tasks: Sequence[Task]) -> float:
+    """Accuracy of greedy answers."""
+    greedy = SamplingParams(temperature=0.0, max_tokens=2)
+    return sum(roll_out(policy, task, [0], greedy).rewards[0] for task in tasks) / len(tasks)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train.jsonl, heldout.jsonl and pictures")
     parser.add_argument("--model", required=True, help="folder of the model")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--tasks", type=int, default=32, help="B, tasks of a step")
-    parser.add_argument("--group", type=int, default=16, help="G, rollouts of a task")
-    parser.add_argument("--lr", type=float, default=7e-4)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--tasks", type=int, default=32, help="tasks of a step")
+    parser.add_argument("--group", type=int, default=16, help="rollouts of a task")
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    torch.set_num_threads(2)
-    hint, chance = "run examples/digits/prepare.py", random.Random(0)
-    train, heldout = (read_tasks(options.data / f"{split}.jsonl", hint) for split in ("train", "heldout"))
+
+    torch.set_num_threads(1)  # a second one gains nothing at this size
+    chance = random.Random(options.seed)
+    train, heldout = (
+        read_tasks(options.data / f"{split}.jsonl", "run examples/digits/prepare.py") for split in ("train", "heldout")
+    )
     params = SamplingParams(temperature=1.0, max_tokens=2)
     with tempfile.TemporaryDirectory() as store:
-        run = OneFile(options.model, Path(store))
-        optimizer = torch.optim.AdamW(run.loaded.model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        policy = Policy(options.model, Path(store))
+        optimizer = torch.optim.AdamW(policy.model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        print(f"held-out accuracy {evaluate(policy, heldout):.3f} before training", flush=True)
         for step in range(1, options.steps + 1):
             started = time.perf_counter()
-            samples, rewards = [], []
-            for task in chance.sample(list(train), options.tasks):
-                of_group, reward = run.group(task, [chance.getrandbits(31) for _ in range(options.group)], params)
-                samples += of_group
-                rewards += reward
-            num_tokens = sum(len(each.completion) for each in samples)
-            loss, norm = run.step([each for each in samples if each.advantage], num_tokens, optimizer)
-            mean, seconds = sum(rewards) / len(rewards), time.perf_counter() - started
-            print(
-                f"step {step}: reward {mean:.3f}, loss {loss:.4f}, gradient norm {norm:.2f}, {seconds:.1f} s",
-                flush=True,
-            )
-        greedy = SamplingParams(temperature=0.0, max_tokens=2)
-        right = [run.reward(task, run.roll_out(run.render(task), [0], greedy)[0]) for task in heldout]
-        print(f"held-out accuracy {sum(right) / len(right):.3f} on {len(right)} digits")
+            groups = [
+                roll_out(policy, task, [chance.getrandbits(31) for _ in range(options.group)], params)
+                for task in chance.sample(train, options.tasks)
+            ]
+            loss, norm = train_step(policy, groups, optimizer)
+            reward = sum(sum(group.rewards) for group in groups) / (options.tasks * options.group)
+            seconds = time.perf_counter() - started
+            print(f"step {step}: reward {reward:.3f}, loss {loss:.4f}, gradient norm {norm:.2f}, {seconds:.1f} s")
+            if step % 25 == 0 or step == options.steps:
+                print(f"held-out accuracy {evaluate(policy, heldout):.3f} after step {step}", flush=True)
 
 
 if __name__ == "__main__":

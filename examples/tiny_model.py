@@ -129,7 +129,7 @@ def warm_up(
 def _batch(
     renderer: RawRenderer, sources: Sources, conversations: list[list[dict[str, Any]]], tools: Any
 ) -> tuple[torch.Tensor, torch.Tensor, list[np.ndarray]]:
-    """Token ids and labels, padded on the right, and the pictures: what is padded has no label and nobody reads it."""
+    """Token ids and labels, padded on the right, and the pictures: padding has no label and is not attended to."""
     rows, pictures = [], []
     for messages in conversations:
         images: list[StoredImage] = []

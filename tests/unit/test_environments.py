@@ -172,7 +172,7 @@ def test_dataset_says_what_it_can_not_read(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentLoadError, match="no task list"):
         DatasetEnvironment(str(tmp_path / "none.jsonl"))
     (tmp_path / "x.parquet").write_bytes(b"no parquet")
-    with pytest.raises(EnvironmentLoadError, match="can not be read as Parquet"):
+    with pytest.raises(EnvironmentLoadError, match="cannot be read as Parquet"):
         DatasetEnvironment(str(tmp_path / "x.parquet"))
     with pytest.raises(EnvironmentLoadError, match="no reward 'vibes'"):
         DatasetEnvironment(write(tmp_path, ROWS), reward="vibes")  # type: ignore[arg-type]

@@ -51,7 +51,7 @@ def test_a_damaged_file_of_weights_is_refused(model_dir: Path, tmp_path: Path, d
     whole = file.read_bytes()
     file.unlink()  # the copy may be a link
     file.write_bytes(whole[: len(whole) // 2] if data is None else data)
-    with pytest.raises(ConfigError, match="can not be loaded"):
+    with pytest.raises(ConfigError, match="cannot be loaded"):
         load_model(str(folder), device="cpu", dtype="float32")
 
 

@@ -168,7 +168,7 @@ def test_folder_tokenizer_properties(model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
         FolderTokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ConfigError, match="can not be read as a tokenizer"):
+    with pytest.raises(ConfigError, match="cannot be read as a tokenizer"):
         FolderTokenizer(tmp_path)
 
 

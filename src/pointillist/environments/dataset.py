@@ -1,17 +1,17 @@
-"""`dataset`: questions about images from a file, one turn each, with an answer to compare with.
+"""`dataset`: one-turn questions about images, read from a file with their answers.
 
 The file is JSONL or Parquet (extra `parquet`). A row has
 
 - `prompt`: a text in which `<image>` marks where an image stands (without marks they stand before it);
 - `images`: a list of images, or `image`: one; each a path beside the file, a `data:` or `file://` URL, an http(s)
-  URL where `multimodal.allow_remote` is set, or `{"bytes": ...}` as Parquet files have it; may be missing;
-- `answer`: what is right; a regular expression for the `regex` reward.
+  URL where `multimodal.allow_remote` is set, or `{"bytes": ...}` as Parquet files have it; the column may be missing;
+- `answer`: the right answer; for the reward `regex` a regular expression.
 
-Other names of columns are given as arguments. Rewards are 1 or 0:
+Other names of columns are given as arguments. The reward is 1 or 0:
 
-| reward | right is |
+| reward | the reward is 1 for |
 | --- | --- |
-| `exact` | the same text, but for case and white space around it |
+| `exact` | the same text; case and white space around it do not count |
 | `numeric` | the last number of the answer, within a relative 1e-6 |
 | `regex` | an answer that the expression matches as a whole |
 | `math` | the same mathematics, by math-verify (extra `math`) |
@@ -38,12 +38,20 @@ _NUMBER: Final = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d
 
 
 def exact(text: str, answer: str) -> bool:
-    """Whether both are the same text, but for case and white space around it."""
+    """Whether both are the same text; case and white space around it do not count.
+
+    Example:
+        `exact(" Yes ", "yes")` is true.
+    """
     return text.strip().casefold() == answer.strip().casefold()
 
 
 def numeric(text: str, answer: str) -> bool:
-    """Whether the last number in the text is the answer, within a relative 1e-6."""
+    """Whether the last number in the text is the answer, within a relative 1e-6.
+
+    Example:
+        `numeric("It rose from 3 to 7.5.", "7.5")` is true.
+    """
     said, expected = _last_number(text), _last_number(answer)
     return said is not None and expected is not None and math.isclose(said, expected, rel_tol=1e-6, abs_tol=1e-9)
 
@@ -84,21 +92,21 @@ class DatasetEnvironment:
         columns: Mapping[str, str] | None = None,
         seed: int = 0,
     ) -> None:
-        """Reads the rows.
+        """Reads the rows of the file or files.
 
         Args:
             path: JSONL or Parquet file to train on.
             eval_path: File of held-out rows; without it `eval_size` rows are taken from `path`.
-            eval_size: Rows to hold out.
-            reward: How answers are compared.
-            system_prompt: Comes first in every conversation.
-            answer_pattern: Regular expression whose first group (or whole match) is the answer within what the policy
-                says, such as `<answer>(.*?)</answer>`; no match is wrong.
-            columns: The file's names for `prompt`, `images`, `image` and `answer`, where they differ.
-            seed: Decides which rows are held out.
+            eval_size: Number of rows to hold out.
+            reward: Name of the comparison, from the table of this module's docstring.
+            system_prompt: Text of a system message that begins every conversation.
+            answer_pattern: Regular expression whose first group (or whole match) is the answer within the completion,
+                such as `<answer>(.*?)</answer>`; without a match the reward is 0.
+            columns: Names of the file's columns for `prompt`, `images`, `image` and `answer`, where they differ.
+            seed: Seed of the choice of held-out rows.
 
         Raises:
-            EnvironmentLoadError: A file that can not be read, or a row that is not as described.
+            EnvironmentLoadError: A file cannot be read, a row is not as described, or a library is missing.
         """
         if reward not in REWARDS:
             raise EnvironmentLoadError(f"dataset: no reward {reward!r}, expected one of {sorted(REWARDS)}")
@@ -116,15 +124,15 @@ class DatasetEnvironment:
             self._train, self._eval = tasks, _read(Path(eval_path), names)
 
     def train_tasks(self) -> Sequence[Task]:
-        """Rows that are trained on."""
+        """Tasks to train on."""
         return self._train
 
     def eval_tasks(self) -> Sequence[Task]:
-        """Held-out rows."""
+        """Held-out tasks."""
         return self._eval
 
     async def rollout(self, task: Task, session: Session) -> float:
-        """1 for the right answer, else 0."""
+        """Asks one question; returns 1 for the right answer, else 0."""
         system = [{"role": "system", "content": self._system_prompt}] if self._system_prompt else []
         turn = await session.generate([*system, {"role": "user", "content": _content(task.data)}])
         text = turn.text
@@ -155,7 +163,7 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     try:
         rows: list[Mapping[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
-        raise EnvironmentLoadError(f"{path} can not be read as Parquet ({error})") from None
+        raise EnvironmentLoadError(f"{path} cannot be read as Parquet ({error})") from None
     return iter(rows)
 
 
@@ -188,6 +196,11 @@ def _source(image: Any, folder: Path) -> str | bytes:
 
 
 def _content(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Message parts of a row: its text, with an image in the place of each `<image>`.
+
+    Example:
+        Prompt `"Is <image> red?"` with one image becomes the parts text `"Is "`, image, text `" red?"`.
+    """
     pictures = [{"type": "image", "image": image} for image in data["images"]]
     if MARK not in data["prompt"]:
         return [*pictures, {"type": "text", "text": data["prompt"]}]

@@ -1,7 +1,7 @@
-"""`digits`: name the handwritten digit in a picture. One turn, one token, exact match.
+"""`digits`: the policy names the handwritten digit in a picture. A rollout is one turn; its answer must match exactly.
 
-The pictures are the 1,797 real scans of the UCI optical-recognition set as scikit-learn ships them, written as PNG
-files by `examples/digits/prepare.py`: a folder with `train.jsonl`, `heldout.jsonl` and the pictures they name.
+The pictures are the 1,797 real scans of the UCI optical-recognition set, as scikit-learn ships them.
+`examples/digits/prepare.py` writes them as PNG files, beside `train.jsonl` and `heldout.jsonl`, which name them.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ _HINT = "run examples/digits/prepare.py"
 
 
 class DigitsEnvironment:
-    """See the module's docstring."""
+    """Environment of this module's docstring."""
 
     def __init__(self, data_dir: str) -> None:
         """Reads the task lists and checks every picture once.
 
         Args:
-            data_dir: Folder that `prepare.py` wrote.
+            data_dir: Path of the folder that `prepare.py` wrote.
 
         Raises:
             EnvironmentLoadError: A list is missing or malformed, or a picture is missing or corrupt.
@@ -32,15 +32,15 @@ class DigitsEnvironment:
         self._heldout = read_tasks(folder / "heldout.jsonl", _HINT)
 
     def train_tasks(self) -> Sequence[Task]:
-        """1,400 digits."""
+        """1,400 digits to train on."""
         return self._train
 
     def eval_tasks(self) -> Sequence[Task]:
-        """397 further digits."""
+        """397 held-out digits."""
         return self._heldout
 
     async def rollout(self, task: Task, session: Session) -> float:
-        """1 if the answer is the digit and nothing else, else 0."""
+        """Asks for the digit; returns 1 if the answer is the digit and nothing else, else 0."""
         turn = await session.generate(
             [
                 {

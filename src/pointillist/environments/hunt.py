@@ -1,9 +1,9 @@
-"""`hunt`: find the thing in a large picture through a small window, and name it. Several turns, a picture on each.
+"""`hunt`: the policy finds a thing in a large picture through a small window and names it. Each turn shows a picture.
 
-The policy first sees the middle of the picture. It may call the tool `move`, whose result is what the window then
-shows, or answer with the name of what there is. The reward is 1 for the right name, else 0; a policy that only moves
-gets nothing. Data is a folder with `train.jsonl`, `heldout.jsonl` and the pictures they name, each line
-`{"image": ..., "answer": ...}`; `examples/hunt/prepare.py` makes one.
+The policy first sees the middle of the picture. It may call the tool `move`, whose result is a picture of what the
+window then shows, or answer with a name. The reward is 1 for the right name, else 0; a policy that only moves gets 0.
+The data is a folder with `train.jsonl`, `heldout.jsonl`, whose lines are `{"image": ..., "answer": ...}`, and the
+pictures they name; `examples/hunt/prepare.py` makes one.
 """
 
 import asyncio
@@ -38,15 +38,15 @@ TOOLS: Final = [
 
 
 class HuntEnvironment:
-    """See the module's docstring."""
+    """Environment of this module's docstring."""
 
     def __init__(self, data_dir: str, window: int = 32, max_moves: int = 3) -> None:
         """Reads the task lists and checks every picture once.
 
         Args:
-            data_dir: Folder with task lists and pictures.
-            window: Side of the window, in pixels; a move is as far.
-            max_moves: Calls of the tool in one hunt.
+            data_dir: Path of the folder with task lists and pictures.
+            window: Side of the window, in pixels; also the length of a move.
+            max_moves: Number of tool calls in one rollout, at most.
 
         Raises:
             EnvironmentLoadError: A list is missing or malformed, or a picture is missing or corrupt.
@@ -58,15 +58,15 @@ class HuntEnvironment:
         self._max_moves = max_moves
 
     def train_tasks(self) -> Sequence[Task]:
-        """Pictures that are trained on."""
+        """Tasks to train on."""
         return self._train
 
     def eval_tasks(self) -> Sequence[Task]:
-        """Further pictures."""
+        """Held-out tasks."""
         return self._heldout
 
     async def rollout(self, task: Task, session: Session) -> float:
-        """1 if the policy names what is in the picture before it has used up its moves, else 0."""
+        """Plays one hunt; returns 1 if the policy names the thing before it has used up its moves, else 0."""
         picture = await asyncio.to_thread(_load, task.data["image"])
         at = ((picture.width - self._window) // 2, (picture.height - self._window) // 2)
         session.tools = TOOLS
@@ -84,7 +84,14 @@ class HuntEnvironment:
         return float(turn.text == task.data["answer"] and turn.completion.finish_reason == "stop")
 
     def _moved(self, picture: Image.Image, at: tuple[int, int], call: Mapping[str, Any]) -> tuple[int, int]:
-        """Where the window is after a call; it stays in the picture, and where it is for a call that is no move."""
+        """Upper left corner `(x, y)` of the window after a call.
+
+        The window stays inside the picture. A call with an unknown direction does not move it.
+
+        Example:
+            Picture of 96x96 pixels, window of 32: from `(32, 32)` the call `right` leads to `(64, 32)`, and again
+            `right` to `(64, 32)`.
+        """
         arguments = json.loads(call["function"]["arguments"])
         x, y = _DIRECTIONS.get(str(arguments.get("to")), (0, 0))
         return (

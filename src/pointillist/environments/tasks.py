@@ -1,4 +1,4 @@
-"""Task lists as the environments in the box read them: one JSON object a line, pictures by their path beside it."""
+"""Task lists of the built-in environments: one JSON object in each line; paths of pictures are relative to the file."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -13,14 +13,14 @@ T = TypeVar("T")
 
 
 def read_tasks(path: Path, hint: str) -> list[Task]:
-    """Tasks of a list with an `image` and an `answer` a line; every picture is checked once.
+    """Tasks of a list whose lines have an `image` and an `answer`; every picture is decoded once to check it.
 
     Args:
-        path: The list.
-        hint: What to do if it is not there.
+        path: Path of the list.
+        hint: Advice for the error if the list is missing.
 
     Returns:
-        Tasks whose data are `image` (a path) and `answer`.
+        Tasks whose data has `image` (a path) and `answer` (a text).
 
     Raises:
         EnvironmentLoadError: The list is missing or malformed, or a picture is missing or corrupt.
@@ -38,7 +38,7 @@ def read_tasks(path: Path, hint: str) -> list[Task]:
 
 
 def read_lines(path: Path, task: Callable[[Mapping[str, Any]], Task], hint: str = "") -> Iterator[Task]:
-    """Tasks made from the lines of a JSONL file.
+    """Tasks made from the lines of a JSONL file, by `task` from the object of each line.
 
     Raises:
         EnvironmentLoadError: The file is missing, or a line is not what `task` expects.
@@ -52,10 +52,10 @@ def read_lines(path: Path, task: Callable[[Mapping[str, Any]], Task], hint: str 
 
 
 def made(where: str, task: Callable[[T], Task], source: T) -> Task:
-    """A task made from what stands in a file.
+    """A task made by `task` from `source`, the entry of a file at the place `where`.
 
     Raises:
-        EnvironmentLoadError: It is not what `task` expects.
+        EnvironmentLoadError: The entry is not what `task` expects.
     """
     try:
         return task(source)

@@ -1,4 +1,4 @@
-"""What a model family has to say about images: the protocol that every adapter fulfils.
+"""The protocol of a family's adapter: how its models treat images.
 
 An adapter owns one family of models. It is built from the model folder's own configuration and answers, without
 torch and without an image processor: how many placeholder tokens an image of a given size takes (`layout`), how a
@@ -21,7 +21,7 @@ from pointillist.refs.descriptor import RawImageDescriptor
 
 @dataclass(frozen=True, slots=True)
 class ImageLayout:
-    """How one image lies in the token stream and in the vision tower."""
+    """Size of one image in the token stream and in the vision tower."""
 
     grid_thw: tuple[int, int, int]
     """Patches in time, height and width."""
@@ -34,7 +34,7 @@ class ImageLayout:
 
 @dataclass(frozen=True, slots=True)
 class ForwardArgs:
-    """What a model's `forward` wants beside the tensors."""
+    """Which arguments a model's `forward` takes beside tokens and pixels."""
 
     pass_position_ids_with_mm: bool
     """Whether 1-D position ids are passed when images are (False: the model builds its own, as MRoPE does)."""
@@ -103,15 +103,15 @@ class Family(Protocol):
         ...
 
     def expand(self, logical_ids: Sequence[int], layouts: Sequence[ImageLayout]) -> Expansion:
-        """Replaces the one placeholder of each image by as many as its layout says.
+        """Replaces the one placeholder of each image by as many as its layout has.
 
         Raises:
-            LayoutError: As many layouts as placeholders were expected.
+            LayoutError: The number of layouts is not that of the placeholders.
         """
         ...
 
     def placeholder_layout(self, num_tokens: int) -> ImageLayout:
-        """Some layout with this many tokens, for an image that is not to be had."""
+        """Some layout with this many tokens, to hold the place of a missing image."""
         ...
 
     def patches(self, pixels: NDArray[np.uint8], layout: ImageLayout) -> NDArray[np.uint8]:
@@ -162,7 +162,11 @@ def expand_one_placeholder(
     """Expansion for families whose image is a run of one repeated token: each placeholder becomes `num_tokens` ones.
 
     Raises:
-        LayoutError: As many layouts as placeholders were expected.
+        LayoutError: The number of layouts is not that of the placeholders.
+
+    Example:
+        Logical ids `7 5 8` with the placeholder 5, and a layout of 3 tokens: `token_ids` `7 5 5 5 8`, `source`
+        `0 1 1 1 2`, `spans` `[(1, 3)]`.
     """
     check_placeholder_count(logical_ids, placeholder_id, layouts)
     token_ids: list[int] = []
@@ -180,6 +184,10 @@ def expand_one_placeholder(
 
 
 def one_row_of_blocks(num_tokens: int, patch_size: int, merge_size: int) -> ImageLayout:
-    """A layout with this many tokens, for families that cut images into square blocks of patches."""
+    """A layout with this many tokens, for families that cut images into square blocks of patches.
+
+    Example:
+        3 tokens, patches of 16 pixels, blocks of 2x2 patches: grid `(1, 2, 6)`, 32 pixels high, 96 wide.
+    """
     side = patch_size * merge_size
     return ImageLayout((1, merge_size, merge_size * num_tokens), num_tokens, side, side * num_tokens)

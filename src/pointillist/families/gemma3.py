@@ -97,8 +97,8 @@ class Gemma3Family:
         """Each `<start_of_image>` becomes a blank line, itself, the image's tokens, `<end_of_image>` and a blank line.
 
         Raises:
-            LayoutError: As many layouts as placeholders were expected; or a line break or another image stands beside
-                one, where the tokenizer would merge line breaks and this expansion would not.
+            LayoutError: The number of layouts is not that of the placeholders, or a line break or another image stands
+                beside one, where the tokenizer would merge line breaks and this expansion would not.
         """
         check_placeholder_count(logical_ids, self._begin, layouts)
         token_ids: list[int] = []

@@ -78,7 +78,11 @@ class KimiK25Family:
         self.frames = 1
 
     def layout(self, width: int, height: int) -> ImageLayout:
-        """Layout of an image of this size; equal to `navit_resize` of the Hugging Face processor for every size."""
+        """Layout of an image of this size; equal to `navit_resize` of the Hugging Face processor for every size.
+
+        Example:
+            An image 150 wide and 100 high keeps its size and is padded to 168x112: grid `(1, 8, 12)`, 24 tokens.
+        """
         patch, limit = self.patch_size, self.max_side_patches * self.patch_size
         patches = max(1, height // patch) * max(1, width // patch)
         scale = min(1.0, math.sqrt(self.max_patches / patches), limit / height, limit / width)

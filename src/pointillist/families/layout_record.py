@@ -1,8 +1,8 @@
-"""Which settings a fingerprint stands for: kept beside the images, so that a mismatch can be explained.
+"""The settings behind a fingerprint, kept beside the images so that a mismatch can be explained.
 
-A fingerprint is a digest; two digests that differ do not say why. Whoever writes images also writes the settings behind
-its fingerprint once, to `<image store>/layouts/<fingerprint>.json`, and a reader whose own fingerprint is another one
-names the first setting that differs. Nothing is ever decided by this file.
+A fingerprint is a digest, and two digests that differ do not show why. A writer of images also writes the settings
+behind its fingerprint once, to `<image store>/layouts/<fingerprint>.json`, and a reader whose own fingerprint is
+another one names the first setting that differs. Nothing is ever decided by this file.
 """
 
 import json
@@ -35,8 +35,8 @@ def first_difference(fingerprint: str, own: Mapping[str, Any], roots: Iterable[P
     """`"; merge_size is 1, here 2"` if the settings behind a fingerprint are known, else a general remark.
 
     Args:
-        fingerprint: The sender's, 32 hex digits.
-        own: The reader's deciding settings.
+        fingerprint: Fingerprint of the sender, 32 hex digits.
+        own: Settings of the reader, `layout_fields`.
         roots: Image stores that may hold the sender's settings.
     """
     for root in roots:

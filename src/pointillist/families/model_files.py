@@ -18,7 +18,7 @@ def resolve_model_dir(name: str) -> Path:
     """Folder of a model: a local folder, or the hub snapshot of `organisation/model` (configuration files only).
 
     Raises:
-        ConfigError: Neither a folder nor to be had from the hub.
+        ConfigError: The name is neither a folder nor could its files be fetched from the hub.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -66,7 +66,7 @@ class ModelFiles:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the output layer, the padding that no token stands for included; 0 if the config does not say."""
+        """Number of rows of the output layer, with padding that no token stands for; 0 if the config has no number."""
         text = self.config.get("text_config")
         return int((text if isinstance(text, dict) else self.config).get("vocab_size") or 0)
 
@@ -95,7 +95,7 @@ class ModelFiles:
         except FileNotFoundError:
             raise ConfigError(f"model folder {self.folder} has no {name}") from None
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} can not be read as JSON ({error})") from None
+            raise ConfigError(f"{path} cannot be read as JSON ({error})") from None
         if not isinstance(value, dict):
             raise ConfigError(f"{path} holds a JSON {type(value).__name__}, expected an object")
         return value
@@ -105,7 +105,7 @@ def token_id(files: ModelFiles, key: str) -> int:
     """A token id that `config.json` names.
 
     Raises:
-        ConfigError: It does not.
+        ConfigError: `config.json` has no such key, or no number there.
     """
     value = files.config.get(key)
     if not isinstance(value, int):

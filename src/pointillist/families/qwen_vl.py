@@ -91,6 +91,10 @@ class QwenVLFamily:
     def layout(self, width: int, height: int) -> ImageLayout:
         """Layout of an image of this size; equal to `smart_resize` of the Hugging Face processor for every size.
 
+        Example:
+            Patches of 16 pixels, blocks of 2x2: an image 100 wide and 70 high is resized to 96x64, has grid
+            `(1, 4, 6)`, which is 24 patches, and 6 tokens.
+
         The arithmetic is that of `smart_resize`, IEEE doubles included: their roots and quotients are correctly
         rounded on every machine, and where a size falls exactly on a boundary they decide differently from exact
         integers.

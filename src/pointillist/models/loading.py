@@ -34,12 +34,12 @@ def load_model(
     """Loads a model by the real `from_pretrained`.
 
     Args:
-        name: A folder or a hub name.
-        device: auto takes a GPU if there is one.
-        dtype: Of weights and activations.
+        name: Folder of the model, or its hub name.
+        device: Device of the model; auto takes a GPU if there is one.
+        dtype: Type of weights and activations.
 
     Raises:
-        ConfigError: No such model, no family serves it, its weights can not be loaded, or they are not the model's.
+        ConfigError: No such model, no family serves it, its weights cannot be loaded, or they are not the model's.
     """
     family = load_family(name)
     tokenizer = FolderTokenizer(resolve_model_dir(name))
@@ -77,9 +77,9 @@ def _from_pretrained(name: str, dtype: torch.dtype) -> Any:
                 f"the installed torchvision does not fit this torch ({error}): uninstall it (it is not needed), or "
                 "install the build that belongs to this torch"
             ) from None
-        raise ConfigError(f"model {name!r} can not be loaded: {error}") from None
+        raise ConfigError(f"model {name!r} cannot be loaded: {error}") from None
     except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"model {name!r} can not be loaded: {error}") from None
+        raise ConfigError(f"model {name!r} cannot be loaded: {error}") from None
     _check_found(name, found)
     return model
 

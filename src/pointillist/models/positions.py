@@ -1,4 +1,4 @@
-"""Positions of one sample's tokens, as its family counts them."""
+"""Positions of one sample's tokens, counted as its family counts them."""
 
 from typing import Any
 
@@ -18,13 +18,17 @@ def sample_positions(
 
     Args:
         model: The Hugging Face model.
-        policy: Of the model's family.
-        token_ids: int64 `(tokens,)`.
-        mm_token_type_ids: int64 `(tokens,)`; 0 text, 1 image.
-        image_grid_thw: int64 `(images, 3)`, None without images.
+        policy: Forward arguments of the model's family.
+        token_ids: Token ids, int64 `(T,)`.
+        mm_token_type_ids: Types, int64 `(T,)`; 0 text, 1 image.
+        image_grid_thw: Grids in patches, int64 `(I, 3)`; None without images.
 
     Returns:
-        int64 `(rows, tokens)`: three rows (time, height, width) for families with MRoPE, else one.
+        int64 `(3, T)` (time, height, width) for families with MRoPE, else `(1, T)`.
+
+    Example:
+        Text, an image of grid `(1, 4, 4)` whose 2x2 blocks are 4 tokens, text: types `0 1 1 1 1 0`. Time is
+        `0 1 1 1 1 3`, height `0 1 1 2 2 3`, width `0 1 2 1 2 3`: the text goes on after the larger side.
     """
     if policy.pass_position_ids_with_mm:
         return torch.arange(len(token_ids), device=token_ids.device)[None]
@@ -44,7 +48,7 @@ def sample_positions(
 
 
 def _gaps_before(model: Any, mm_token_type_ids: torch.Tensor, image_grid_thw: torch.Tensor | None) -> torch.Tensor:
-    """Per token, int64 `(tokens,)`: how many images before it are followed by another one without a token between.
+    """Per token, int64 `(T,)`: how many images before it are followed by another one without a token between.
 
     Example:
         Two images of two tokens each, types `0 1 1 1 1 0`: gaps `0 0 0 1 1 1`.

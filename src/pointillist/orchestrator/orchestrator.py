@@ -1,4 +1,4 @@
-"""The orchestrator: for every step, roll out groups, compare, pack, ship.
+"""The orchestrator: for every step it asks for groups of rollouts, compares them, packs samples, and sends batches.
 
     wait for weights that are new enough -> groups of rollouts -> advantages -> samples -> packed rows -> trainer
 
@@ -60,7 +60,7 @@ async def orchestrate(config: OrchestratorConfig) -> None:
 
     Raises:
         ConfigError: The model folder is unusable.
-        EnvironmentLoadError: The environment can not be had.
+        EnvironmentLoadError: The environment cannot be found, imported or built.
         InferenceError: The server refused weights, or no group could be rolled out.
     """
     with beating(RunPaths(config.output_dir.resolve()).state, "orchestrator"):
@@ -130,7 +130,7 @@ class Orchestrator:
         ranks = (
             [[]] * num_workers if solved else pack(batch.samples, seq_len=self.config.seq_len, num_workers=num_workers)
         )
-        # Before the batch: whoever looks after images must find every reference that can be trained on.
+        # Records are written before the batch is sent: `store gc` must find every reference that can be trained on.
         write_records(self.paths.rollouts_file(step), batch.records)
         state = json.dumps({"step": step, "task_position": self.tasks.position}).encode()
         packed = [
@@ -205,7 +205,7 @@ class Orchestrator:
         )
 
     def _keep_for_the_eye(self, step: int, batch: "_Batch") -> None:
-        """Writes the rollouts of a step that can not be trained: they say why."""
+        """Writes the rollouts of a step that cannot be trained, so that they can be looked at."""
         write_records(self.paths.rollouts_file(step), batch.records)
 
     async def _wait_for_weights(self, version: int, step: int | None = None) -> None:
@@ -233,7 +233,7 @@ class Orchestrator:
             "eval/failed": failed.total(),
             **_by_kind("eval/failed/", failed),
             "time/eval": time.perf_counter() - started,
-            # The promise of the environment side, checked where it counts: in the process itself.
+            # A test looks at it: the environment side runs without torch.
             "torch_imported": "torch" in sys.modules,
         }
         append_jsonl(self.paths.metrics / "eval.jsonl", metrics)
@@ -344,7 +344,7 @@ class _Batch:
         }
 
     def in_words(self) -> str:
-        """What a line of the log says of it."""
+        """Text of the batch for the log."""
         kinds = ", ".join(f"{count} {kind}" for kind, count in self._failures.most_common(3))
         return (
             f"reward {self._mean_reward():.3f}, {len(self.samples)} samples, {self._flat} of {self._groups} groups "
@@ -355,7 +355,7 @@ class _Batch:
         return sum(rollout.reward for rollout in self.rollouts) / max(1, len(self.rollouts))
 
     def _prepared(self, result: RolloutResult) -> tuple[RolloutResult, list[TrainingSample]]:
-        """The result with its reward and a sample a branch; a record that can not be trained is a failure."""
+        """The result with its reward and a sample a branch; a record that cannot be trained is a failure."""
         if result.failure is not None:
             if not result.failure.by_policy:
                 return result, []

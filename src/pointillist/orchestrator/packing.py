@@ -28,12 +28,16 @@ def pack(samples: Sequence[TrainingSample], *, seq_len: int, num_workers: int) -
     """Packs samples into rows of at most `seq_len` tokens.
 
     Args:
-        samples: At least one.
-        seq_len: Longest row, in tokens.
-        num_workers: Data-parallel ranks.
+        samples: Samples of a step, at least one.
+        seq_len: Number of tokens of the longest row.
+        num_workers: Number of data-parallel ranks.
 
     Returns:
-        Per rank its rows; every rank has equally many, dummies without loss included where needed.
+        The rows of each rank. Every rank has equally many; where needed, rows without loss fill up.
+
+    Example:
+        Samples of 5, 3, 3 and 2 tokens, `seq_len` 8, two ranks: the rows are `5 + 3` and `3 + 2`, one for each rank.
+        The first has `seq_lens` `[5, 3]`, and an image at offset 1 of its second sample has offset 6 in the row.
 
     Raises:
         OverlongMultimodalSample: A sample is longer than a row.

@@ -1,4 +1,4 @@
-"""Runs groups of rollouts: bounded concurrency, retries, and a log of whatever went wrong."""
+"""Runs groups of rollouts: it bounds how many run at once, tries failed ones again, and logs each cause of failure."""
 
 import asyncio
 import logging
@@ -26,7 +26,7 @@ _CAUSES: Final = 1000
 
 
 class RolloutRunner:
-    """Asks a host for rollouts."""
+    """Asks a rollout host (this process, or a pool of workers) for groups and evaluations."""
 
     def __init__(self, config: OrchestratorConfig, host: RolloutHost) -> None:
         self._config = config
@@ -34,16 +34,16 @@ class RolloutRunner:
         self._slots = asyncio.Semaphore(config.max_concurrent)
         self._causes: Counter[tuple[str, str]] = Counter()
         self.retried = 0
-        """Rollouts that failed and were tried again."""
+        """Number of rollouts that failed and were tried again."""
 
     async def run_group(self, task: int, step: int, index: int, size: int) -> list[RolloutResult]:
-        """Rollouts of one task, in order; those that failed for good have a `failure`.
+        """Rollouts of one task, in order; a rollout whose last attempt failed has a `failure`.
 
         Args:
             task: Index of a training task.
-            step: Optimiser step that they are for; with `index` it decides the seeds.
+            step: Number of the optimiser step that will train them; with `index` it decides the seeds.
             index: Number of the group in its step.
-            size: Rollouts to run.
+            size: Number of rollouts, G.
         """
         seed = _seed(self._config.seed, step, index)
         requests = [
@@ -61,11 +61,11 @@ class RolloutRunner:
         return list(await asyncio.gather(*(self._run(request, oldest) for request in requests)))
 
     async def run_greedy(self, task_ids: Sequence[str], version: int) -> list[RolloutResult]:
-        """One greedy rollout of each held-out task, in order; those that failed for good have a `failure`.
+        """One greedy rollout of each held-out task, in order; a rollout whose last attempt failed has a `failure`.
 
         Args:
-            task_ids: Of the held-out tasks, from the first on.
-            version: Of the weights, for the rollouts' ids.
+            task_ids: Names of the held-out tasks, from the first on.
+            version: Version of the weights, which stands in the rollouts' ids.
         """
         sampling: Sampling = replace(sampling_of(self._config.sampling), temperature=0.0, top_p=1.0, top_k=-1)
         requests = [
@@ -77,7 +77,7 @@ class RolloutRunner:
         return list(await asyncio.gather(*(self._run(request, oldest=0) for request in requests)))
 
     async def _run(self, request: RolloutRequest, oldest: int) -> RolloutResult:
-        """A rollout none of whose tokens was sampled with weights older than version `oldest`, or its last failure."""
+        """Runs a rollout until it succeeds with no token older than version `oldest`, or returns its last failure."""
         attempt = 0
         async with self._slots:
             while True:
@@ -96,7 +96,7 @@ class RolloutRunner:
                 attempt += 1
 
     def _log(self, rollout_id: str, task_id: str, failure: RolloutFailure, *, final: bool) -> None:
-        """Each distinct cause once with its traceback, then a line a time, up to a number; records have them all."""
+        """Logs a distinct cause first with its traceback, then with one line, up to a bound; records have all."""
         what = f"task {task_id}: {failure.kind}: {failure.message}"
         cause = failure.kind, _where(failure.traceback)
         if cause not in self._causes and len(self._causes) == _CAUSES:
@@ -112,12 +112,12 @@ class RolloutRunner:
 
 
 def _where(traceback: str) -> str:
-    """The place in the code where an error was raised; the empty text if that is not known."""
+    """The line of a traceback that names where the error was raised; empty if there is none."""
     return next((line for line in reversed(traceback.splitlines()) if line.lstrip().startswith('File "')), "")
 
 
 def _fresh(result: RolloutResult, oldest: int) -> RolloutResult:
-    """The result, or a failure if one of its tokens is older than may be trained on."""
+    """The result, or a failure if one of its tokens was sampled with a version before `oldest`."""
     versions = [
         v for branch in result.branches for v, on in zip(branch.weight_versions, branch.sampled, strict=True) if on
     ]
@@ -132,5 +132,5 @@ def _fresh(result: RolloutResult, oldest: int) -> RolloutResult:
 
 
 def _seed(seed: int, step: int, index: int) -> int:
-    """First seed of a group; its rollouts count up from it, so that their first requests travel as one."""
+    """First seed of a group. Its rollouts count up from it, so that their first requests can be sent as one."""
     return random.Random(f"{seed}/{step}/{index}").getrandbits(31)

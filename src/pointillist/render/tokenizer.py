@@ -1,7 +1,7 @@
 """A model folder's fast tokenizer, loaded in milliseconds and without transformers.
 
-`renderers` accepts any object with a small set of methods; this is that set over the `tokenizers` library, which is
-what the Hugging Face fast tokenizers are made of.
+`renderers` accepts any object with a small set of methods. `FolderTokenizer` has these methods over the library
+`tokenizers`, which the fast tokenizers of Hugging Face are made of.
 """
 
 import json
@@ -16,7 +16,7 @@ from pointillist.errors import ConfigError
 
 
 class FolderTokenizer:
-    """The tokenizer of a model folder, as `renderers.Tokenizer` wants it."""
+    """The tokenizer of a model folder, with the methods of `renderers.Tokenizer`."""
 
     def __init__(self, folder: Path) -> None:
         """Loads `tokenizer.json` and the special tokens of `tokenizer_config.json`.
@@ -30,7 +30,7 @@ class FolderTokenizer:
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # `tokenizers` raises bare Exception
-            raise ConfigError(f"{path} can not be read as a tokenizer ({error})") from None
+            raise ConfigError(f"{path} cannot be read as a tokenizer ({error})") from None
         self.name_or_path = str(folder)
         settings = _settings(folder / "tokenizer_config.json")
         self.eos_token_id = self._named(settings, "eos_token")
@@ -42,7 +42,7 @@ class FolderTokenizer:
     def __call__(
         self, text: str, *, add_special_tokens: bool = True, return_offsets_mapping: bool = False
     ) -> dict[str, Any]:
-        """Encodes one text; with character offsets if asked."""
+        """Token ids of one text as `input_ids`; on request each token's characters as `offset_mapping`."""
         encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         result: dict[str, Any] = {"input_ids": encoding.ids}
         if return_offsets_mapping:
@@ -54,14 +54,18 @@ class FolderTokenizer:
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, token_ids: Any, *, skip_special_tokens: bool = False, **_: object) -> str:
-        """Text of one token id or several."""
+        """Text of one token id or of several."""
         ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
         return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
-        """Text that each token adds to those before it; together they are the decoded text.
+        """Text that each token adds to the tokens before it; all of them together are the decoded text.
 
-        A character of several tokens stands at the last of them; one that never ends is a replacement character.
+        A character that several tokens make up stands at the last of them. A character that never ends becomes a
+        replacement character.
+
+        Example:
+            Three tokens that are the three bytes of one character give `["", "", "\u20ac"]`.
         """
         stream = DecodeStream(skip_special_tokens=False)
         added = [stream.step(self._tokenizer, token_id) for token_id in token_ids]
@@ -71,7 +75,7 @@ class FolderTokenizer:
         return texts
 
     def convert_tokens_to_ids(self, tokens: str | list[str]) -> Any:
-        """Id of a token, or ids of a list of tokens; None for an unknown one."""
+        """Id of a token, or ids of a list of tokens; an unknown token has None."""
         if isinstance(tokens, str):
             return self._tokenizer.token_to_id(tokens)
         return [self._tokenizer.token_to_id(token) for token in tokens]
@@ -89,4 +93,4 @@ def _settings(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
-        raise ConfigError(f"{path} can not be read as JSON ({error})") from None
+        raise ConfigError(f"{path} cannot be read as JSON ({error})") from None

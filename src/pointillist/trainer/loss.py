@@ -6,7 +6,7 @@ $\rho = \exp(\ell - \ell_s)$:
 $$ L = \frac{1}{N} \sum_t -\,[\rho_{low} \le \rho_t \le \rho_{high}] \rho_t A_t + \beta\, k_3(\ell_{ref,t} - \ell_t)
    - \eta\, H_t $$
 
-- The ratio corrects for the sampler's policy being another one (older weights, other kernels). Tokens whose ratio is
+- The ratio corrects for tokens that another policy sampled (older weights, other kernels). Tokens whose ratio is
   outside the band are masked on both sides: double-sided masking as in IcePop (Ling team, "Every Step Evolves",
   arXiv 2510.18855). On policy the ratio is 1 and this is REINFORCE.
 - $N$ is the number of sampled tokens of the whole step over all ranks (token-level normalisation as in DAPO,
@@ -50,16 +50,23 @@ def policy_gradient_loss(
     config: LossConfig,
     reference_logprobs: torch.Tensor | None = None,
 ) -> LossTerms:
-    """The loss of this module's docstring.
+    """The loss of this module's docstring, over the `N` trained tokens of a row.
 
     Args:
-        logprobs: Trainer's, `(trained,)`, with a gradient.
-        entropy: Trainer's, in nats, `(trained,)`, with a gradient.
-        sampler_logprobs: Sampler's, `(trained,)`.
-        advantages: `(trained,)`.
-        num_tokens: What the sum is divided by.
-        config: Band of the ratio and weights of the KL term and the entropy bonus.
-        reference_logprobs: Reference model's, `(trained,)`; None without a KL term.
+        logprobs: Trainer's logprobs, float32 `(N,)`, with a gradient.
+        entropy: Entropy of the trainer's distributions, in nats, float32 `(N,)`, with a gradient.
+        sampler_logprobs: Logprobs when the tokens were sampled, float32 `(N,)`.
+        advantages: Advantages, float32 `(N,)`.
+        num_tokens: Number of sampled tokens of the whole step over all ranks, by which the sum is divided.
+        config: Band of the ratio, and weights of the KL term and the entropy bonus.
+        reference_logprobs: Logprobs of the reference model, float32 `(N,)`; None without a KL term.
+
+    Returns:
+        The loss and sums for the metrics. Losses of a step's rows are added, not averaged.
+
+    Example:
+        Two tokens, on policy (both ratios are 1), advantages `[1.5, -0.5]`, and 4 sampled tokens in the whole step: the
+        loss is `-(1.5 - 0.5) / 4 = -0.25`. If the second ratio were 3, above `ratio_high`, it would be `-1.5 / 4`.
     """
     log_ratio = logprobs - sampler_logprobs
     ratio = log_ratio.exp()

@@ -1,4 +1,4 @@
-"""The two ends of a transport, and the choice of one."""
+"""The two ends of a transport, and the choice between files and ZMQ."""
 
 from typing import Protocol
 
@@ -13,7 +13,7 @@ class Sender(Protocol):
     """The orchestrator's end."""
 
     def send(self, batches: list[RankBatch]) -> None:
-        """Hands over one step's batches, one a rank; may wait for ranks that are behind."""
+        """Hands over the batches of one step, one for each rank; may wait for ranks that are behind."""
         ...
 
     def close(self) -> None:
@@ -25,25 +25,25 @@ class Receiver(Protocol):
     """One trainer rank's end."""
 
     def receive(self, step: int) -> RankBatch:
-        """Waits for a step's batch."""
+        """Waits for the batch of a step."""
         ...
 
     def discard_before(self, step: int) -> None:
-        """Says that the batches of earlier steps are trained."""
+        """Reports that the batches of earlier steps are trained and need not be kept."""
         ...
 
 
 def make_sender(config: TransportConfig, paths: RunPaths, num_ranks: int, max_pending: int) -> Sender:
-    """The orchestrator's end, as the config says.
+    """The orchestrator's end of the configured transport.
 
     Args:
-        config: Which transport.
-        paths: The run's folder.
-        num_ranks: Ranks that will ask.
-        max_pending: Steps that may wait for them.
+        config: Kind of the transport, and its address.
+        paths: Paths of the run.
+        num_ranks: Number of ranks that will ask.
+        max_pending: Number of steps that may wait for the ranks.
 
     Raises:
-        TransportError: The address can not be had.
+        TransportError: The address cannot be listened on, or the run has no key.
     """
     if config.type == "zmq":
         return ZmqSender(config.address, num_ranks, max_pending)
@@ -51,5 +51,5 @@ def make_sender(config: TransportConfig, paths: RunPaths, num_ranks: int, max_pe
 
 
 def make_receiver(config: TransportConfig, paths: RunPaths, rank: int) -> Receiver:
-    """A rank's end, as the config says."""
+    """The end of trainer rank `rank` of the configured transport."""
     return ZmqReceiver(config.address, rank) if config.type == "zmq" else FilesystemReceiver(paths, rank)

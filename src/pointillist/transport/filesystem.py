@@ -15,10 +15,13 @@ _LATE: Final = 0.1
 
 
 def poll_seconds() -> Iterator[float]:
-    """How long to sleep before each next look for a batch.
+    """Seconds to sleep before each next look for a batch.
 
-    A tenth of what was slept so far, so that a batch is found at most a tenth later than it could be; at least 10 ms,
-    and at most 250 ms, so that hundreds of ranks that wait for long are no load for a shared file system.
+    A pause is a tenth of the time slept so far, so that a batch is found at most a tenth later than possible. It is at
+    least 10 ms and at most 250 ms, so that hundreds of waiting ranks are no load for a shared file system.
+
+    Example:
+        The first pauses are 0.01 s; after 1 s of sleep they are 0.1 s, and from 2.5 s on 0.25 s.
     """
     slept = 0.0
     while True:
@@ -34,17 +37,17 @@ class FilesystemSender:
         self._paths = paths
 
     def send(self, batches: list[RankBatch]) -> None:
-        """Writes one step's batches, one a rank.
+        """Writes the batches of one step, one for each rank.
 
         Raises:
-            TransportError: A batch that must not travel; nothing was written.
+            TransportError: A batch is not fit to be sent; nothing was written.
         """
         encoded = [encode_rank_batch(batch) for batch in batches]
         for rank, data in enumerate(encoded):
             write_atomically(self._paths.rollout_step(batches[rank].step) / f"rank_{rank}.bin", data)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing, since nothing is open."""
 
 
 class FilesystemReceiver:
@@ -55,7 +58,7 @@ class FilesystemReceiver:
         self._rank = rank
 
     def receive(self, step: int) -> RankBatch:
-        """Waits for a step's batch.
+        """Waits for the batch of a step.
 
         Raises:
             TransportError: The batch cannot be read, is malformed or must not be trained.

@@ -1,10 +1,11 @@
 """Batches over ZMQ: the orchestrator keeps a step's batches until every rank has trained them, ranks ask for them.
 
-A rank says `Want` with the step it is to train, and `Done` when it needs nothing before a step any more. Batches are
-kept until all ranks are done with them, so a rank that restarts asks again and loses nothing; at most `max_pending`
-steps are kept, so a sender that is ahead waits. The answer to a `Want` is a batch, or a refusal with its reason.
+A rank sends `Want` with the step that it will train next, and `Done` with the first step whose batch it still needs.
+Batches are kept until all ranks are done with them, so a rank that restarts asks again and loses nothing. At most
+`max_pending` steps are kept, so a sender that is ahead waits. The answer to a `Want` is a batch, or a refusal with its
+reason.
 
-Only processes that know the run's key can connect (`pointillist.base.channel`). The orchestrator's end answers in a
+Only processes that have the run's key can connect (`pointillist.base.channel`). The orchestrator's end answers in a
 thread; should that thread fail, `send` raises its error, so the run ends with the reason.
 """
 
@@ -55,12 +56,12 @@ class ZmqSender:
     """The orchestrator's end; a thread answers the ranks."""
 
     def __init__(self, address: str, num_ranks: int, max_pending: int) -> None:
-        """Listens.
+        """Begins to listen.
 
         Args:
-            address: `tcp://host:port`; port 0 takes a free one (`self.address` says which).
-            num_ranks: Ranks that will ask.
-            max_pending: Steps that are kept at most.
+            address: Address `tcp://host:port`; with port 0 a free port is taken, and `self.address` has it.
+            num_ranks: Number of ranks that will ask.
+            max_pending: Number of steps that are kept, at most.
 
         Raises:
             TransportError: The address cannot be listened on, or the run has no key.
@@ -88,10 +89,10 @@ class ZmqSender:
         self._thread.start()
 
     def send(self, batches: list[RankBatch]) -> None:
-        """Hands over one step's batches, one a rank; waits while too many steps are pending.
+        """Hands over the batches of one step, one for each rank; waits while too many steps are pending.
 
         Raises:
-            TransportError: A batch that must not travel (nothing was handed over), or the thread that answers the
+            TransportError: A batch is not fit to be sent (nothing was handed over), or the thread that answers the
                 ranks has failed.
         """
         encoded = [encode_rank_batch(batch) for batch in batches]
@@ -154,7 +155,7 @@ class ZmqSender:
                 self._changed.notify_all()
 
     def _answer(self) -> None:
-        """Answers the ranks that wait for what is there, or for what will never come."""
+        """Answers the ranks whose batch is there, and refuses those whose batch will never come."""
         with self._changed:
             if self._latest is None:
                 return
@@ -177,7 +178,7 @@ class ZmqReceiver:
     """One trainer rank's end."""
 
     def __init__(self, address: str, rank: int) -> None:
-        """Prepares; the orchestrator need not be there yet.
+        """Prepares the sockets; the orchestrator need not listen yet.
 
         Raises:
             TransportError: The run has no key.
@@ -191,7 +192,7 @@ class ZmqReceiver:
         self._wire: zmq.Socket[bytes] | None = None
 
     def receive(self, step: int) -> RankBatch:
-        """Waits for a step's batch.
+        """Waits for the batch of a step.
 
         Raises:
             TransportError: The answer or the batch is malformed, the batch must not be trained, or the orchestrator
@@ -217,12 +218,12 @@ class ZmqReceiver:
                 )  # fmt: skip
 
     def discard_before(self, step: int) -> None:
-        """Says that the batches of earlier steps are trained."""
+        """Reports that the batches of earlier steps are trained and need not be kept."""
         with suppress(zmq.Again):  # a thousand wait already: the orchestrator is gone
             self._done_wire.send(_encode(_Done(self._rank, step)), zmq.NOBLOCK)
 
     def _connected(self, *, immediate: bool) -> "zmq.Socket[bytes]":
-        """A socket; `immediate`: it can be written to only while its connection stands."""
+        """A connected socket; with `immediate` it takes messages only while its connection stands."""
         wire = self._context.socket(zmq.DEALER)
         wire.linger = 1000
         wire.immediate = immediate
