@@ -149,9 +149,9 @@ MUTANTS = [
     ),
     Mutant(
         "a key of a record is renamed",
-        "orchestrator/records.py",
-        '"outcome": "failed" if failed',
-        '"result": "failed" if failed',
+        "runs/records.py",
+        "return msgspec.structs.asdict(value)",
+        'return {key.replace("outcome", "result"): each for key, each in msgspec.structs.asdict(value).items()}',
         "test_records.py",
     ),
 ]

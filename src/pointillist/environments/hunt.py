@@ -8,6 +8,7 @@ pictures they name; `examples/hunt/prepare.py` makes one.
 
 import asyncio
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +17,8 @@ from PIL import Image
 
 from pointillist.environments import Task
 from pointillist.environments.tasks import read_tasks
-from pointillist.images.decode import STORED_LIMITS, decode_rgb, to_pillow
+from pointillist.images.decode import decode_rgb, to_pillow
+from pointillist.runs.image_dir import writer_limits
 from pointillist.sessions import Session
 
 QUESTION = "Find it and name it."
@@ -104,4 +106,4 @@ class HuntEnvironment:
 
 
 def _load(path: Path) -> Image.Image:
-    return to_pillow(decode_rgb(path.read_bytes(), STORED_LIMITS))
+    return to_pillow(decode_rgb(path.read_bytes(), writer_limits(os.environ)))

@@ -1,13 +1,15 @@
 """Task lists of the built-in environments: one JSON object in each line; paths of pictures are relative to the file."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pointillist.environments import Task
 from pointillist.errors import EnvironmentLoadError, ImageError
-from pointillist.images.decode import STORED_LIMITS, decode_rgb
+from pointillist.images.decode import decode_rgb
+from pointillist.runs.image_dir import writer_limits
 
 T = TypeVar("T")
 
@@ -23,13 +25,15 @@ def read_tasks(path: Path, hint: str) -> list[Task]:
         Tasks whose data has `image` (a path) and `answer` (a text).
 
     Raises:
-        EnvironmentLoadError: The list is missing or malformed, or a picture is missing or corrupt.
+        EnvironmentLoadError: The list is missing or malformed, or a picture is missing, corrupt, or not one that
+            the run accepts.
     """
+    limits = writer_limits(os.environ)
 
     def task(record: Mapping[str, Any]) -> Task:
         image = path.parent / record["image"]
         try:
-            decode_rgb(image.read_bytes(), STORED_LIMITS)
+            decode_rgb(image.read_bytes(), limits)
         except (OSError, ImageError) as error:
             raise EnvironmentLoadError(f"picture {record['image']} of {path}: {error}") from None
         return Task(f"{path.stem}-{record['image']}", {"image": image, "answer": str(record["answer"])})

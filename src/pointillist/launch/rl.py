@@ -37,7 +37,7 @@ from pointillist.launch.placement import (
     write_configs,
 )
 from pointillist.launch.processes import Child
-from pointillist.launch.progress import Progress
+from pointillist.launch.progress import ProgressLine
 from pointillist.launch.run_dir import check_fresh, make_fresh, resume_step, rewind, wait_for_survivors
 from pointillist.launch.summary import summarize
 from pointillist.launch.supervisor import Supervisor
@@ -248,7 +248,7 @@ def _supervise(
 ) -> int:
     """Runs everything on this machine, as a whole; returns the exit code."""
     supervisor = Supervisor(specs(config, layout, nodes, 0, paths, environ), config.supervision, _say)
-    progress = Progress(console, paths, config.max_steps)
+    progress = ProgressLine(console, paths, config.max_steps)
     resumes = 0
     endpoint = MetricsEndpoint(config.metrics, paths, supervisor, server_headers(config, environ))
     watching = Watching.of(config, paths, _say)

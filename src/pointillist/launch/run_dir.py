@@ -24,8 +24,7 @@ METRIC_FILES = ("trainer.jsonl", "orchestrator.jsonl", "eval.jsonl")
 
 # What a run puts into its folder beside images; the launcher may remove it if nothing was trained.
 _LEFT = (
-    "broadcasts", "configs", "faults.jsonl", "logs", "metrics", "monitors", "nodes", "quarantine.jsonl", "rollouts",
-    "state",
+    "broadcasts", "configs", "faults.jsonl", "logs", "metrics", "monitors", "nodes", "rollouts", "state",
 )  # fmt: skip
 _KEPT = ("assets", LOCK_FILE, ".job", ".run_env", ".run_key", "rl.sbatch")
 
@@ -135,7 +134,6 @@ def rewind(paths: RunPaths, step: int) -> None:
             paths.checkpoint_step(later).rename(aside)
     for name in METRIC_FILES:
         _keep_until(paths.metrics / name, step)
-    _keep_until(paths.quarantine, step)
     _keep_until(paths.faults, step)
 
 

@@ -71,7 +71,8 @@ _CHECKPOINT: Final = _kind(
     "checkpoints/step_*/trainer/*",
 )
 _LINES: Final = _kind(
-    rf"run/(?:metrics/{_WORD}|rollouts/step_{_NUMBER}/{_WORD}|rollouts/eval_{_NUMBER}|quarantine|faults)\.jsonl",
+    # Archives of older runs have a quarantine.jsonl: the corrupt images, which faults.jsonl has too.
+    rf"run/(?:metrics/{_WORD}|rollouts/step_{_NUMBER}/{_WORD}|rollouts/eval_{_NUMBER}|faults|quarantine)\.jsonl",
     _UNBOUNDED,  # bounded line by line
     "metrics/*.jsonl",
     "rollouts/*/*.jsonl",

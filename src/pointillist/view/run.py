@@ -2,24 +2,23 @@
 
 import threading
 import tomllib
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
-
 from pointillist.base.files import open_regular
-from pointillist.base.jsonl import complete_lines
-from pointillist.errors import ConfigError, MissingImageError, PointillistError
+from pointillist.base.jsonl import Follower
+from pointillist.errors import ConfigError, MissingImageError, PointillistError, RecordError
+from pointillist.images.decode import ImageLimits
 from pointillist.images.store import STORED_NAME
+from pointillist.runs.image_dir import image_dir_of, limits_of
 from pointillist.runs.paths import RunPaths
-from pointillist.upkeep.references import image_dir_of
+from pointillist.runs.records import Fault, decode_fault
 from pointillist.view.index import RunIndex, is_intact
 from pointillist.view.metrics import Column, MetricsFile
-from pointillist.view.rollout import Fault
 
 COMPONENTS: Final = ("orchestrator", "trainer", "eval")
-_decode_fault = msgspec.json.Decoder(Fault).decode
 
 
 class ViewedRun:
@@ -40,7 +39,8 @@ class ViewedRun:
             raise PointillistError(f"{folder} holds no run: expected configs, metrics or rollouts in it")
         self.name = self.paths.output_dir.name
         self.image_dir = _image_dir(self.paths)
-        self.index = RunIndex(self.paths, self.image_dir, cache)
+        self.limits = limits_of(self.paths)
+        self.index = RunIndex(self.paths, self.image_dir, self.limits, cache)
         self._metrics = {name: MetricsFile(self.paths.metrics / f"{name}.jsonl") for name in COMPONENTS}
         self._faults = _FaultsFile(self.paths.faults)
 
@@ -72,7 +72,7 @@ class ViewedRun:
             return "missing"
         try:
             status = (self.image_dir / name).lstat()
-            return _verdict(self.image_dir, name, status.st_size, status.st_mtime_ns)
+            return _verdict(self.image_dir, name, self.limits, status.st_size, status.st_mtime_ns)
         except (OSError, MissingImageError):
             return "missing"
 
@@ -94,38 +94,26 @@ class ViewedRun:
 
 
 class _FaultsFile:
-    """The trainer's faults by sample, read anew when the file has changed."""
+    """The trainer's faults by sample, followed as the run writes or rewinds them."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         self._lock = threading.Lock()
-        self._state = (0, 0)
         self._by_sample: dict[str, list[Fault]] = {}
+        self._file = Follower(path, self._by_sample.clear)
 
     def by_sample(self) -> dict[str, list[Fault]]:
         with self._lock:
-            try:
-                status = self._path.stat()
-                if (status.st_size, status.st_mtime_ns) == self._state:
-                    return self._by_sample
-                file = open_regular(self._path)
-            except OSError:
-                return {}
-            with file:
-                self._state, self._by_sample = (status.st_size, status.st_mtime_ns), {}
-                for line in complete_lines(file):
-                    try:
-                        fault = _decode_fault(line)
-                    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                        continue  # no fault's record
+            for line in self._file.new():
+                with suppress(RecordError):  # a damaged line costs itself only
+                    fault = decode_fault(line)
                     self._by_sample.setdefault(fault.sample_id, []).append(fault)
-            return self._by_sample
+            return dict(self._by_sample)
 
 
 @lru_cache(maxsize=10_000)
-def _verdict(root: Path, name: str, _size: int, _mtime: int) -> str:
+def _verdict(root: Path, name: str, limits: ImageLimits, _size: int, _mtime: int) -> str:
     """Reads a stored file once for as long as its size and time stay: the rollouts of a group share pictures."""
-    return "good" if is_intact(root, name) else "corrupt"
+    return "good" if is_intact(root, name, limits) else "corrupt"
 
 
 def _image_dir(paths: RunPaths) -> Path | None:

@@ -47,7 +47,7 @@ from pointillist.view.queries import (
     store_facts,
 )
 from pointillist.view.run import ViewedRun
-from pointillist.view.thumbnails import LIMITS, SIZES, thumbnail
+from pointillist.view.thumbnails import SIZES, thumbnail
 from pointillist.view.web.access import LIMITS_OF_REQUESTS, Access, answer, check
 from pointillist.view.web.charts import number
 from pointillist.view.web.overview import metric_charts, phase_charts, side_by_side
@@ -157,7 +157,7 @@ class Viewer:
         _, run = self._run(request)
         name = request.path_params["name"]
         try:
-            data = read_stored(_root(run, name), name, LIMITS)
+            data = read_stored(_root(run, name), name, run.limits)
         except (MissingImageError, RefError) as error:
             return _no_picture(error)
         extension = name.rpartition(".")[2]
@@ -170,9 +170,8 @@ class Viewer:
         if size is None or size not in SIZES:
             raise HTTPException(404, f"expected a size of {SIZES}")
         try:
-            return Response(
-                thumbnail(_root(run, name), name, size, self._cache), media_type="image/png", headers=_FOREVER
-            )
+            small = thumbnail(_root(run, name), name, run.limits, size, self._cache)
+            return Response(small, media_type="image/png", headers=_FOREVER)
         except (MissingImageError, RefError, ImageError) as error:
             return _no_picture(error)
 
