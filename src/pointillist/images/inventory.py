@@ -92,7 +92,7 @@ def verify_entry(entry: StoreEntry, limits: ImageLimits) -> StoreEntry:
 
 
 def add_user(root: Path, output_dir: Path) -> None:
-    """Notes in a store that a run uses it, so that `store gc` knows whom to ask.
+    """Notes in a store that a run uses it, so that `store gc` finds its references.
 
     Args:
         root: The store; made if it is not there.
@@ -127,7 +127,7 @@ def check_is_store(root: Path) -> None:
 
 
 def collect_garbage(root: Path, *, keep: frozenset[str] | None, older_than: float, dry_run: bool) -> list[StoreEntry]:
-    """Removes half-written files, and images that nobody refers to.
+    """Removes half-written files, and images that no run refers to.
 
     Args:
         root: The store.

@@ -104,8 +104,8 @@ class RunIndex:
 
         Args:
             paths: The run's folder.
-            image_dir: Its image store, if it has one.
-            limits: What an image of the run may be at most.
+            image_dir: Image store of the run, if it has one.
+            limits: Limits on an image of the run.
             cache: Folder of indexes. One belongs to the run's path and inode: a folder made anew gets a new one.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What can be told of a rollout's record: its conversation, its tokens, what the trainer did with it."""
+"""What a rollout's record shows: the conversation, the sampled tokens, and what the trainer did with it."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

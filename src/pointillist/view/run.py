@@ -5,7 +5,7 @@ import tomllib
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from pointillist.base.files import open_regular
 from pointillist.base.jsonl import Follower
@@ -29,7 +29,7 @@ class ViewedRun:
 
         Args:
             folder: The run's output folder.
-            cache: Where the index is kept.
+            cache: Folder in which the index is kept.
 
         Raises:
             PointillistError: The folder holds no run.
@@ -76,7 +76,7 @@ class ViewedRun:
         except (OSError, MissingImageError):
             return "missing"
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, str | int | None]:
         """What the run's config says about environment and model; empty without a config."""
         try:
             with open_regular(self.paths.configs / "orchestrator.toml") as file:
@@ -123,12 +123,13 @@ def _image_dir(paths: RunPaths) -> Path | None:
         return None
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> str | int | None:
     """A text or a number; None for anything else in its place."""
-    is_number = isinstance(value, int) and value.bit_length() < 64
-    return value if is_number or isinstance(value, str) else None
+    if isinstance(value, int):
+        return value if value.bit_length() < 64 else None
+    return value if isinstance(value, str) else None
 
 
-def _short(model: Any) -> Any:
+def _short(model: str | int | None) -> str | int | None:
     """A hub name as it is; of a folder its own name: where it lay is of no interest where a run is looked at."""
     return Path(model).name if isinstance(model, str) and Path(model).is_absolute() else model

@@ -34,10 +34,10 @@ def show_rollout(folder: Path, rollout_id: str | None, images: str, console: Con
 
     Args:
         folder: The run's folder.
-        rollout_id: Of the rollout; None is the best of the last step.
-        images: How pictures are drawn: `kitty`, `sixel`, `blocks`, `none`, or `auto`, which asks the terminal's
-            variables.
-        console: Where to.
+        rollout_id: Id of the rollout; None is the best one of the last step.
+        images: Protocol by which pictures are drawn: `kitty`, `sixel`, `blocks`, `none`, or `auto`, which
+            decides by the terminal's variables.
+        console: Console that the rollout is printed on.
 
     Raises:
         PointillistError: There is no run or no such rollout.

@@ -33,7 +33,7 @@ def thumbnail(root: Path, name: str, limits: ImageLimits, size: int, cache: Path
     Args:
         root: Root of the store.
         name: Name of the picture, as `STORED_NAME` has it.
-        limits: What a picture of the run may be at most.
+        limits: Limits on a picture of the run.
         size: Longest side of the small version, one of `SIZES`.
         cache: Folder of thumbnails.
 

@@ -24,7 +24,7 @@ class TensorboardMonitor:
         """Opens it.
 
         Args:
-            folder: As `tensorboard --logdir` takes it.
+            folder: Folder for `tensorboard --logdir`.
         """
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.plugins.text.summary_v2 import text_pb

@@ -27,9 +27,9 @@ class WandbMonitor:
         """Begins the run.
 
         Args:
-            config: Of the whole run, shown beside its curves; `env_vars` are left out, they may hold keys.
-            wandb_config: Where the run goes.
-            folder: For everything that the library writes.
+            config: Config of the whole run, shown beside its curves without `env_vars`, which may hold keys.
+            wandb_config: Project, entity and name of the run.
+            folder: Folder for everything that the library writes.
         """
         # What waits to be uploaded lies in the run's folder, too, not in the user's home.
         os.environ.setdefault("WANDB_DATA_DIR", str(folder))
