@@ -25,7 +25,7 @@ def recorder(model_dir: Path) -> RolloutRecorder:
 
 def _result() -> RolloutResult:
     branch = Branch(
-        token_ids=[6, 6, 300, 301], sampled=[False, False, True, True], logprobs=[0.0, 0.0, -0.5, -0.25],
+        token_ids=[6, 6, 300, 301], loss_mask=[False, False, True, True], logprobs_sampled=[0.0, 0.0, -0.5, -0.25],
         weight_versions=[-1, -1, 3, 4], temperatures=[1.0] * 4,
         images=[MMImageRef(ITEM, SHA, ITEM["raw_image_uri"], 0, 2)], messages=[{"role": "user", "content": "What?"}],
     )  # fmt: skip

@@ -7,13 +7,13 @@ from typing import Any, TypeVar
 
 from pointillist.environments import Task
 from pointillist.errors import EnvironmentLoadError, ImageError
-from pointillist.images.decode import STORED_LIMITS, decode_rgb
+from pointillist.images.decode import STORED_LIMITS, read_header
 
 T = TypeVar("T")
 
 
 def read_tasks(path: Path, hint: str) -> list[Task]:
-    """Tasks of a list whose lines have an `image` and an `answer`; every picture is decoded once to check it.
+    """Tasks of a list whose lines have an `image` and an `answer`; every picture must be there with a good header.
 
     Args:
         path: Path of the list.
@@ -23,13 +23,13 @@ def read_tasks(path: Path, hint: str) -> list[Task]:
         Tasks whose data has `image` (a path) and `answer` (a text).
 
     Raises:
-        EnvironmentLoadError: The list is missing or malformed, or a picture is missing or corrupt.
+        EnvironmentLoadError: The list is missing or malformed, or a picture is missing or none.
     """
 
     def task(record: Mapping[str, Any]) -> Task:
         image = path.parent / record["image"]
         try:
-            decode_rgb(image.read_bytes(), STORED_LIMITS)
+            read_header(image.read_bytes(), STORED_LIMITS)  # pixels are decoded once, when the image is stored
         except (OSError, ImageError) as error:
             raise EnvironmentLoadError(f"picture {record['image']} of {path}: {error}") from None
         return Task(f"{path.stem}-{record['image']}", {"image": image, "answer": str(record["answer"])})

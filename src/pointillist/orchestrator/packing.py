@@ -72,7 +72,7 @@ def _concatenate(samples: Sequence[TrainingSample]) -> MicroBatch:
         input_ids=list(chain.from_iterable(sample.token_ids for sample in samples)),
         loss_mask=list(chain.from_iterable(sample.loss_mask for sample in samples)),
         advantages=list(chain.from_iterable(sample.advantages for sample in samples)),
-        inference_logprobs=list(chain.from_iterable(sample.logprobs for sample in samples)),
+        logprobs_sampled=list(chain.from_iterable(sample.logprobs_sampled for sample in samples)),
         weight_versions=list(chain.from_iterable(sample.weight_versions for sample in samples)),
         temperatures=list(chain.from_iterable(sample.temperatures for sample in samples)),
         mm_token_type_ids=list(chain.from_iterable(sample.mm_token_type_ids for sample in samples)),

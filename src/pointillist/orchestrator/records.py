@@ -82,7 +82,7 @@ class RolloutRecorder:
     def _branch(self, branch: Branch, *, overlong: bool) -> dict[str, Any]:
         return {
             "tokens": len(branch.token_ids),
-            "sampled": sum(branch.sampled),
+            "sampled": sum(branch.loss_mask),
             "overlong": overlong,
             "sampled_pieces": self._pieces(branch),
             "messages": branch.messages,
@@ -95,11 +95,11 @@ class RolloutRecorder:
     def _pieces(self, branch: Branch) -> list[dict[str, Any]]:
         """The stretches of the branch that were sampled in it, and not in an earlier branch of the rollout."""
         pieces = []
-        for sampled, run in groupby(range(len(branch.token_ids)), key=branch.sampled.__getitem__):
+        for sampled, run in groupby(range(len(branch.token_ids)), key=branch.loss_mask.__getitem__):
             if sampled:
                 where = list(run)
                 texts = self._tokenizer.pieces([branch.token_ids[index] for index in where])
-                logprobs = [round(branch.logprobs[index], _DIGITS) for index in where]
+                logprobs = [round(branch.logprobs_sampled[index], _DIGITS) for index in where]
                 pieces.append({"offset": where[0], "texts": texts, "logprobs": logprobs})
         return pieces
 

@@ -3,15 +3,13 @@
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pointillist.config import OrchestratorConfig, load_toml
 from pointillist.errors import ConfigError, PointillistError, RefError
-from pointillist.images.store import STORED_NAME, local_path
-from pointillist.refs.descriptor import parse_descriptor
-from pointillist.refs.wire import ImageRef
+from pointillist.images.store import STORED_NAME, local_path, sha256_in
+from pointillist.refs.mm_refs import MMImageRef, check_image
 from pointillist.runs.image_dir import own_image_dir, resolve_image_dir
 from pointillist.runs.paths import RunPaths, evals_in, number_of, steps_in
 from pointillist.transport.types import decode_rank_batch
@@ -51,19 +49,8 @@ def image_dir_of(paths: RunPaths) -> Path:
     raise ConfigError(f"{paths.output_dir} has no image store at {own} nor where its config says")
 
 
-@dataclass(frozen=True, slots=True)
-class HeldReference:
-    """One image of one sample."""
-
-    where: str
-    """File and record."""
-    ref: ImageRef
-    length: int
-    """Placeholder tokens."""
-
-
-def run_references(paths: RunPaths) -> Iterator[HeldReference]:
-    """References of all samples of a run.
+def run_references(paths: RunPaths) -> Iterator[tuple[str, MMImageRef]]:
+    """Images of all samples of a run, each with the file and record that holds it.
 
     Raises:
         PointillistError: A record that can not be read; nothing may be deleted or proved on the strength of it.
@@ -74,7 +61,7 @@ def run_references(paths: RunPaths) -> Iterator[HeldReference]:
         for batch in sorted(paths.rollout_step(step).glob("rank_*.bin")):
             for micro_batch in decode_rank_batch(batch.read_bytes()).micro_batches:
                 for image in micro_batch.mm_refs.images if micro_batch.mm_refs else ():
-                    yield HeldReference(str(batch), image.image_ref(), image.length)
+                    yield str(batch), image
 
 
 def run_hashes(paths: RunPaths) -> frozenset[str]:
@@ -83,7 +70,7 @@ def run_hashes(paths: RunPaths) -> frozenset[str]:
     Raises:
         PointillistError: As `run_references`.
     """
-    hashes = {held.ref.hash for held in run_references(paths)}
+    hashes = {image.hash for _, image in run_references(paths)}
     for path in rollout_files(paths):
         for number, record in read_records(path):
             conversations = [record.get("messages"), *(branch.get("messages") for branch in record["branches"])]
@@ -115,14 +102,15 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, record
 
 
-def _of_rollouts(path: Path) -> Iterator[HeldReference]:
+def _of_rollouts(path: Path) -> Iterator[tuple[str, MMImageRef]]:
     for number, record in read_records(path):
         where = f"{path} line {number}"
         try:
             for branch in record["branches"]:
                 for image in branch["images"]:
-                    ref = ImageRef.of(parse_descriptor(image["item"]), str(image["hash"]))
-                    yield HeldReference(where, ref, int(image["length"]))
+                    item = image["item"]
+                    place = image["offset"], image["length"]
+                    yield where, check_image(MMImageRef(item, image["hash"], item["raw_image_uri"], *place))
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError, RefError) as error:
             raise PointillistError(f"{where} is not a rollout record ({error!r})") from None
 
@@ -132,7 +120,7 @@ def _hashes_in(value: Any) -> Iterator[str]:
     if isinstance(value, dict):
         if value.get("type") == "image_url" and isinstance(value.get("image_url"), dict):
             if (name := name_in_store(value["image_url"].get("url"))) is not None:
-                yield name[3:67]
+                yield sha256_in(name)
             return
         value = list(value.values())
     if isinstance(value, list):

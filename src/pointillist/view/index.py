@@ -28,7 +28,7 @@ from pointillist.base.jsonl import complete_lines
 from pointillist.errors import ConfigError, MissingImageError, RefError
 from pointillist.images.decode import STORED_LIMITS
 from pointillist.images.inventory import list_store
-from pointillist.images.store import read_stored
+from pointillist.images.store import has_hash, read_stored, sha256_in
 from pointillist.runs.paths import RunPaths
 from pointillist.upkeep.references import file_of, rollout_files
 from pointillist.view.rollout import RolloutRecord
@@ -325,7 +325,7 @@ def is_intact(root: Path, name: str) -> bool:
         MissingImageError: It is not there.
     """
     try:
-        return hashlib.sha256(read_stored(root, name, STORED_LIMITS)).hexdigest() == name[3:67]
+        return has_hash(read_stored(root, name, STORED_LIMITS), sha256_in(name))
     except RefError:
         return False
     except MissingImageError:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final
 
 import msgspec
 
+from pointillist.images.store import sha256_in
 from pointillist.runs.paths import number_of
 from pointillist.upkeep.references import name_in_store
 
@@ -218,7 +219,7 @@ def _picture(part: Mapping[str, Any], spans: Any) -> Picture:
     url = part.get("image_url")
     name = name_in_store(url.get("url") if isinstance(url, dict) else url)
     span = next(spans, None)
-    return Picture(name, span if span is not None and name is not None and span.hash == name[3:67] else None)
+    return Picture(name, span if span is not None and name is not None and span.hash == sha256_in(name) else None)
 
 
 def _pretty(arguments: Any) -> str:

@@ -11,7 +11,7 @@ from pointillist.base.jsonl import read_jsonl
 from pointillist.base.logs import plain
 from pointillist.errors import PointillistError
 from pointillist.images.decode import STORED_LIMITS
-from pointillist.images.store import read_verified, stored_name
+from pointillist.images.store import read_intact, stored_name
 from pointillist.runs.paths import RunPaths
 from pointillist.upkeep.references import file_of, image_dir_of
 
@@ -113,7 +113,7 @@ def _longest_run(text: str) -> int:
 
 def _copy(uri: str, root: Path, folder: Path, number: int) -> str:
     """Copies a picture of the run's store; a record can name no other file."""
-    _, stored, sha256 = stored_name(uri, [root])
+    root, stored, _ = stored_name(uri, [root])
     target = folder / f"{number}{Path(stored).suffix}"
-    target.write_bytes(read_verified(uri, sha256, [root], STORED_LIMITS))
+    target.write_bytes(read_intact(root, stored, STORED_LIMITS))
     return target.name

@@ -10,9 +10,8 @@ from typing import Any
 from pointillist.base.files import open_regular
 from pointillist.base.jsonl import complete_lines, is_number, read_jsonl
 from pointillist.errors import PointillistError
-from pointillist.images import read_verified
 from pointillist.images.decode import STORED_LIMITS
-from pointillist.images.store import stored_name
+from pointillist.images.store import read_intact, stored_name
 from pointillist.launch.monitors.interface import Picture, Row
 from pointillist.launch.run_dir import METRIC_FILES
 from pointillist.runs.paths import RunPaths
@@ -130,5 +129,5 @@ def _parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _picture(uri: str, root: Path) -> Picture:
     """Only a picture of the run's own store, and only if it is the one that its name says."""
     _, name, sha256 = stored_name(uri, [root])
-    read_verified(uri, sha256, [root], STORED_LIMITS)
+    read_intact(root, name, STORED_LIMITS)
     return Picture(sha256, root / name)
