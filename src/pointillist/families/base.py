@@ -170,6 +170,9 @@ def expand_one_placeholder(
 ) -> Expansion:
     """Expansion for families whose image is a run of one repeated token: each placeholder becomes `num_tokens` ones.
 
+    Example: tokens `[5, 7, 6]` with the placeholder 7 and a layout of 3 tokens become `[5, 7, 7, 7, 6]`, with the
+    sources `[0, 1, 1, 1, 2]` and the span `(1, 3)`.
+
     Raises:
         LayoutError: The number of layouts is not that of the placeholders.
 

@@ -41,6 +41,9 @@ def pack(samples: Sequence[TrainingSample], *, seq_len: int, num_workers: int) -
 
     Raises:
         OverlongMultimodalSample: A sample is longer than a row.
+
+    Example: samples of 3, 6 and 5 tokens, rows of 9 and two workers give `[[row of 6 + 3], [row of 5]]`; an image at
+    offset 1 of the sample of 3 tokens lies at offset 7 of its row.
     """
     rows: list[list[TrainingSample]] = []
     room: list[int] = []

@@ -143,6 +143,10 @@ class RawRenderer:
 
         Raises:
             RenderError: A message that the template has no place for, or text with a media token in it.
+
+        Example: the prompt `[1, 7, 2]` with the placeholder 7 of an image of 4 tokens, the completion `[50, 3]` and a
+        message that renders to `[4, 60, 5]` give the logical stream `[1, 7, 2, 50, 3, 4, 60, 5]` and the effective one
+        `[1, 7, 7, 7, 7, 2, 50, 3, 4, 60, 5]`, with the image at offset 1.
         """
         self._refuse_media_tokens(new_messages)
         try:

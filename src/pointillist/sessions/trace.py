@@ -119,6 +119,9 @@ class Trace:
             temperature: It was sampled at.
             key: Of the conversation, the answer included.
             messages: The conversation, the answer included.
+
+        Example: the parent read `[1, 2]` and sampled `[3]`; a prompt `[1, 2, 3, 4]` hangs below it and keeps `[4]`, a
+        prompt `[1, 2, 9, 4]` begins a root of its own.
         """
         before = parent.effective_tokens() if parent is not None else []
         if prompt.token_ids[: len(before)] != before:

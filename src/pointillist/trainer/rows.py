@@ -247,6 +247,10 @@ def assemble_row(
         images: Image arguments of `forward`, of the distinct images.
         image_index: Per image span: index of its distinct image.
         packed: One row of all samples, or one padded row a sample.
+
+    Example: samples of 3 and 2 tokens whose last tokens are trained. Packed, `input_ids` is `(1, 5)`, text positions
+    are `[0, 1, 2, 0, 1]` and `predict_from` is `[1, 3]`; padded, `input_ids` is `(2, 3)` and `predict_from` is `[1, 3]`
+    too, the second row's first column.
     """
     device = loaded.device
     trained = [index for index, on in enumerate(micro_batch.loss_mask) if on]
