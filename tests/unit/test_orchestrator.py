@@ -57,8 +57,8 @@ class _Host:
         self.seeds.append(request.seed)
         version = self.versions.pop(0)
         branch = Branch(
-            token_ids=[1, 2, 3], sampled=[False, True, True], logprobs=[0, 0, 0], weight_versions=[-1, 9, version],
-            temperatures=[1, 1, 1], images=[], messages=[],
+            token_ids=[1, 2, 3], loss_mask=[False, True, True], logprobs_sampled=[0, 0, 0],
+            weight_versions=[-1, 9, version], temperatures=[1, 1, 1], images=[], messages=[],
         )  # fmt: skip
         return RolloutResult(id=request.id, task_id="t", branches=[branch])
 
@@ -138,8 +138,8 @@ def _rollouts(rewards: list[float]) -> list[RolloutResult]:
     assert made.mm_refs is not None
     branch = Branch(
         token_ids=[7, 7, 1, 1, 1, 1, 1, 1, 1],
-        sampled=made.loss_mask,
-        logprobs=made.logprobs,
+        loss_mask=made.loss_mask,
+        logprobs_sampled=made.logprobs_sampled,
         weight_versions=made.weight_versions,
         temperatures=made.temperatures,
         images=made.mm_refs.images,
@@ -192,8 +192,8 @@ def test_a_record_tells_what_was_sampled_and_what_failed(recorder: RolloutRecord
     said = FolderTokenizer(model_dir).encode("up 7")
     rollout = _rollouts([0.0])[0]
     rollout.branches[0].token_ids = [7, 7, *said, 1]
-    rollout.branches[0].sampled = [False, False] + [True] * len(said) + [False]
-    rollout.branches[0].logprobs = [0.0, 0.0] + [-0.123456] * len(said) + [0.0]
+    rollout.branches[0].loss_mask = [False, False] + [True] * len(said) + [False]
+    rollout.branches[0].logprobs_sampled = [0.0, 0.0] + [-0.123456] * len(said) + [0.0]
     failure = RolloutFailure(kind="ValueError", message="<b>", permanent=True)
     failed = RolloutResult(id="1.0.1", task_id="t", failure=failure)
     batch = _batch(recorder, 64, "drop")

@@ -69,7 +69,7 @@ def _item(uri: str) -> dict[str, Any]:
 
 def _result(sha256: str = SHA, uri: str = URI, messages: Any = ()) -> RolloutResult:
     branch = Branch(
-        token_ids=[6, 6, 300, 301], sampled=[False, False, True, True], logprobs=[0.0, 0.0, -0.5, -0.25],
+        token_ids=[6, 6, 300, 301], loss_mask=[False, False, True, True], logprobs_sampled=[0.0, 0.0, -0.5, -0.25],
         weight_versions=[-1, -1, 3, 4], temperatures=[1.0] * 4,
         images=[MMImageRef(_item(uri), sha256, uri, 0, 2)], messages=list(messages),
     )  # fmt: skip
@@ -139,8 +139,8 @@ def test_every_reader_reads_what_the_recorder_writes(
     assert (row.prompt, row.completion) == ("user: [image]", f"assistant: {''.join(texts)}")
     assert write_transcript(paths.output_dir, "4.2.1", tmp_path / "page.md") == 1
     assert run_hashes(paths) == {stored.sha256}
-    (held,) = run_references(paths)
-    assert (held.ref.hash, held.length) == (stored.sha256, 2)
+    ((_, held),) = run_references(paths)
+    assert (held.hash, held.length) == (stored.sha256, 2)
 
 
 def _nested(depth: int) -> list[Any]:

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from pointillist.cli import cli
 from pointillist.config import OrchestratorConfig, write_toml
 from pointillist.errors import PointillistError
-from pointillist.families import Family, describe_image
+from pointillist.families import Family, place_image
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.images.store import file_uri, local_path
 from pointillist.runs.paths import RunPaths
@@ -33,8 +33,8 @@ class Run:
         layout = family.layout(64, 64)
         spans = []
         for image in self.images[:2]:
-            item = describe_image(family, image.uri, layout).to_dict()
-            spans.append({"item": item, "hash": image.sha256, "offset": 0, "length": layout.num_tokens})
+            placed = place_image(family, image, layout, 0)
+            spans.append({"item": placed.item, "hash": placed.hash, "offset": 0, "length": placed.length})
         part = {"type": "image_url", "image_url": {"url": self.images[2].uri}}  # in a message only
         record = {"id": "1.0.0", "messages": [{"role": "user", "content": [part]}], "branches": [{"images": spans}]}
         self.rollouts = self.paths.rollout_step(1) / "rollouts.jsonl"

@@ -60,7 +60,7 @@ class RolloutRecorder:
     def _branch(self, branch: Branch, *, overlong: bool) -> BranchRecord:
         return BranchRecord(
             tokens=len(branch.token_ids),
-            sampled=sum(branch.sampled),
+            sampled=sum(branch.loss_mask),
             overlong=overlong,
             sampled_pieces=self._pieces(branch),
             messages=branch.messages,
@@ -70,10 +70,10 @@ class RolloutRecorder:
     def _pieces(self, branch: Branch) -> list[SampledPiece]:
         """The stretches of the branch that were sampled in it, and not in an earlier branch of the rollout."""
         pieces = []
-        for sampled, run in groupby(range(len(branch.token_ids)), key=branch.sampled.__getitem__):
+        for sampled, run in groupby(range(len(branch.token_ids)), key=branch.loss_mask.__getitem__):
             if sampled:
                 where = list(run)
                 texts = self._tokenizer.pieces([branch.token_ids[index] for index in where])
-                logprobs = [round(branch.logprobs[index], _DIGITS) for index in where]
+                logprobs = [round(branch.logprobs_sampled[index], _DIGITS) for index in where]
                 pieces.append(SampledPiece(where[0], texts, logprobs))
         return pieces

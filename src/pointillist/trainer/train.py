@@ -251,7 +251,7 @@ class Trainer:
         terms = policy_gradient_loss(
             stats.logprobs,
             stats.entropy,
-            row.sampler_logprobs,
+            row.logprobs_sampled,
             row.advantages,
             batch.num_tokens,
             self.config.loss,

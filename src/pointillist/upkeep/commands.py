@@ -17,11 +17,12 @@ from pointillist.families import Family, load_family
 from pointillist.images.decode import STORED_LIMITS, ImageLimits
 from pointillist.images.inventory import StoreEntry, check_is_store, collect_garbage, list_store, users_of, verify_store
 from pointillist.pixels import RawImageMaterializer
+from pointillist.refs import MMImageRef
 from pointillist.runs.image_dir import image_dir_of, limits_of
 from pointillist.runs.lock import live_holder
 from pointillist.runs.paths import RunPaths
 from pointillist.upkeep.archive import ArchiveCounts, export_run, import_run
-from pointillist.upkeep.references import HeldReference, run_hashes, run_references
+from pointillist.upkeep.references import run_hashes, run_references
 
 console = Console()
 _EXISTING = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -134,18 +135,20 @@ def _verify_references(paths: RunPaths, root: Path, limits: ImageLimits) -> list
     return problems
 
 
-def _check_all(held: Iterable[HeldReference], family: Family, root: Path, limits: ImageLimits) -> tuple[list[str], int]:
+def _check_all(
+    held: Iterable[tuple[str, MMImageRef]], family: Family, root: Path, limits: ImageLimits
+) -> tuple[list[str], int]:
     reader = RawImageMaterializer(family, [root], limits, cache_bytes=0)
     verdicts: dict[tuple[str, str, int], PointillistError | None] = {}
     problems = []
     checked = 0
-    for reference in held:
+    for where, image in held:
         checked += 1
-        key = (reference.ref.hash, reference.ref.raw_image_uri, reference.length)
+        key = (image.hash, image.uri, image.length)
         if key not in verdicts:
-            verdicts[key] = reader.materialize_many([reference.ref], [reference.length]).errors.get(0)
+            verdicts[key] = reader.materialize_many([image]).errors.get(0)
         if verdicts[key] is not None:
-            problems.append(f"{reference.where}: {verdicts[key]}")
+            problems.append(f"{where}: {verdicts[key]}")
     return problems, checked
 
 

@@ -5,7 +5,6 @@ is an error, where the viewer would show what there is.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,8 +12,7 @@ import msgspec
 
 from pointillist.base.jsonl import JsonObject
 from pointillist.errors import PointillistError, RecordError, RefError
-from pointillist.refs.descriptor import parse_descriptor
-from pointillist.refs.wire import ImageRef
+from pointillist.refs.mm_refs import MMImageRef, check_image
 from pointillist.runs.paths import RunPaths, steps_in
 from pointillist.runs.records import BranchRecord, ImageSpan, RolloutRecord, decode_fault, hashes_in, rollout_files
 from pointillist.transport.types import decode_rank_batch
@@ -36,19 +34,8 @@ class _WholeRecord(RolloutRecord, frozen=True, kw_only=True):
     """Where records of the oldest runs have their one conversation."""
 
 
-@dataclass(frozen=True, slots=True)
-class HeldReference:
-    """One image of one sample."""
-
-    where: str
-    """File and record."""
-    ref: ImageRef
-    length: int
-    """Placeholder tokens."""
-
-
-def run_references(paths: RunPaths) -> Iterator[HeldReference]:
-    """References of all samples of a run.
+def run_references(paths: RunPaths) -> Iterator[tuple[str, MMImageRef]]:
+    """Images of all samples of a run, each with the file and record that holds it.
 
     Raises:
         RecordError: A record cannot be read; nothing may be deleted or proved on the strength of it.
@@ -56,13 +43,13 @@ def run_references(paths: RunPaths) -> Iterator[HeldReference]:
     """
     for path in rollout_files(paths):
         for where, record in _records(path, _decode_whole):
-            for image in (image for branch in record.branches for image in branch.images):
-                yield HeldReference(where, _ref(image, where), image.length)
+            for span in (span for branch in record.branches for span in branch.images):
+                yield where, _checked(span, where)
     for step in steps_in(paths.rollouts):
         for batch in sorted(paths.rollout_step(step).glob("rank_*.bin")):
             for micro_batch in decode_rank_batch(batch.read_bytes()).micro_batches:
-                for held in micro_batch.mm_refs.images if micro_batch.mm_refs else ():
-                    yield HeldReference(str(batch), held.image_ref(), held.length)
+                for image in micro_batch.mm_refs.images if micro_batch.mm_refs else ():
+                    yield str(batch), image
 
 
 def run_hashes(paths: RunPaths) -> frozenset[str]:
@@ -71,7 +58,7 @@ def run_hashes(paths: RunPaths) -> frozenset[str]:
     Raises:
         PointillistError: As `run_references`.
     """
-    hashes = {held.ref.hash for held in run_references(paths)}
+    hashes = {image.hash for _, image in run_references(paths)}
     for path in rollout_files(paths):
         for where, record in _records(path, _decode_whole):
             try:
@@ -110,8 +97,9 @@ def _records(path: Path, decode: Callable[[bytes], T]) -> Iterator[tuple[str, T]
             yield where, record
 
 
-def _ref(image: ImageSpan, where: str) -> ImageRef:
+def _checked(image: ImageSpan, where: str) -> MMImageRef:
     try:
-        return ImageRef.of(parse_descriptor(image.item), image.hash)
-    except (RefError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        uri = image.item["raw_image_uri"]
+        return check_image(MMImageRef(image.item, image.hash, uri, image.offset, image.length))
+    except (KeyError, RefError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise PointillistError(f"{where}: {error}") from None

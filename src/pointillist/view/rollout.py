@@ -7,6 +7,7 @@ from typing import Final
 import msgspec
 
 from pointillist.base.jsonl import JsonObject
+from pointillist.images.store import sha256_in
 from pointillist.runs.records import BranchRecord, Fault, ImageSpan, RolloutRecord, SampledPiece, name_in_store
 
 
@@ -144,4 +145,4 @@ def _image(part: Mapping[str, object], spans: Iterator[ImageSpan]) -> ShownImage
     url = part.get("image_url")
     name = name_in_store(url.get("url") if isinstance(url, dict) else url)
     span = next(spans, None)
-    return ShownImage(name, span if span is not None and name is not None and span.hash == name[3:67] else None)
+    return ShownImage(name, span if span is not None and name is not None and span.hash == sha256_in(name) else None)

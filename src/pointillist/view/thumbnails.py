@@ -4,7 +4,6 @@ Named by the picture's hash, so all runs share them. One at a time is made, and 
 the viewer has memory for.
 """
 
-import hashlib
 import io
 import threading
 from contextlib import suppress
@@ -15,9 +14,8 @@ from typing import Final
 from PIL import Image
 
 from pointillist.base.files import write_atomically
-from pointillist.errors import RefError
 from pointillist.images.decode import ImageLimits, decode_rgb, to_pillow
-from pointillist.images.store import read_stored
+from pointillist.images.store import read_intact, sha256_in
 
 SIZES: Final = (96, 640)
 """Longest sides that are offered: in a list, and in a conversation."""
@@ -42,10 +40,7 @@ def thumbnail(root: Path, name: str, limits: ImageLimits, size: int, cache: Path
         RefError: It is corrupt, a link, or no regular file.
         ImageError: It cannot be decoded, or has too many pixels for this.
     """
-    data = read_stored(root, name, limits)
-    sha256 = name[3:67]
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise RefError("corrupt: its bytes are not what its name says")
+    data, sha256 = read_intact(root, name, limits), sha256_in(name)
     kept = cache / sha256[:2] / f"{sha256}-{size}.png"
     with suppress(OSError):
         return kept.read_bytes()

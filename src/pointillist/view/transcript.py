@@ -8,7 +8,7 @@ from urllib.parse import quote
 from pointillist.base.logs import plain
 from pointillist.errors import PointillistError, RefError
 from pointillist.images.decode import ImageLimits
-from pointillist.images.store import file_uri, read_verified
+from pointillist.images.store import read_intact
 from pointillist.runs.image_dir import image_dir_of, limits_of
 from pointillist.runs.paths import RunPaths
 from pointillist.runs.records import RolloutRecord, file_of, read_rollouts
@@ -112,5 +112,5 @@ def _copy(name: str | None, root: Path, limits: ImageLimits, folder: Path, numbe
     if name is None:
         raise RefError(f"picture {number} is not an image under an allowed root")
     target = folder / f"{number}{Path(name).suffix}"
-    target.write_bytes(read_verified(file_uri(root / name), name[3:67], [root], limits))
+    target.write_bytes(read_intact(root, name, limits))
     return target.name

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from pointillist.base.jsonl import Follower, JsonObject, is_number, parse_line
 from pointillist.errors import RefError
-from pointillist.images import read_verified
 from pointillist.images.decode import ImageLimits, read_header
-from pointillist.images.store import file_uri
+from pointillist.images.store import read_intact, sha256_in
 from pointillist.launch.monitors.interface import Row, RowImage
 from pointillist.launch.run_dir import METRIC_FILES
 from pointillist.runs.image_dir import image_dir_of, limits_of
@@ -95,5 +94,5 @@ def _image(name: str | None, root: Path, limits: ImageLimits) -> RowImage:
     """An image of the run's own store, after checking that it is the one that its name says."""
     if name is None:
         raise RefError("a message's image is not in the run's store")
-    header = read_header(read_verified(file_uri(root / name), name[3:67], [root], limits), limits)
-    return RowImage(name[3:67], root / name, header.width, header.height)
+    header = read_header(read_intact(root, name, limits), limits)
+    return RowImage(sha256_in(name), root / name, header.width, header.height)
