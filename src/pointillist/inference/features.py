@@ -1,9 +1,6 @@
 """From a request's `features` to checked references; every fault is named by the image it belongs to."""
 
-from collections.abc import Sequence
-
-from pointillist.base.http_guard import RequestError
-from pointillist.errors import MissingImageError, PointillistError, RefError
+from pointillist.errors import MissingImageError, PointillistError, RefError, RequestError
 from pointillist.inference.protocol import PromptFields
 from pointillist.refs.mm_refs import IMAGE, MMImageRef, check_spans, mm_token_type_ids
 from pointillist.refs.wire import ImageRef, decode_ref
@@ -41,16 +38,16 @@ def refs_of(request: PromptFields, image_token_id: int, max_images: int) -> list
     try:
         check_spans(spans, token_types)
     except RefError as error:
-        raise invalid(str(error), _param_of(error)) from None
+        raise request_error(error) from None
     return refs
 
 
-def request_error(error: PointillistError, refs: Sequence[ImageRef]) -> RequestError:
-    """The structured 400 for what materialising a request's references raised."""
+def request_error(error: PointillistError) -> RequestError:
+    """The structured 400 for what materialising a request's references raised; `param` names the image."""
+    param = _FIELD if error.image_index is None else f"{_FIELD}[{error.image_index}]"
     if isinstance(error, MissingImageError):
-        index = next((i for i, ref in enumerate(refs) if ref.hash in str(error)), 0)
-        return RequestError(str(error), type="missing_mm_image", param=f"{_FIELD}[{index}]")
-    return invalid(str(error), _param_of(error))
+        return RequestError(str(error), type="missing_mm_image", param=param)
+    return invalid(str(error), param)
 
 
 def invalid(message: str, param: str) -> RequestError:
@@ -66,10 +63,3 @@ def _ref(entry: object, sha256: object, index: int) -> ImageRef:
     if sha256 != ref.hash:
         raise invalid("mm_hashes and the reference name different hashes", f"{_FIELD}[{index}]")
     return ref
-
-
-def _param_of(error: Exception) -> str:
-    """`features.kwargs_data.image[i]` if the message begins with `image[i]`."""
-    message = str(error)
-    prefix, bracket, _ = message.partition("]")
-    return f"features.kwargs_data.{prefix}]" if bracket and prefix.startswith("image[") else _FIELD

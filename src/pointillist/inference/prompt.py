@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from pointillist.base.http_guard import RequestError
-from pointillist.errors import MissingImageError, PointillistError
+from pointillist.errors import MissingImageError, PointillistError, RequestError
 from pointillist.families import ImageLayout
 from pointillist.inference.features import invalid, refs_of, request_error
 from pointillist.inference.protocol import ContentPart, PlaceholderRange, PromptFields
@@ -114,7 +113,7 @@ def pixel_bytes(prompt: CheckedPrompt, materializer: RawImageMaterializer) -> in
     try:
         return materializer.num_bytes(prompt.lengths)
     except PointillistError as error:
-        raise request_error(error, prompt.refs) from None
+        raise request_error(error) from None
 
 
 def check_sizes(

@@ -91,7 +91,7 @@ def build_mm_refs(
         try:
             images.append(_image_ref(item, sha256, placeholder))
         except RefError as error:
-            raise RefError(f"image[{index}]: {error}") from None
+            raise error.at(image_index=index) from None
     check_spans(images, token_type_ids)
     return MMRefs(images) if images else None
 
@@ -109,7 +109,7 @@ def check_spans(images: Sequence[MMImageRef], token_type_ids: Sequence[int]) -> 
     for index, image in enumerate(images):
         if image.offset < end:
             raise RefError(
-                f"image[{index}]: placeholder at {image.offset} begins before {end}: unsorted or overlapping"
+                f"placeholder at {image.offset} begins before {end}: unsorted or overlapping", image_index=index
             )
         if IMAGE in token_type_ids[end : image.offset]:
             raise RefError(
@@ -117,9 +117,9 @@ def check_spans(images: Sequence[MMImageRef], token_type_ids: Sequence[int]) -> 
             )
         end = image.offset + image.length
         if end > len(token_type_ids):
-            raise RefError(f"image[{index}]: placeholder ends at {end}, the sample has {len(token_type_ids)} tokens")
+            raise RefError(f"placeholder ends at {end}, the sample has {len(token_type_ids)} tokens", image_index=index)
         if any(kind != IMAGE for kind in token_type_ids[image.offset : end]):
-            raise RefError(f"image[{index}]: span {image.offset}..{end} covers tokens that are not image tokens")
+            raise RefError(f"span {image.offset}..{end} covers tokens that are not image tokens", image_index=index)
     if IMAGE in token_type_ids[end:]:
         raise RefError(f"image tokens after {end} have no image: no image token without an image")
 

@@ -15,7 +15,7 @@ from typing import Final
 from PIL import Image
 
 from pointillist.base.files import write_atomically
-from pointillist.errors import RefError
+from pointillist.errors import CorruptImageError
 from pointillist.images.decode import ImageLimits, decode_rgb, to_pillow
 from pointillist.images.store import read_stored
 
@@ -39,13 +39,13 @@ def thumbnail(root: Path, name: str, limits: ImageLimits, size: int, cache: Path
 
     Raises:
         MissingImageError: It is not in the store.
-        RefError: It is corrupt, a link, or no regular file.
+        RefError: A link, or no regular file; a `CorruptImageError` if its bytes are not what its name says.
         ImageError: It cannot be decoded, or has too many pixels for this.
     """
     data = read_stored(root, name, limits)
     sha256 = name[3:67]
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise RefError("corrupt: its bytes are not what its name says")
+        raise CorruptImageError("corrupt: its bytes are not what its name says", sha256=sha256)
     kept = cache / sha256[:2] / f"{sha256}-{size}.png"
     with suppress(OSError):
         return kept.read_bytes()
