@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from pointillist.base.net import api_key, free_port, http_url
+from pointillist.base.net import free_port, http_url, key_from_environment
 from pointillist.config import RUN_KEY, AssetServerConfig, RLConfig, write_toml
 from pointillist.errors import LaunchError
 from pointillist.launch.devices import gpu_shares
@@ -179,9 +179,13 @@ def check_keys(config: RLConfig) -> None:
     Raises:
         ConfigError: One is not set.
     """
-    for server in (config.inference.server, config.orchestrator.gateway, config.metrics):
+    for name, server in (
+        ("inference server", config.inference.server),
+        ("gateway", config.orchestrator.gateway),
+        ("metrics endpoint", config.metrics),
+    ):
         if server.api_key_var not in (None, RUN_KEY):
-            api_key(str(server.api_key_var))
+            key_from_environment(str(server.api_key_var), f"the {name}'s API key")
 
 
 def _trainer_spec(
