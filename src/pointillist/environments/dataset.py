@@ -24,6 +24,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -65,8 +66,10 @@ def math_verify(text: str, answer: str) -> bool:
     """Whether both are the same mathematics, by math-verify."""
     from math_verify import parse, verify
 
-    # Its own time limits are signals, which only work in a main thread; the rollout has a limit of its own.
-    return bool(verify(parse(answer, parsing_timeout=None), parse(text, parsing_timeout=None), timeout_seconds=None))
+    # Its own time limits are signals, which only work in a main thread; the rollout has a limit of its own. None turns
+    # them off, although the annotation does not say so.
+    parsed = partial(parse, parsing_timeout=None)  # type: ignore[arg-type]
+    return bool(verify(parsed(answer), parsed(text), timeout_seconds=None))
 
 
 REWARDS: Final[Mapping[str, Callable[[str, str], bool]]] = {

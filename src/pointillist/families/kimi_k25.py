@@ -167,4 +167,4 @@ def _shrink(pixels: NDArray[np.uint8], layout: ImageLayout) -> NDArray[np.uint8]
 
     tensor = torch.tensor(pixels).permute(2, 0, 1)[None]
     resized = torch.nn.functional.interpolate(tensor, size=size, mode="bicubic", antialias=True, align_corners=False)
-    return resized[0].permute(1, 2, 0).numpy()  # type: ignore[no-any-return]
+    return resized[0].permute(1, 2, 0).numpy()

@@ -25,11 +25,16 @@ def as_tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
 class PixelNormalizer(nn.Module):
     """A family's table of normalised levels, on the device; the values equal the Hugging Face processor's exactly."""
 
+    levels: torch.Tensor
+    """float32 `(3 * 256,)`: the table, one channel after the other."""
+    offsets: torch.Tensor
+    """int32 `(3, 1)`: where each channel's part of the table begins."""
+
     def __init__(self, family: Family) -> None:
         super().__init__()
         self.frames = family.frames
         self.register_buffer("levels", torch.from_numpy(family.pixel_levels).flatten(), persistent=False)
-        # Row of the table that a channel begins at; int32 halves the memory of the indices.
+        # int32 halves the memory of the indices.
         self.register_buffer("offsets", torch.arange(3, dtype=torch.int32)[:, None] * 256, persistent=False)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:

@@ -3,22 +3,25 @@
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from pointillist.errors import InferenceError, RequestError
 from pointillist.weights.fetch import WeightFolders, check_order, load_newest_usable
 from pointillist.weights.load import (
     OpenWeights,
+    TensorFile,
     check_values,
     check_weights_fit,
     largest_file,
+    open_tensors,
     open_weights,
+    shapes_in,
     this_machine,
 )
 from pointillist.weights.wire import UpdateWeightsRequest
@@ -27,6 +30,68 @@ logger = logging.getLogger(__name__)
 
 # Everything of a vision-language checkpoint that is not the language model decides what the encoder gives.
 _LANGUAGE = ("model.language_model.", "lm_head.")
+
+
+class TextConfig(Protocol):
+    """Settings of the language model; `tie_word_embeddings` may be missing."""
+
+
+class ModelConfig(Protocol):
+    """vLLM's `ModelConfig`, the part that is used here."""
+
+    model: str
+    dtype: torch.dtype
+    hf_text_config: TextConfig
+
+
+class VllmConfig(Protocol):
+    """vLLM's `VllmConfig`, the part that is used here."""
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """Settings of the model."""
+        ...
+
+
+class EngineControl(Protocol):
+    """vLLM's `EngineClient`, the part that a change of weights needs."""
+
+    @property
+    def vllm_config(self) -> VllmConfig:
+        """Settings that the engine was started with."""
+        ...
+
+    async def is_paused(self) -> bool:
+        """Whether decoding is frozen."""
+        ...
+
+    async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
+        """Freezes decoding; with the mode `keep` requests in flight stay."""
+        ...
+
+    async def resume_generation(self) -> None:
+        """Goes on decoding."""
+        ...
+
+    async def update_weight_version(self, version: str) -> None:
+        """Sets the version that answers name."""
+        ...
+
+    async def collective_rpc(self, method: str, *, args: tuple[str, ...]) -> list[object]:
+        """Calls a method of every worker."""
+        ...
+
+    async def reset_prefix_cache(self, *, reset_running_requests: bool) -> bool:
+        """Empties the cache of keys and values; running requests read their tokens again."""
+        ...
+
+    async def reset_mm_cache(self) -> None:
+        """Empties the cache of preprocessed images."""
+        ...
+
+    async def reset_encoder_cache(self) -> None:
+        """Empties the cache of what the vision tower gave."""
+        ...
 
 
 class WeightUpdates:
@@ -39,7 +104,7 @@ class WeightUpdates:
     the language model has changed.
     """
 
-    def __init__(self, engine: Any, model_dir: Path, folders: WeightFolders) -> None:
+    def __init__(self, engine: EngineControl, model_dir: Path, folders: WeightFolders) -> None:
         """Takes the engine's current weights for those of the model folder.
 
         Args:
@@ -54,7 +119,7 @@ class WeightUpdates:
         self._dtype = engine.vllm_config.model_config.dtype
         self._first_files = sorted(model_dir.glob("*.safetensors"))
         self._shapes = _shapes_of(self._first_files)
-        # Of the weights that serve; those that the engine started with are read for it at the first update.
+        # Digest of the encoder that serves; the files that the engine started with are read at the first update.
         self._encoder: str | None = None
         self._folder: Path | None = None
         self._lock = asyncio.Lock()
@@ -126,11 +191,11 @@ class WeightUpdates:
         return folder, weights, _encoder_digest(weights.tensor, weights.shapes)
 
 
-def _shapes_of(files: list[Path]) -> Mapping[str, list[int]]:
+def _shapes_of(files: list[Path]) -> dict[str, list[int]]:
     shapes: dict[str, list[int]] = {}
     for file in files:
         with _opened(file) as tensors:
-            shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+            shapes |= shapes_in(tensors)
     return shapes
 
 
@@ -145,7 +210,7 @@ def _encoder_digest(tensor: Callable[[str], torch.Tensor], names: Iterable[str])
 def _encoder_of_files(files: list[Path]) -> str:
     """The same of the files that the engine was started with, each of which has some of the weights."""
     with ExitStack() as opened:
-        where: dict[str, Any] = {}
+        where: dict[str, TensorFile] = {}
         for file in files:
             tensors = opened.enter_context(_opened(file))
             where |= dict.fromkeys(tensors.keys(), tensors)
@@ -153,9 +218,9 @@ def _encoder_of_files(files: list[Path]) -> str:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def _opened(file: Path) -> Iterator[TensorFile]:
     try:
-        with safe_open(file, framework="pt") as tensors:
+        with open_tensors(file) as tensors:
             yield tensors
     except (OSError, SafetensorError) as error:
-        raise InferenceError(f"weights in {file} can not be read ({error})") from None
+        raise InferenceError(f"weights in {file} cannot be read ({error})") from None
