@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -24,74 +23,13 @@ from pointillist.weights.load import (
     shapes_in,
     this_machine,
 )
+from pointillist.weights.vllm_interface import EngineControl
 from pointillist.weights.wire import UpdateWeightsRequest
 
 logger = logging.getLogger(__name__)
 
 # Everything of a vision-language checkpoint that is not the language model decides what the encoder gives.
 _LANGUAGE = ("model.language_model.", "lm_head.")
-
-
-class TextConfig(Protocol):
-    """Settings of the language model; `tie_word_embeddings` may be missing."""
-
-
-class ModelConfig(Protocol):
-    """vLLM's `ModelConfig`, the part that is used here."""
-
-    model: str
-    dtype: torch.dtype
-    hf_text_config: TextConfig
-
-
-class VllmConfig(Protocol):
-    """vLLM's `VllmConfig`, the part that is used here."""
-
-    @property
-    def model_config(self) -> ModelConfig:
-        """Settings of the model."""
-        ...
-
-
-class EngineControl(Protocol):
-    """vLLM's `EngineClient`, the part that a change of weights needs."""
-
-    @property
-    def vllm_config(self) -> VllmConfig:
-        """Settings that the engine was started with."""
-        ...
-
-    async def is_paused(self) -> bool:
-        """Whether decoding is frozen."""
-        ...
-
-    async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
-        """Freezes decoding; with the mode `keep` requests in flight stay."""
-        ...
-
-    async def resume_generation(self) -> None:
-        """Goes on decoding."""
-        ...
-
-    async def update_weight_version(self, version: str) -> None:
-        """Sets the version that answers name."""
-        ...
-
-    async def collective_rpc(self, method: str, *, args: tuple[str, ...]) -> list[object]:
-        """Calls a method of every worker."""
-        ...
-
-    async def reset_prefix_cache(self, *, reset_running_requests: bool) -> bool:
-        """Empties the cache of keys and values; running requests read their tokens again."""
-        ...
-
-    async def reset_mm_cache(self) -> None:
-        """Empties the cache of preprocessed images."""
-        ...
-
-    async def reset_encoder_cache(self) -> None:
-        """Empties the cache of what the vision tower gave."""
-        ...
 
 
 class WeightUpdates:
