@@ -7,7 +7,7 @@ so that a body with something else in it is refused where it begins, and every n
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
+from typing import Annotated, ClassVar, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -99,7 +99,7 @@ class SamplingParams(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     spaces_between_special_tokens: bool | None = None
     detokenize: bool | None = None
 
-    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {
+    NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = {
         "min_p": (0, None),
         "min_tokens": (0, None),
         "presence_penalty": (0, None),
@@ -121,7 +121,7 @@ class SamplingParams(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
                 raise FieldError(f"{name} is not served, expected {neutral[0]} or nothing", param=name)
 
 
-def check_params(params: Mapping[str, Any]) -> None:
+def check_params(params: Mapping[str, object]) -> None:
     """Checks the numbers among vLLM's sampling parameters, for which vLLM has bounds of its own, or none.
 
     Args:
@@ -136,7 +136,7 @@ def check_params(params: Mapping[str, Any]) -> None:
         raise RequestError(str(error), param=f"sampling_params.{error.param}") from None
 
 
-def _check_numbers(value_of: Callable[[str], Any]) -> None:
+def _check_numbers(value_of: Callable[[str], object]) -> None:
     for name in BOUNDS:
         value = value_of(name)
         if isinstance(value, list) and len(value) > MAX_STOP_TOKEN_IDS:

@@ -1,7 +1,6 @@
 """Pixels in torch: from numpy, and normalised on the model's device, so that an eighth of float32's bytes travels."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -12,7 +11,7 @@ from torch import nn
 from pointillist.families import Family
 
 
-def as_tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
+def as_tensors(arrays: Mapping[str, NDArray[np.generic]]) -> dict[str, torch.Tensor]:
     """Materialised arrays as tensors over the same memory; `ml_dtypes.bfloat16` becomes torch's."""
     return {
         name: torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)

@@ -7,13 +7,13 @@ dicts that leave out parts of the OpenAI shape. `chat_template` says once what i
 from collections.abc import Mapping, Sequence
 from typing import Protocol, cast
 
-from renderers import ParsedResponse, RenderedTokens, RendererConfig, create_renderer
+from renderers import ParsedResponse, ParsedToolCall, RenderedTokens, RendererConfig, create_renderer
 from renderers.configs import config_from_name
 
 from pointillist.errors import ConfigError
 from pointillist.render.tokenizer import FolderTokenizer
 
-__all__ = ["ChatTemplate", "ParsedResponse", "RenderedTokens", "chat_template"]
+__all__ = ["ChatTemplate", "ParsedResponse", "ParsedToolCall", "RenderedTokens", "chat_template"]
 
 
 class ChatTemplate(Protocol):

@@ -20,7 +20,7 @@ from pointillist.render.chat_template import ParsedResponse, RenderedTokens, cha
 from pointillist.render.tokenizer import FolderTokenizer
 
 Message = dict[str, Any]
-"""OpenAI chat shape."""
+"""A message, a part of its content or one of its tool calls, in the OpenAI chat shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class RawRenderer:
         messages: Sequence[Message],
         images: Sequence[StoredImage],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
         add_generation_prompt: bool = True,
     ) -> RenderedPrompt:
         """Renders a whole conversation.
@@ -120,7 +120,7 @@ class RawRenderer:
         new_messages: Sequence[Message],
         images: Sequence[StoredImage],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
     ) -> RenderedPrompt | None:
         """Extends a turn by new messages without touching the tokens that were read and sampled.
 
