@@ -51,5 +51,5 @@ def planes_by_pillow(
 
 
 def grids_of(layouts: Sequence[ImageLayout]) -> NDArray[np.int64]:
-    """Grids of images in patches (time, height, width), int64 `(images, 3)`."""
+    """Grids of images in patches (time, height, width), int64 `(I, 3)`."""
     return np.array([layout.grid_thw for layout in layouts], dtype=np.int64).reshape(-1, 3)

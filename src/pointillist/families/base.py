@@ -134,11 +134,11 @@ class Family(Protocol):
         ...
 
     def patches_shape(self, layout: ImageLayout) -> tuple[int, ...]:
-        """Shape of an image's patches: `(patches, 3, ...)`; the second axis is the colour channel."""
+        """Shape of an image's patches: `(P, 3, ...)`; the second axis is the colour channel."""
         ...
 
     def image_inputs(self, layouts: Sequence[ImageLayout]) -> dict[str, NDArray[np.int64]]:
-        """What the model's `forward` takes beside `pixel_values`, such as `image_grid_thw`, int64 `(images, 3)`."""
+        """What the model's `forward` takes beside `pixel_values`, such as `image_grid_thw`, int64 `(I, 3)`."""
         ...
 
 

@@ -137,7 +137,7 @@ class KimiK25Family:
         return one_row_of_blocks(num_tokens, self.patch_size, self.merge_size)
 
     def patches(self, pixels: NDArray[np.uint8], layout: ImageLayout) -> NDArray[np.uint8]:
-        """uint8 `(patches, 3, patch_size, patch_size)`, row by row; black where the image does not reach."""
+        """uint8 `(P, 3, patch_size, patch_size)`, row by row; black where the image does not reach."""
         patch = self.patch_size
         _, rows, columns = layout.grid_thw
         canvas = np.zeros((3, rows * patch, columns * patch), dtype=np.uint8)
@@ -146,11 +146,11 @@ class KimiK25Family:
         return np.ascontiguousarray(patches).reshape(self.patches_shape(layout))
 
     def patches_shape(self, layout: ImageLayout) -> tuple[int, ...]:
-        """`(patches, 3, patch_size, patch_size)`."""
+        """`(P, 3, patch_size, patch_size)`."""
         return (math.prod(layout.grid_thw), 3, self.patch_size, self.patch_size)
 
     def image_inputs(self, layouts: Sequence[ImageLayout]) -> dict[str, NDArray[np.int64]]:
-        """`image_grid_thw`, int64 `(images, 3)`."""
+        """`image_grid_thw`, int64 `(I, 3)`."""
         return {"image_grid_thw": grids_of(layouts)}
 
 

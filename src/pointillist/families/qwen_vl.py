@@ -164,7 +164,7 @@ class QwenVLFamily:
         return one_row_of_blocks(num_tokens, self.patch_size, self.merge_size)
 
     def patches(self, pixels: NDArray[np.uint8], layout: ImageLayout) -> NDArray[np.uint8]:
-        """uint8 `(patches, 3, patch_size**2)`, block by block; one frame, not yet repeated in time.
+        """uint8 `(P, 3, patch_size**2)`, block by block; one frame, not yet repeated in time.
 
         Example:
             A grid of 2 x 4 patches with `merge_size` 2, numbered row by row as `0 1 2 3 / 4 5 6 7`: the order is
@@ -185,9 +185,9 @@ class QwenVLFamily:
         return out
 
     def patches_shape(self, layout: ImageLayout) -> tuple[int, ...]:
-        """`(patches, 3, patch_size**2)`."""
+        """`(P, 3, patch_size**2)`."""
         return (math.prod(layout.grid_thw), 3, self.patch_size**2)
 
     def image_inputs(self, layouts: Sequence[ImageLayout]) -> dict[str, NDArray[np.int64]]:
-        """`image_grid_thw`, int64 `(images, 3)`."""
+        """`image_grid_thw`, int64 `(I, 3)`."""
         return {"image_grid_thw": grids_of(layouts)}

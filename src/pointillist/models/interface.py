@@ -2,7 +2,7 @@
 
 `AutoModelForImageTextToText` is annotated as any model at all, and an attribute of a `torch.nn.Module` as any tensor or
 module. `models.loading` states once that what it has loaded is a `VisionLanguageModel`; from there on the type checker
-follows it. Axes: `rows` of tokens, `columns` of each row, `hidden` features, `vocab` rows of the output layer.
+follows it. Axes: `rows` of tokens, `columns` of each row, `hidden` features, `V` rows of the output layer.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -91,7 +91,7 @@ class Logits(Protocol):
 
     @property
     def logits(self) -> torch.Tensor:
-        """`(rows, columns, vocab)`; with `logits_to_keep=n` the last `n` columns only."""
+        """`(rows, columns, V)`; with `logits_to_keep=n` the last `n` columns only."""
         ...
 
 
@@ -152,11 +152,11 @@ class VisionLanguageModel(TorchModule, Protocol):
         ...
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The embedding, weight `(vocab, hidden)`."""
+        """The embedding, weight `(V, hidden)`."""
         ...
 
     def get_output_embeddings(self) -> nn.Linear:
-        """The output layer, weight `(vocab, hidden)`; it may share its weight with the embedding."""
+        """The output layer, weight `(V, hidden)`; it may share its weight with the embedding."""
         ...
 
     def save_pretrained(self, save_directory: str | PathLike[str], *, state_dict: Mapping[str, torch.Tensor]) -> None:

@@ -36,7 +36,7 @@ class PatchJoiner:
         Args:
             images: Images; at least one. Without patches an image is zeros.
             dtype: `float32` and `bfloat16` (`ml_dtypes.bfloat16`): normalised and repeated in time, of the shape that
-                the Hugging Face processor gives. `uint8`: patches of one frame, `(patches, 3, ...)`, that the consumer
+                the Hugging Face processor gives. `uint8`: patches of one frame, `(P, 3, ...)`, that the consumer
                 normalises by the family's `pixel_levels`; they may share memory with the image: do not write.
             map_images: `map`, or a thread pool's: images are written independently of each other.
 

@@ -41,8 +41,8 @@ class Normalizer:
         """Normalises patches.
 
         Args:
-            patches: uint8 `(patches, 3, values)`, C-contiguous, `values` even.
-            out: `(patches, 3, frames, values)` of this normaliser's dtype, C-contiguous; filled.
+            patches: uint8 `(P, 3, values)`, C-contiguous, `values` even.
+            out: `(P, 3, frames, values)` of this normaliser's dtype, C-contiguous; filled.
         """
         source, target = patches.view("<u2"), out.view(self._pair_dtype)
         step = max(1, _CHUNK // patches.shape[-1])

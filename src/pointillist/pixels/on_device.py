@@ -40,10 +40,10 @@ class PixelNormalizer(nn.Module):
         """`pixel_values` as the model's `forward` takes them, float32.
 
         Args:
-            patches: uint8 `(patches, 3, ...)`.
+            patches: uint8 `(P, 3, ...)`.
 
         Returns:
-            The shape of `patches`; where they are repeated in time `(patches, 3, frames, values)`, a view that repeats
+            The shape of `patches`; where they are repeated in time `(P, 3, frames, values)`, a view that repeats
             without copying and that the models' patch embedding takes as well as the flat form.
         """
         flat = patches.flatten(2)

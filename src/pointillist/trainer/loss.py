@@ -34,7 +34,7 @@ class LossTerms:
     mismatch_kl_sum: torch.Tensor
     """Sum of `k3` of the same difference: an estimate of KL(sampler || trainer)."""
     ratio: torch.Tensor
-    """float32 `(trained,)`: importance ratio of each trained token, masked ones too, without a gradient."""
+    """float32 `(N,)`: importance ratio of each trained token, masked ones too, without a gradient."""
     masked_sum: torch.Tensor
     """Number of tokens whose ratio was outside the band."""
     kl_sum: torch.Tensor

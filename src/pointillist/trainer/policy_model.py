@@ -15,9 +15,9 @@ class TokenStats(NamedTuple):
     """Numbers of each trained token of a row. A tuple, so that FSDP finds the tensors in it."""
 
     logprobs: torch.Tensor
-    """float32 `(trained,)`: logprobs at the sampling temperature, with the sampler's mask."""
+    """float32 `(N,)`: logprobs at the sampling temperature, with the sampler's mask."""
     entropy: torch.Tensor
-    """float32 `(trained,)`: entropies of the distributions that the tokens were drawn from, in nats."""
+    """float32 `(N,)`: entropies of the distributions that the tokens were drawn from, in nats."""
 
 
 class PolicyModel(nn.Module):
@@ -34,14 +34,14 @@ class PolicyModel(nn.Module):
         self.register_buffer("unsampleable", loaded.unsampleable, persistent=False)
 
     def forward(self, row: RowTensors) -> TokenStats:
-        """Logprobs and entropies of the trained tokens, `(trained,)` each.
+        """Logprobs and entropies of the trained tokens, `(N,)` each.
 
         In a packed row `attention_mask=None`, `use_cache=False` and positions that restart per sample make the model
         build a block-diagonal causal mask. With a cache, or with a mask of ones, samples would see each other.
 
         Example:
             Two samples of 3 and 2 tokens in one row of 5 columns, whose last tokens are trained: `predict_from` is
-            `[1, 3]`, so of `(5, hidden)` only `(2, hidden)` goes through the output layer, to logits `(2, vocab)`.
+            `[1, 3]`, so of `(5, hidden)` only `(2, hidden)` goes through the output layer, to logits `(2, V)`.
         """
         image_arguments: dict[str, torch.Tensor | dict[str, ImageFeatures]] = {}
         nothing = self._run_vision_for_nothing(row) if row.images and not row.image_index else None
@@ -56,7 +56,7 @@ class PolicyModel(nn.Module):
             use_cache=False,
             **image_arguments,
         )
-        before = output.last_hidden_state.flatten(0, 1)[row.predict_from]  # (trained, hidden)
+        before = output.last_hidden_state.flatten(0, 1)[row.predict_from]  # (N, hidden)
         logits: torch.Tensor = self.model.get_output_embeddings()(before) / row.temperatures[:, None]
         # The lowest finite number, not minus infinity: 0 * -inf would make the entropy NaN.
         logprobs = logits.index_fill(1, self.unsampleable, torch.finfo(torch.float32).min).log_softmax(-1)

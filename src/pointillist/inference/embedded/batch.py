@@ -4,7 +4,7 @@ Every sequence is a row. Rows of different age are aligned at their newest token
 one attention mask says where. New rows join by padding the shorter side and concatenating; finished rows leave by
 selecting the others, and columns that are padding in every row are cut off.
 
-Axes of tensors: `batch` rows, `columns` of the KV cache, `heads` of keys and values, `vocab` rows of the output layer.
+Axes of tensors: `B` rows, `columns` and `heads` of the KV cache, `V` rows of the output layer.
 
 Example:
     A row of 3 tokens in a batch of 3 columns; another of 2 tokens joins, then the first one finishes:
@@ -39,26 +39,26 @@ class Prompt:
     """Tokens and image tensors of one request, on the CPU."""
 
     token_ids: torch.Tensor
-    """int64 `(tokens,)`."""
+    """int64 `(T,)`."""
     mm_token_type_ids: torch.Tensor
-    """int64 `(tokens,)`; 0 text, 1 image."""
+    """int64 `(T,)`; 0 text, 1 image."""
     tensors: dict[str, torch.Tensor]
-    """Image arguments of the model's `forward`: `pixel_values` are uint8 patches `(patches, 3, ...)`, `image_grid_thw`,
-    if the family has it, is int64 `(images, 3)`. Empty without images."""
+    """Image arguments of the model's `forward`: `pixel_values` are uint8 patches `(P, 3, ...)`, `image_grid_thw`,
+    if the family has it, is int64 `(I, 3)`. Empty without images."""
 
 
 @dataclass(slots=True)
 class RunningBatch:
-    """State of the sequences that are being decoded; first dimension of each tensor is `batch`."""
+    """State of the sequences that are being decoded; first axis of each tensor is `B`."""
 
     cache: list[tuple[torch.Tensor, torch.Tensor]]
-    """Keys and values of each layer, `(batch, heads, columns, head_dim)`."""
+    """Keys and values of each layer, `(B, heads, columns, head_dim)`."""
     mask: torch.Tensor
-    """bool `(batch, columns)`: false where a column is padding."""
+    """bool `(B, columns)`: false where a column is padding."""
     next_position: torch.Tensor
-    """int64 `(batch,)`: position of the next token, the same in all three rows of MRoPE."""
+    """int64 `(B,)`: position of the next token, the same in all three rows of MRoPE."""
     logits: torch.Tensor
-    """float32 `(batch, vocab)`: logits of the token that comes next."""
+    """float32 `(B, V)`: logits of the token that comes next."""
 
     def join(self, other: "RunningBatch") -> "RunningBatch":
         """Both batches as one, `self` first; as many columns as the longer one has."""
@@ -135,7 +135,7 @@ def prefill(loaded: LoadedModel, normalize: PixelNormalizer, prompts: Sequence[P
         masks.append(pad(torch.ones(len(prompt.token_ids), dtype=torch.bool), (left, 0)))
         positions.append(pad(rows, (left, 0)))
     mask = torch.stack(masks).to(loaded.device)
-    stacked = torch.stack(positions, dim=1).to(loaded.device)  # (rows, batch, columns)
+    stacked = torch.stack(positions, dim=1).to(loaded.device)  # (rows, B, columns)
     images = _concatenate([prompt.tensors for prompt in prompts], loaded.device)
     if images:
         images["pixel_values"] = normalize(images["pixel_values"])
@@ -161,7 +161,7 @@ def decode(loaded: LoadedModel, batch: RunningBatch, token_ids: torch.Tensor) ->
     Args:
         loaded: The model.
         batch: The rows so far; its cache is grown, not copied.
-        token_ids: Next token of each row, int64 `(batch,)`.
+        token_ids: Next token of each row, int64 `(B,)`.
 
     Returns:
         The same rows with one more column.
@@ -183,7 +183,7 @@ def decode(loaded: LoadedModel, batch: RunningBatch, token_ids: torch.Tensor) ->
 
 
 def _layers(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values of each layer, `(batch, heads, columns, head_dim)` each."""
+    """Keys and values of each layer, `(B, heads, columns, head_dim)` each."""
     return [(layer.keys, layer.values) for layer in cast(list[_KeysAndValues], cache.layers)]
 
 

@@ -472,7 +472,7 @@ class Engine:
 
 
 def _logprobs_content(token: int, logprobs: torch.Tensor, count: int) -> LogProbsContent:
-    """A sampled token, its rank among all, and the `count` likeliest ones, from logprobs `(vocab,)`."""
+    """A sampled token, its rank among all, and the `count` likeliest ones, from logprobs `(V,)`."""
     own = float(logprobs[token])
     rank = int((logprobs > own).sum()) + 1
     top = logprobs.topk(count) if count else None

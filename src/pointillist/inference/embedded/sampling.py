@@ -10,19 +10,19 @@ from pointillist.inference.protocol import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One decoding step of a batch. Tensors are on the CPU, first dimension `batch`."""
+    """One decoding step of a batch. Tensors are on the CPU, first axis `B`."""
 
     token_ids: torch.Tensor
-    """int64 `(batch,)`."""
+    """int64 `(B,)`."""
     logprobs: torch.Tensor
-    """float32 `(batch, vocab)`: logprobs of the whole distribution at the sampling temperature, mask applied, before
+    """float32 `(B, V)`: logprobs of the whole distribution at the sampling temperature, mask applied, before
     top-p and top-k; this is what the trainer computes again."""
     usable: list[bool]
     """Per sequence: whether the model gave it a distribution; where it did not, the token means nothing."""
 
 
 def draw_noise(generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """One uniform number a sequence in [0, 1), float64 `(batch, 1)`: it decides the sequence's next token.
+    """One uniform number a sequence in [0, 1), float64 `(B, 1)`: it decides the sequence's next token.
 
     Args:
         generators: Generators on the CPU, one a sequence; each gives one number a step, so a sequence's tokens do not
@@ -41,10 +41,10 @@ def sample(
     """Samples one token a sequence.
 
     Args:
-        logits: Logits of any float type, `(batch, vocab)`.
+        logits: Logits of any float type, `(B, V)`.
         unsampleable: Token ids that are masked, int64 `(masked,)`.
         params: Sampling parameters, one a sequence.
-        noise: Uniform numbers from `draw_noise`, float64 `(batch, 1)`.
+        noise: Uniform numbers from `draw_noise`, float64 `(B, 1)`.
 
     Example:
         Probabilities 0.2, 0.5 and 0.3 of three tokens: the running sums are 0.2, 0.7 and 1, so noise 0.69 samples token
@@ -63,11 +63,11 @@ def _draw(weights: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Inverts the cumulative distribution: the first token whose running sum exceeds a uniform number.
 
     Args:
-        weights: Probabilities that need not sum to 1, float64 `(batch, vocab)`.
-        noise: Uniform numbers, float64 `(batch, 1)`.
+        weights: Probabilities that need not sum to 1, float64 `(B, V)`.
+        noise: Uniform numbers, float64 `(B, 1)`.
 
     Returns:
-        Token ids, int64 `(batch,)`.
+        Token ids, int64 `(B,)`.
     """
     running = weights.cumsum(-1)
     total = running[:, -1:]
@@ -77,7 +77,7 @@ def _draw(weights: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 
 
 def _truncate(logprobs: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """Logprobs `(batch, vocab)` with minus infinity for what top-k and top-p leave out."""
+    """Logprobs `(B, V)` with minus infinity for what top-k and top-p leave out."""
     if all(p.top_p >= 1 and p.top_k <= 0 for p in params):
         return logprobs
     ordered, order = logprobs.sort(-1, descending=True)
