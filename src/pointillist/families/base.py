@@ -14,7 +14,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pointillist.base.json_types import JsonObject, JsonValue
+from pointillist.base.json_types import JsonValue
 from pointillist.errors import LayoutError
 from pointillist.families.model_files import ModelFiles
 from pointillist.images.store import StoredImage
@@ -93,7 +93,7 @@ class Family(Protocol):
         """
         ...
 
-    def payload(self, layout: ImageLayout) -> JsonObject:
+    def payload(self, layout: ImageLayout) -> dict[str, JsonValue]:
         """The JSON-safe `payload` of a descriptor."""
         ...
 

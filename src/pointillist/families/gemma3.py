@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 
-from pointillist.base.json_types import JsonObject, JsonValue
+from pointillist.base.json_types import JsonValue
 from pointillist.errors import ConfigError, LayoutError
 from pointillist.families.arrays import pil_normalization_levels, planes_by_pillow
 from pointillist.families.base import Expansion, ForwardArgs, ImageLayout, check_placeholder_count
@@ -88,7 +88,7 @@ class Gemma3Family:
         """The same for every image: one picture, `mm_tokens_per_image` tokens."""
         return ImageLayout((1, 1, 1), self.num_tokens, self.height, self.width)
 
-    def payload(self, layout: ImageLayout) -> JsonObject:
+    def payload(self, layout: ImageLayout) -> dict[str, JsonValue]:
         """`{"num_tokens": n}`."""
         return {"num_tokens": layout.num_tokens}
 

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from pointillist.base.json_types import JsonObject, JsonValue
+from pointillist.base.json_types import JsonValue
 from pointillist.errors import ConfigError, LayoutError
 from pointillist.families.arrays import grids_of
 from pointillist.families.base import Expansion, ForwardArgs, ImageLayout, expand_one_placeholder, one_row_of_blocks
@@ -105,7 +105,7 @@ class KimiK25Family:
             resized_width=columns,
         )
 
-    def payload(self, layout: ImageLayout) -> JsonObject:
+    def payload(self, layout: ImageLayout) -> dict[str, JsonValue]:
         """`{"image_grid_thw": [t, h, w], "resized_hw": [height, width]}`: patches, and pixels before padding."""
         return {
             "image_grid_thw": list(layout.grid_thw),

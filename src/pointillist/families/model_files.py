@@ -7,7 +7,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
-from pointillist.base.json_types import JsonObject
+from pointillist.base.json_types import JsonValue
 from pointillist.errors import ConfigError
 
 _BICUBIC: Final = 3
@@ -47,7 +47,7 @@ class ModelFiles:
         self.folder = folder
 
     @cached_property
-    def config(self) -> JsonObject:
+    def config(self) -> dict[str, JsonValue]:
         """`config.json`.
 
         Raises:
@@ -75,7 +75,7 @@ class ModelFiles:
         return size if isinstance(size, int) else 0
 
     @cached_property
-    def image_processor(self) -> JsonObject:
+    def image_processor(self) -> dict[str, JsonValue]:
         """The image processor's settings, wherever this folder keeps them.
 
         Raises:
@@ -92,7 +92,7 @@ class ModelFiles:
             "processor_config.json with an image_processor)"
         )
 
-    def _json(self, name: str) -> JsonObject:
+    def _json(self, name: str) -> dict[str, JsonValue]:
         path = self.folder / name
         try:
             value = json.loads(path.read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pointillist.base.json_types import JsonObject, JsonValue
+from pointillist.base.json_types import JsonValue
 from pointillist.errors import LayoutError
 from pointillist.families.arrays import grids_of, pil_normalization_levels, planes_by_pillow
 from pointillist.families.base import Expansion, ForwardArgs, ImageLayout, expand_one_placeholder, one_row_of_blocks
@@ -137,7 +137,7 @@ class QwenVLFamily:
             resized_width=columns * factor,
         )
 
-    def payload(self, layout: ImageLayout) -> JsonObject:
+    def payload(self, layout: ImageLayout) -> dict[str, JsonValue]:
         """`{"image_grid_thw": [t, h, w]}`, in patches."""
         return {"image_grid_thw": list(layout.grid_thw)}
 

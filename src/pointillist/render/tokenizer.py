@@ -12,7 +12,7 @@ from typing import overload
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from pointillist.base.json_types import JsonObject
+from pointillist.base.json_types import JsonValue
 from pointillist.errors import ConfigError
 
 
@@ -91,14 +91,14 @@ class FolderTokenizer:
             return self._tokenizer.token_to_id(tokens)
         return [self._tokenizer.token_to_id(token) for token in tokens]
 
-    def _named(self, settings: JsonObject, key: str) -> int | None:
+    def _named(self, settings: dict[str, JsonValue], key: str) -> int | None:
         token = settings.get(key)
         if isinstance(token, dict):  # older folders write the token with its flags
             token = token.get("content")
         return self._tokenizer.token_to_id(token) if isinstance(token, str) else None
 
 
-def _settings(path: Path) -> JsonObject:
+def _settings(path: Path) -> dict[str, JsonValue]:
     if not path.is_file():
         return {}
     try:
