@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-MOST = 165
+MOST = 161
 """Uses of `Any` in src, its imports aside. Lower it with every change that takes some away."""
 
 

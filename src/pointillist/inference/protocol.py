@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar, Final, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
+from pointillist.base.jsonl import JsonObject
 from pointillist.config.sampling import BOUNDS, MAX_SEQUENCE, MAX_STOP_TOKEN_IDS, check_sampling_number
 from pointillist.errors import FieldError, RequestError
 from pointillist.refs import MMImageRef
@@ -251,7 +252,7 @@ def decode_body(data: bytes, type: type[BodyT]) -> BodyT:
         return msgspec.json.decode(data, type=type)
 
 
-def decode_open_body(data: bytes, type: type[BodyT]) -> tuple[BodyT, dict[str, Any]]:
+def decode_open_body(data: bytes, type: type[BodyT]) -> tuple[BodyT, JsonObject]:
     """A request's body of which only some fields are ours, and the whole of it as JSON values.
 
     Raises:
