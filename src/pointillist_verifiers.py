@@ -25,11 +25,12 @@ from contextlib import AsyncExitStack
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import httpx
 import mcp
 import verifiers.v1 as vf
+from pydantic import BaseModel
 from verifiers.v1.serve import EnvClient, env_config_data
 
 from pointillist.base.jsonl import JsonObject
@@ -55,6 +56,38 @@ from verifiers.v1.serve import serve_env
 serve_env(max_workers=int(sys.argv[2]), elastic=False, address=sys.argv[1],
           config_data=json.loads(sys.argv[3]), death_pipe=Connection(0))
 """
+
+
+class _Block(Protocol):
+    """A block of an MCP tool's result; which attributes it has besides its type depends on that."""
+
+    type: str
+    text: str
+    mime_type: str
+    data: str
+
+
+class _Error(Protocol):
+    type: str
+    message: str
+
+
+class _Agent(Protocol):
+    trainable: bool
+
+
+class _Trace(Protocol):
+    agent: _Agent | None
+    errors: Sequence[_Error]
+    reward: float
+
+
+class _Episode(Protocol):
+    """What verifiers says of a rollout."""
+
+    ok: bool
+    errors: Sequence[_Error]
+    traces: Sequence[_Trace]
 
 
 class RolloutError(PointillistError):
@@ -346,7 +379,7 @@ def _tasks(config: vf.EnvConfig, split: str, count: int) -> dict[str, vf.Task]:
     return {f"{split}-{index}": task for index, task in enumerate(islice(iter(vf.load_taskset(config.taskset)), count))}
 
 
-def _reward(episode: Any) -> float:
+def _reward(episode: _Episode) -> float:
     traces = [trace for trace in episode.traces if trace.agent is None or trace.agent.trainable]
     if not episode.ok or not traces:  # without a score verifiers' reward is 0
         errors = [*episode.errors, *(error for trace in traces for error in trace.errors)]
@@ -354,7 +387,7 @@ def _reward(episode: Any) -> float:
     return float(sum(trace.reward for trace in traces) / len(traces))
 
 
-def _wire(message: Any) -> JsonObject:
+def _wire(message: BaseModel) -> JsonObject:
     """OpenAI's shape of a message of verifiers."""
     shaped: JsonObject = message.model_dump(exclude_none=True, exclude={"provider_state"})
     if shaped.get("tool_calls"):
@@ -365,14 +398,14 @@ def _wire(message: Any) -> JsonObject:
     return shaped
 
 
-def _content(blocks: Sequence[Any]) -> str | list[JsonObject]:
+def _content(blocks: Sequence[_Block]) -> str | list[JsonObject]:
     """OpenAI's shape of an MCP tool's result."""
     if all(block.type == "text" for block in blocks):
         return "\n".join(block.text for block in blocks)
     return [_part(block) for block in blocks]
 
 
-def _part(block: Any) -> JsonObject:
+def _part(block: _Block) -> JsonObject:
     if block.type == "image":
         return {"type": "image_url", "image_url": {"url": f"data:{block.mime_type};base64,{block.data}"}}
     return {"type": "text", "text": getattr(block, "text", str(block))}

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import click
 
@@ -25,9 +25,17 @@ from pointillist.config import (
     TrainerConfig,
     parse_cli,
 )
-from pointillist.config.base import ConfigT
 
 _NAME = "pointillist"
+_ProcessT = TypeVar(
+    "_ProcessT",
+    InferenceConfig,
+    OrchestratorConfig,
+    EnvWorkerConfig,
+    GatewayServerConfig,
+    AssetServerConfig,
+    TrainerConfig,
+)
 # Arguments go to the config parser as they are.
 _PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
@@ -145,10 +153,10 @@ def _command(name: str, text: str) -> Callable[[Callable[[list[str]], int]], Cal
     return register
 
 
-def _process(name: str, config_class: type[ConfigT], text: str) -> Callable[[Callable[[ConfigT], None]], None]:
+def _process(name: str, config_class: type[_ProcessT], text: str) -> Callable[[Callable[[_ProcessT], None]], None]:
     """A command that is one process of a run: its config, its log, and then what the function does."""
 
-    def register(function: Callable[[ConfigT], None]) -> None:
+    def register(function: Callable[[_ProcessT], None]) -> None:
         @_command(name, text)
         def run(arguments: list[str]) -> int:
             config = parse_cli(config_class, arguments)
@@ -246,7 +254,7 @@ def _guarded(function: Callable[[list[str]], int], arguments: list[str]) -> int:
         return 130
     except BaseExceptionGroup as group:  # from a TaskGroup
         expected, unexpected = group.split((PointillistError, OSError))
-        if unexpected is not None:
+        if unexpected is not None or expected is None:
             raise
         click.echo(f"error: {_text(_first(expected))}", err=True)
     return 1
@@ -261,12 +269,12 @@ def _text(error: BaseException) -> str:
     return f"{error.strerror}: {os.fsencode(error.filename).decode(errors='backslashreplace')}"
 
 
-def _first(error: Any) -> BaseException:
+def _first(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    return error  # type: ignore[no-any-return]
+    return error
 
 
-def main() -> Any:
+def main() -> None:
     """Entry point of the `pointillist` command."""
     cli(prog_name=_NAME)

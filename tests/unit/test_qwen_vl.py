@@ -88,6 +88,14 @@ def test_settings_that_the_adapter_does_not_do_are_refused(change: dict, tmp_pat
         _family(tmp_path, **QWEN3, **change)
 
 
+@pytest.mark.parametrize(
+    "change", [{"patch_size": 14.5}, {"image_mean": [0.5, 0.5]}, {"size": {"shortest_edge": None}}]
+)
+def test_settings_of_another_type_are_named(change: dict, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"image processor of .*\$\.{next(iter(change))}"):
+        _family(tmp_path, **{**QWEN3, **change})
+
+
 def test_expansion_keeps_the_neighbours(family: Family) -> None:
     layouts = [family.layout(64, 64), family.layout(96, 64)]
     pad = family.image_token_id

@@ -6,7 +6,6 @@ ever. `DeadlineStream` bounds all waits of a connection together.
 
 import ssl
 import time
-from typing import Any
 
 import httpcore
 
@@ -74,6 +73,6 @@ class DeadlineStream(httpcore.NetworkStream):
         secured = self._stream.start_tls(ssl_context, server_hostname, self._deadline.seconds_left())
         return DeadlineStream(secured, self._deadline)
 
-    def get_extra_info(self, info: str) -> Any:
+    def get_extra_info(self, info: str) -> object:
         """What the transport knows of the connection."""
         return self._stream.get_extra_info(info)

@@ -8,7 +8,7 @@ import difflib
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -47,7 +47,7 @@ def parse_cli(config_class: type[ConfigT], arguments: list[str]) -> ConfigT:
         SystemExit: After `--help` was printed.
     """
     try:
-        return cast(ConfigT, cli(config_class, args=arguments))
+        return cli(config_class, args=arguments)
     except ConfigFileError as error:
         raise ConfigError(str(error).strip()) from None
     except (RecursionError, ValueError) as error:  # the TOML parser's: nested too deeply, a number of 5,000 digits

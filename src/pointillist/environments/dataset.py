@@ -23,15 +23,17 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal, TypeAlias
 
 from pointillist.environments import Task
 from pointillist.environments.tasks import made, read_lines
 from pointillist.errors import EnvironmentLoadError
 from pointillist.sessions import Session
 
+_Part: TypeAlias = dict[str, str | bytes]
 MARK: Final = "<image>"
 _URL: Final = re.compile(r"data:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _NUMBER: Final = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+(?:[eE][-+]?\d+)?")
@@ -65,8 +67,10 @@ def math_verify(text: str, answer: str) -> bool:
     """Whether both are the same mathematics, by math-verify."""
     from math_verify import parse, verify
 
-    # Its own time limits are signals, which only work in a main thread; the rollout has a limit of its own.
-    return bool(verify(parse(answer, parsing_timeout=None), parse(text, parsing_timeout=None), timeout_seconds=None))
+    # Its own time limits are signals, which only work in a main thread; the rollout has a limit of its own. None turns
+    # them off, although the annotation does not say so.
+    parsed = partial(parse, parsing_timeout=None)  # type: ignore[arg-type]
+    return bool(verify(parsed(answer), parsed(text), timeout_seconds=None))
 
 
 REWARDS: Final[Mapping[str, Callable[[str, str], bool]]] = {
@@ -134,7 +138,9 @@ class DatasetEnvironment:
     async def rollout(self, task: Task, session: Session) -> float:
         """Asks one question; returns 1 for the right answer, else 0."""
         system = [{"role": "system", "content": self._system_prompt}] if self._system_prompt else []
-        turn = await session.generate([*system, {"role": "user", "content": _content(task.data)}])
+        turn = await session.generate(
+            [*system, {"role": "user", "content": _content(task.data["prompt"], task.data["images"])}]
+        )
         text = turn.text
         if self._pattern is not None:
             match = self._pattern.search(text)
@@ -147,7 +153,7 @@ class DatasetEnvironment:
 def _read(path: Path, names: Mapping[str, str]) -> list[Task]:
     numbers = itertools.count()
 
-    def task(row: Mapping[str, Any]) -> Task:
+    def task(row: Mapping[str, object]) -> Task:
         return _task(row, next(numbers), path, names)
 
     if path.suffix == ".parquet":
@@ -155,19 +161,19 @@ def _read(path: Path, names: Mapping[str, str]) -> list[Task]:
     return list(read_lines(path, task))
 
 
-def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+def _parquet_rows(path: Path) -> Iterator[Mapping[str, object]]:
     _require("pyarrow", "parquet")
     import pyarrow
     import pyarrow.parquet
 
     try:
-        rows: list[Mapping[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
+        rows: list[Mapping[str, object]] = pyarrow.parquet.read_table(path).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         raise EnvironmentLoadError(f"{path} cannot be read as Parquet ({error})") from None
     return iter(rows)
 
 
-def _task(row: Mapping[str, Any], number: int, path: Path, names: Mapping[str, str]) -> Task:
+def _task(row: Mapping[str, object], number: int, path: Path, names: Mapping[str, str]) -> Task:
     """A task; raises KeyError, TypeError or ValueError for a row that is not as described."""
     prompt, images = row[names["prompt"]], row.get(names["images"])
     if not isinstance(prompt, str):
@@ -175,6 +181,8 @@ def _task(row: Mapping[str, Any], number: int, path: Path, names: Mapping[str, s
     if images is None:
         image = row.get(names["image"])
         images = [] if image is None else [image]
+    if not isinstance(images, Iterable):
+        raise TypeError(f"{names['images']} is {type(images).__name__}, expected a list")
     sources = [_source(image, path.parent) for image in images]
     if MARK in prompt and prompt.count(MARK) != len(sources):
         raise ValueError(f"{prompt.count(MARK)} {MARK} marks for {len(sources)} images")
@@ -185,7 +193,7 @@ def _task(row: Mapping[str, Any], number: int, path: Path, names: Mapping[str, s
     )
 
 
-def _source(image: Any, folder: Path) -> str | bytes:
+def _source(image: object, folder: Path) -> str | bytes:
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path")
     if isinstance(image, bytes) or (isinstance(image, str) and _URL.match(image)):
@@ -195,17 +203,17 @@ def _source(image: Any, folder: Path) -> str | bytes:
     raise TypeError(f"image is {type(image).__name__}, expected a path, a URL or {{'bytes': ...}}")
 
 
-def _content(data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Message parts of a row: its text, with an image in the place of each `<image>`.
+def _content(prompt: str, images: Sequence[str | bytes]) -> list[_Part]:
+    """Parts of a user message.
 
     Example:
-        Prompt `"Is <image> red?"` with one image becomes the parts text `"Is "`, image, text `" red?"`.
+        `"<image> or <image>?"` with images A and B: A, the text `" or "`, B, the text `"?"`.
     """
-    pictures = [{"type": "image", "image": image} for image in data["images"]]
-    if MARK not in data["prompt"]:
-        return [*pictures, {"type": "text", "text": data["prompt"]}]
-    content: list[dict[str, Any]] = []
-    for index, text in enumerate(data["prompt"].split(MARK)):
+    pictures: list[_Part] = [{"type": "image", "image": image} for image in images]
+    if MARK not in prompt:
+        return [*pictures, {"type": "text", "text": prompt}]
+    content: list[_Part] = []
+    for index, text in enumerate(prompt.split(MARK)):
         content += [pictures[index - 1]] if index else []
         content += [{"type": "text", "text": text}] if text else []
     return content

@@ -8,7 +8,7 @@ import json
 import re
 import traceback
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
@@ -80,7 +80,7 @@ def printable(value: object, limit: int) -> str:
     )
 
 
-def answer_text(answer: Any) -> str | None:
+def answer_text(answer: object) -> str | None:
     """A task's expected answer as records keep it; what is no text becomes JSON, as far as it can."""
     if answer is None or isinstance(answer, str):
         return None if answer is None else printable(answer, _ANSWER_CHARACTERS)

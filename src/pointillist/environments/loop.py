@@ -13,9 +13,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
-from typing import Any, Final
+from types import FrameType
+from typing import Final
 
 from pointillist.errors import PointillistError, RolloutTimeoutError
 
@@ -32,7 +33,7 @@ in_environment: ContextVar[bool] = ContextVar("in_environment", default=False)
 """Whether code runs for a rollout; tasks and callbacks that it starts inherit that."""
 
 
-def run(main: Coroutine[Any, Any, None]) -> None:
+def run(main: Coroutine[object, object, None]) -> None:
     """`asyncio.run`, but only the end of `main`, or a signal, ends it.
 
     Tasks that are left then are cancelled, and waited for no longer than 10 seconds.
@@ -71,7 +72,7 @@ def run(main: Coroutine[Any, Any, None]) -> None:
         loop.close()
 
 
-def run_process(main: Coroutine[Any, Any, None]) -> None:
+def run_process(main: Coroutine[object, object, None]) -> None:
     """`run`, as the last thing that a process does: threads that never end do not keep it from ending."""
     code = 1
     try:
@@ -123,7 +124,7 @@ class LoopWatch:
         self._every = min(_BEAT_SECONDS, seconds / 4)
         self._beat = time.monotonic()
         self._stopped = threading.Event()
-        self._before: Any = None
+        self._before: Callable[[int, FrameType | None], object] | int | signal.Handlers | None = None
 
     def start(self) -> None:
         """Watches the running loop, until `stop`."""
@@ -159,6 +160,6 @@ class LoopWatch:
             if blocked > self._seconds and signal.getsignal(_SIGNAL) == self._interrupt:
                 signal.pthread_kill(self._thread, _SIGNAL)
 
-    def _interrupt(self, *_: Any) -> None:
+    def _interrupt(self, *_: object) -> None:
         if time.monotonic() - self._beat > self._seconds and in_environment.get():
             raise RolloutTimeoutError(f"blocked the event loop for longer than rollout_timeout = {self._seconds:g} s")

@@ -15,7 +15,7 @@ An environment is any class with three methods. It is found by the name of an en
 import importlib
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -39,8 +39,8 @@ class Task:
     """Unique among the tasks of its split."""
     data: dict[str, Any] = field(default_factory=dict)
     """Whatever the environment needs."""
-    answer: Any = None
-    """What is right, for whoever reads the records; by default `data["answer"]` if there is one. Never shown to the
+    answer: object = None
+    """The right answer, for readers of the records; by default `data["answer"]` if there is one. Never shown to the
     policy."""
 
     def __post_init__(self) -> None:
@@ -69,7 +69,7 @@ class Environment(Protocol):
         ...
 
 
-def load_environment(name: str, arguments: Mapping[str, Any]) -> Environment:
+def load_environment(name: str, arguments: Mapping[str, object]) -> Environment:
     """Finds and builds an environment.
 
     Args:
@@ -135,7 +135,7 @@ def load_error(what: str, error: BaseException) -> EnvironmentLoadError:
     return EnvironmentLoadError(f"{what}: {kind_of(error)}: {message_of(error)}")
 
 
-def _find(name: str) -> Any:
+def _find(name: str) -> Callable[..., object]:
     if ":" not in name:
         installed = {entry.name: entry for entry in entry_points(group=GROUP)}
         if name not in installed:
@@ -148,6 +148,7 @@ def _find(name: str) -> Any:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        return getattr(importlib.import_module(module_name), attribute)
+        found: Callable[..., object] = getattr(importlib.import_module(module_name), attribute)
     except BaseException as error:
         raise load_error(f"environment {name!r} can not be imported", error) from error
+    return found

@@ -9,11 +9,12 @@ the model sees (`patches`, `pixel_levels`). A third-party adapter registers its 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pointillist.base.json_types import JsonValue
 from pointillist.errors import LayoutError
 from pointillist.families.model_files import ModelFiles
 from pointillist.images.store import StoredImage
@@ -74,7 +75,7 @@ class Family(Protocol):
     """All special tokens of images and videos: the policy may not sample them."""
     renderer_name: str | None
     """Name of the chat-template renderer in the `renderers` package; None if there is none."""
-    layout_fields: Mapping[str, Any]
+    layout_fields: Mapping[str, JsonValue]
     """Everything that decides layout and pixels; its digest is the fingerprint."""
     layout_fingerprint: str
     pixel_levels: NDArray[np.float32]
@@ -92,11 +93,11 @@ class Family(Protocol):
         """
         ...
 
-    def payload(self, layout: ImageLayout) -> dict[str, Any]:
+    def payload(self, layout: ImageLayout) -> dict[str, JsonValue]:
         """The JSON-safe `payload` of a descriptor."""
         ...
 
-    def check_payload(self, payload: Mapping[str, Any], layout: ImageLayout) -> None:
+    def check_payload(self, payload: Mapping[str, JsonValue], layout: ImageLayout) -> None:
         """Checks a descriptor's payload against the layout that the image itself has.
 
         Raises:
@@ -106,6 +107,10 @@ class Family(Protocol):
 
     def expand(self, logical_ids: Sequence[int], layouts: Sequence[ImageLayout]) -> Expansion:
         """Replaces the one placeholder of each image by as many as its layout has.
+
+        Example:
+            Logical ids `7 P 8` and an image of 3 tokens: `token_ids` `7 P P P 8`, `source` `0 1 1 1 2`, and the span
+            `(1, 3)`.
 
         Raises:
             LayoutError: The number of layouts is not that of the placeholders.
@@ -129,11 +134,11 @@ class Family(Protocol):
         ...
 
     def patches_shape(self, layout: ImageLayout) -> tuple[int, ...]:
-        """Shape of an image's patches: `(patches, 3, ...)`; the second axis is the colour channel."""
+        """Shape of an image's patches: `(P, 3, ...)`; the second axis is the colour channel."""
         ...
 
-    def image_inputs(self, layouts: Sequence[ImageLayout]) -> dict[str, NDArray[Any]]:
-        """What the model's `forward` takes beside `pixel_values`, such as `image_grid_thw`."""
+    def image_inputs(self, layouts: Sequence[ImageLayout]) -> dict[str, NDArray[np.int64]]:
+        """What the model's `forward` takes beside `pixel_values`, such as `image_grid_thw`, int64 `(I, 3)`."""
         ...
 
 

@@ -6,29 +6,38 @@ to let the tokens of an image see each other. docs/families.md walks through thi
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 
+from pointillist.base.json_types import JsonValue
 from pointillist.errors import ConfigError, LayoutError
 from pointillist.families.arrays import pil_normalization_levels, planes_by_pillow
 from pointillist.families.base import Expansion, ForwardArgs, ImageLayout, check_placeholder_count
-from pointillist.families.model_files import ModelFiles, refuse_other_steps, token_id
+from pointillist.families.model_files import ModelFiles, ProcessorSettings, read_settings, token_id
 from pointillist.images.decode import PIXEL_RULES
 from pointillist.refs.descriptor import fingerprint_of
 
 _ALGORITHM: Final = 1
-# Defaults of `Gemma3ImageProcessor` for what a model folder leaves out.
-_DEFAULTS: Final[dict[str, Any]] = {
-    "size": {"height": 224, "width": 224},
-    "resample": 2,
-    "rescale_factor": 1 / 255,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-}
+
+
+class _Size(msgspec.Struct, frozen=True):
+    """Pixels that every image is resized to."""
+
+    height: int
+    width: int
+
+
+class _Settings(ProcessorSettings, frozen=True, kw_only=True):
+    """Settings of `Gemma3ImageProcessor`, with its defaults for what a model folder leaves out."""
+
+    resample: object = int(Image.Resampling.BILINEAR)
+    size: _Size = _Size(224, 224)
+    do_pan_and_scan: object = None
 
 
 class Gemma3Family:
@@ -49,22 +58,21 @@ class Gemma3Family:
         Raises:
             ConfigError: Settings are missing or ask for something that this adapter does not do.
         """
-        settings = {**_DEFAULTS, **files.image_processor}
-        refuse_other_steps(settings, files.folder, resample=Image.Resampling.BILINEAR)
-        if settings.get("do_pan_and_scan"):
+        settings = read_settings(files, _Settings, resample=Image.Resampling.BILINEAR)
+        if settings.do_pan_and_scan:
             raise ConfigError(f"image processor of {files.folder} has do_pan_and_scan, expected false")
-        self.height, self.width = int(settings["size"]["height"]), int(settings["size"]["width"])
-        self.num_tokens = int(files.config.get("mm_tokens_per_image", 256))
-        self.layout_fields: Mapping[str, Any] = {
+        self.height, self.width = settings.size.height, settings.size.width
+        self.num_tokens = token_id(files, "mm_tokens_per_image") if "mm_tokens_per_image" in files.config else 256
+        self.layout_fields: Mapping[str, JsonValue] = {
             "family": self.name,
             "algorithm": _ALGORITHM,
             "height": self.height,
             "width": self.width,
             "num_tokens": self.num_tokens,
             "resample": "bilinear-pillow",
-            "rescale_factor": float(settings["rescale_factor"]),
-            "image_mean": [float(value) for value in settings["image_mean"]],
-            "image_std": [float(value) for value in settings["image_std"]],
+            "rescale_factor": settings.rescale_factor,
+            "image_mean": list(settings.image_mean),
+            "image_std": list(settings.image_std),
             "pixel_rules": PIXEL_RULES,
         }
         self.layout_fingerprint = fingerprint_of(self.layout_fields)
@@ -72,7 +80,7 @@ class Gemma3Family:
         self.image_token_id = token_id(files, "image_token_index")
         self._begin, self._end = token_id(files, "boi_token_index"), token_id(files, "eoi_token_index")
         self.vision_token_ids = frozenset({self.image_token_id, self._begin, self._end})
-        self.pixel_levels = pil_normalization_levels(self.layout_fields)
+        self.pixel_levels = pil_normalization_levels(settings)
         self.frames = 1
         self._blank_lines, self._line_breaks = _newline_tokens(files)
 
@@ -80,11 +88,11 @@ class Gemma3Family:
         """The same for every image: one picture, `mm_tokens_per_image` tokens."""
         return ImageLayout((1, 1, 1), self.num_tokens, self.height, self.width)
 
-    def payload(self, layout: ImageLayout) -> dict[str, Any]:
+    def payload(self, layout: ImageLayout) -> dict[str, JsonValue]:
         """`{"num_tokens": n}`."""
         return {"num_tokens": layout.num_tokens}
 
-    def check_payload(self, payload: Mapping[str, Any], layout: ImageLayout) -> None:
+    def check_payload(self, payload: Mapping[str, JsonValue], layout: ImageLayout) -> None:
         """Checks that a payload is the one that images of this model have.
 
         Raises:
@@ -134,7 +142,7 @@ class Gemma3Family:
         """`(1, 3, height, width)`."""
         return (1, 3, self.height, self.width)
 
-    def image_inputs(self, layouts: Sequence[ImageLayout]) -> dict[str, NDArray[Any]]:
+    def image_inputs(self, layouts: Sequence[ImageLayout]) -> dict[str, NDArray[np.int64]]:
         """Nothing: all images have the same size."""
         return {}
 

@@ -7,30 +7,37 @@ Unlike Qwen's, its `pixel_values` have four dimensions and there is no copy in t
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from pointillist.base.json_types import JsonValue
 from pointillist.errors import ConfigError, LayoutError
 from pointillist.families.arrays import grids_of
 from pointillist.families.base import Expansion, ForwardArgs, ImageLayout, expand_one_placeholder, one_row_of_blocks
-from pointillist.families.model_files import VISION_TOKENS, ModelFiles, refuse_other_steps, token_id
+from pointillist.families.model_files import VISION_TOKENS, ModelFiles, ProcessorSettings, read_settings, token_id
 from pointillist.images.decode import PIXEL_RULES
 from pointillist.refs.descriptor import fingerprint_of
 
 _ALGORITHM: Final = 1
-# Defaults of `Kimi_K25ImageProcessor` for what a model folder leaves out.
-_DEFAULTS: Final[dict[str, Any]] = {
-    "patch_size": 14,
-    "merge_size": 2,
-    "max_patches": 16_384,
-    "size": {"max_height": 512, "max_width": 512},
-    "resample": 3,
-    "rescale_factor": 1 / 255,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-}
+
+
+class _Size(msgspec.Struct, frozen=True):
+    """Most patches in each direction."""
+
+    max_height: int | None = None
+    max_width: int | None = None
+
+
+class _Settings(ProcessorSettings, frozen=True, kw_only=True):
+    """Settings of `Kimi_K25ImageProcessor`, with its defaults for what a model folder leaves out."""
+
+    patch_size: int = 14
+    merge_size: int = 2
+    max_patches: int = 16_384
+    size: _Size = _Size(512, 512)
 
 
 class KimiK25Family:
@@ -48,15 +55,16 @@ class KimiK25Family:
         Raises:
             ConfigError: Settings are missing or ask for something that this adapter does not do.
         """
-        settings = {**_DEFAULTS, **files.image_processor}
-        refuse_other_steps(settings, files.folder)
-        if settings["size"].get("max_height") != settings["size"].get("max_width"):
-            raise ConfigError(f"image processor of {files.folder} has size {settings['size']}, expected equal limits")
-        self.patch_size = int(settings["patch_size"])
-        self.merge_size = int(settings["merge_size"])
-        self.max_patches = int(settings["max_patches"])
-        self.max_side_patches = int(settings["size"]["max_height"])
-        self.layout_fields: Mapping[str, Any] = {
+        settings = read_settings(files, _Settings)
+        side = settings.size.max_height
+        if side is None or side != settings.size.max_width:
+            size = msgspec.to_builtins(settings.size)
+            raise ConfigError(f"image processor of {files.folder} has size {size}, expected equal limits")
+        self.patch_size = settings.patch_size
+        self.merge_size = settings.merge_size
+        self.max_patches = settings.max_patches
+        self.max_side_patches = side
+        self.layout_fields: Mapping[str, JsonValue] = {
             "family": self.name,
             "algorithm": _ALGORITHM,
             "patch_size": self.patch_size,
@@ -65,16 +73,16 @@ class KimiK25Family:
             "max_patches": self.max_patches,
             "max_side_patches": self.max_side_patches,
             "resample": "bicubic-antialias-torch",
-            "rescale_factor": float(settings["rescale_factor"]),
-            "image_mean": [float(value) for value in settings["image_mean"]],
-            "image_std": [float(value) for value in settings["image_std"]],
+            "rescale_factor": settings.rescale_factor,
+            "image_mean": list(settings.image_mean),
+            "image_std": list(settings.image_std),
             "pixel_rules": PIXEL_RULES,
         }
         self.layout_fingerprint = fingerprint_of(self.layout_fields)
         self.renderer_name: str | None = "kimi-k2.5"
         self.image_token_id = token_id(files, "image_token_id")
         self.vision_token_ids = frozenset(token_id(files, key) for key in VISION_TOKENS)
-        self.pixel_levels = self._normalization_levels()
+        self.pixel_levels = _normalization_levels(settings)
         self.frames = 1
 
     def layout(self, width: int, height: int) -> ImageLayout:
@@ -97,14 +105,14 @@ class KimiK25Family:
             resized_width=columns,
         )
 
-    def payload(self, layout: ImageLayout) -> dict[str, Any]:
+    def payload(self, layout: ImageLayout) -> dict[str, JsonValue]:
         """`{"image_grid_thw": [t, h, w], "resized_hw": [height, width]}`: patches, and pixels before padding."""
         return {
             "image_grid_thw": list(layout.grid_thw),
             "resized_hw": [layout.resized_height, layout.resized_width],
         }
 
-    def check_payload(self, payload: Mapping[str, Any], layout: ImageLayout) -> None:
+    def check_payload(self, payload: Mapping[str, JsonValue], layout: ImageLayout) -> None:
         """Checks that a payload is the one that an image of this layout has.
 
         Raises:
@@ -129,7 +137,7 @@ class KimiK25Family:
         return one_row_of_blocks(num_tokens, self.patch_size, self.merge_size)
 
     def patches(self, pixels: NDArray[np.uint8], layout: ImageLayout) -> NDArray[np.uint8]:
-        """uint8 `(patches, 3, patch_size, patch_size)`, row by row."""
+        """uint8 `(P, 3, patch_size, patch_size)`, row by row; black where the image does not reach."""
         patch = self.patch_size
         _, rows, columns = layout.grid_thw
         canvas = np.zeros((3, rows * patch, columns * patch), dtype=np.uint8)
@@ -138,24 +146,24 @@ class KimiK25Family:
         return np.ascontiguousarray(patches).reshape(self.patches_shape(layout))
 
     def patches_shape(self, layout: ImageLayout) -> tuple[int, ...]:
-        """`(patches, 3, patch_size, patch_size)`."""
+        """`(P, 3, patch_size, patch_size)`."""
         return (math.prod(layout.grid_thw), 3, self.patch_size, self.patch_size)
 
-    def image_inputs(self, layouts: Sequence[ImageLayout]) -> dict[str, NDArray[Any]]:
-        """`image_grid_thw`, int64 `(images, 3)`."""
+    def image_inputs(self, layouts: Sequence[ImageLayout]) -> dict[str, NDArray[np.int64]]:
+        """`image_grid_thw`, int64 `(I, 3)`."""
         return {"image_grid_thw": grids_of(layouts)}
 
-    def _normalization_levels(self) -> NDArray[np.float32]:
-        """Normalised value of each of the 256 levels, per channel.
 
-        Source: the fused `rescale_and_normalize` of transformers' torchvision backend, in float32.
-        """
-        fields = self.layout_fields
-        factor = np.float32(1.0 / fields["rescale_factor"])
-        mean = np.array(fields["image_mean"], dtype=np.float32) * factor
-        std = np.array(fields["image_std"], dtype=np.float32) * factor
-        levels: NDArray[np.float32] = (np.arange(256, dtype=np.float32)[None, :] - mean[:, None]) / std[:, None]
-        return levels
+def _normalization_levels(settings: ProcessorSettings) -> NDArray[np.float32]:
+    """Normalised value of each of the 256 levels, float32 `(3, 256)`.
+
+    Source: the fused `rescale_and_normalize` of transformers' torchvision backend, in float32.
+    """
+    factor = np.float32(1.0 / settings.rescale_factor)
+    mean = np.array(settings.image_mean, dtype=np.float32) * factor
+    std = np.array(settings.image_std, dtype=np.float32) * factor
+    levels: NDArray[np.float32] = (np.arange(256, dtype=np.float32)[None, :] - mean[:, None]) / std[:, None]
+    return levels
 
 
 def _shrink(pixels: NDArray[np.uint8], layout: ImageLayout) -> NDArray[np.uint8]:
@@ -167,4 +175,4 @@ def _shrink(pixels: NDArray[np.uint8], layout: ImageLayout) -> NDArray[np.uint8]
 
     tensor = torch.tensor(pixels).permute(2, 0, 1)[None]
     resized = torch.nn.functional.interpolate(tensor, size=size, mode="bicubic", antialias=True, align_corners=False)
-    return resized[0].permute(1, 2, 0).numpy()  # type: ignore[no-any-return]
+    return resized[0].permute(1, 2, 0).numpy()

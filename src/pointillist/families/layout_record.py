@@ -8,9 +8,9 @@ another one names the first setting that differs. Nothing is ever decided by thi
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from pointillist.base.files import write_atomically
+from pointillist.base.json_types import JsonValue
 from pointillist.errors import StorageError
 from pointillist.families.base import Family
 from pointillist.images.inventory import LAYOUTS_FOLDER
@@ -31,7 +31,7 @@ def write_layout_record(family: Family, store_root: Path) -> None:
         raise StorageError(f"layout settings could not be stored in {path.parent} ({error.strerror})") from error
 
 
-def first_difference(fingerprint: str, own: Mapping[str, Any], roots: Iterable[Path]) -> str:
+def first_difference(fingerprint: str, own: Mapping[str, JsonValue], roots: Iterable[Path]) -> str:
     """`"; merge_size is 1, here 2"` if the settings behind a fingerprint are known, else a general remark.
 
     Args:

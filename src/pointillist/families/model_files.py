@@ -1,15 +1,18 @@
 """A model folder's own configuration files, read without transformers."""
 
 import json
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, TypeVar
 
+import msgspec
+
+from pointillist.base.json_types import JsonValue
 from pointillist.errors import ConfigError
 
 _BICUBIC: Final = 3
 """Pillow's number of the filter, as image processors write it."""
+_SettingsT = TypeVar("_SettingsT", bound="ProcessorSettings")
 VISION_TOKENS: Final = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 """Keys of `config.json` under which most models name their special tokens of images and videos."""
 
@@ -44,7 +47,7 @@ class ModelFiles:
         self.folder = folder
 
     @cached_property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, JsonValue]:
         """`config.json`.
 
         Raises:
@@ -68,10 +71,11 @@ class ModelFiles:
     def vocab_size(self) -> int:
         """Number of rows of the output layer, with padding that no token stands for; 0 if the config has no number."""
         text = self.config.get("text_config")
-        return int((text if isinstance(text, dict) else self.config).get("vocab_size") or 0)
+        size = (text if isinstance(text, dict) else self.config).get("vocab_size")
+        return size if isinstance(size, int) else 0
 
     @cached_property
-    def image_processor(self) -> dict[str, Any]:
+    def image_processor(self) -> dict[str, JsonValue]:
         """The image processor's settings, wherever this folder keeps them.
 
         Raises:
@@ -88,7 +92,7 @@ class ModelFiles:
             "processor_config.json with an image_processor)"
         )
 
-    def _json(self, name: str) -> dict[str, Any]:
+    def _json(self, name: str) -> dict[str, JsonValue]:
         path = self.folder / name
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
@@ -101,6 +105,43 @@ class ModelFiles:
         return value
 
 
+class ProcessorSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of an image processor that all families have; a family's own add their defaults. Others are ignored."""
+
+    do_resize: object = True
+    do_rescale: object = True
+    do_normalize: object = True
+    do_convert_rgb: object = True
+    resample: object = _BICUBIC
+    """Pillow's number of the filter."""
+    rescale_factor: float = 1 / 255
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Red, green and blue, of pixels that were multiplied by `rescale_factor`."""
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+
+def read_settings(files: ModelFiles, kind: type[_SettingsT], *, resample: int = _BICUBIC) -> _SettingsT:
+    """A model folder's image processor settings, of a processor that does the usual steps.
+
+    The steps are: convert to RGB, resize with the filter `resample`, rescale, normalise.
+
+    Raises:
+        ConfigError: A setting of another type, a step that is left out, or another filter.
+    """
+    try:
+        settings = msgspec.convert(files.image_processor, kind, strict=False)  # 14.0 is 14
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"image processor of {files.folder}: {error}") from None
+    for key in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+        if (value := getattr(settings, key)) is not True:
+            raise ConfigError(f"image processor of {files.folder} has {key} = {value!r}, expected true")
+    if settings.resample != resample:
+        raise ConfigError(
+            f"image processor of {files.folder} has resample = {settings.resample!r}, expected {resample}"
+        )
+    return settings
+
+
 def token_id(files: ModelFiles, key: str) -> int:
     """A token id that `config.json` names.
 
@@ -111,16 +152,3 @@ def token_id(files: ModelFiles, key: str) -> int:
     if not isinstance(value, int):
         raise ConfigError(f"{files.folder / 'config.json'} has no {key}")
     return value
-
-
-def refuse_other_steps(settings: Mapping[str, Any], folder: Path, *, resample: int = _BICUBIC) -> None:
-    """Makes sure that an image processor does the usual steps: RGB, resize with this filter, rescale, normalise.
-
-    Raises:
-        ConfigError: It leaves one out or resamples otherwise.
-    """
-    for key in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
-        if settings.get(key, True) is not True:
-            raise ConfigError(f"image processor of {folder} has {key} = {settings[key]!r}, expected true")
-    if settings["resample"] != resample:
-        raise ConfigError(f"image processor of {folder} has resample = {settings['resample']!r}, expected {resample}")

@@ -7,32 +7,23 @@ neighbours; each patch is repeated in time (a still image is a film of `temporal
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pointillist.base.json_types import JsonValue
 from pointillist.errors import LayoutError
 from pointillist.families.arrays import grids_of, pil_normalization_levels, planes_by_pillow
 from pointillist.families.base import Expansion, ForwardArgs, ImageLayout, expand_one_placeholder, one_row_of_blocks
-from pointillist.families.model_files import VISION_TOKENS, ModelFiles, refuse_other_steps, token_id
+from pointillist.families.model_files import VISION_TOKENS, ModelFiles, ProcessorSettings, read_settings, token_id
 from pointillist.images.decode import PIXEL_RULES
 from pointillist.refs.descriptor import fingerprint_of
 
 _ALGORITHM: Final = 1
 _MAX_ASPECT_RATIO: Final = 200
-# Defaults of `Qwen2VLImageProcessor` for what a model folder leaves out.
-_DEFAULTS: Final[dict[str, Any]] = {
-    "patch_size": 14,
-    "temporal_patch_size": 2,
-    "merge_size": 2,
-    "resample": 3,
-    "rescale_factor": 1 / 255,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-}
-_DEFAULT_SIZE: Final = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
 # model_type -> its chat-template renderer in `renderers`; none is published for the two older generations.
 _RENDERERS: Final[Mapping[str, str | None]] = {
     "qwen2_vl": None,
@@ -42,6 +33,28 @@ _RENDERERS: Final[Mapping[str, str | None]] = {
     "qwen3_5": "qwen3.5",
     "qwen3_5_moe": "qwen3.5",
 }
+
+
+class _Size(msgspec.Struct, frozen=True):
+    """Limits of an image's area in pixels, although they are named after edges."""
+
+    shortest_edge: int = 56 * 56
+    longest_edge: int = 28 * 28 * 1280
+
+
+class _Settings(ProcessorSettings, frozen=True, kw_only=True):
+    """Settings of `Qwen2VLImageProcessor`, with its defaults for what a model folder leaves out."""
+
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    size: _Size | None = None
+    min_pixels: int | None = None
+    """Takes the place of `size.shortest_edge`."""
+    max_pixels: int | None = None
+    """Takes the place of `size.longest_edge`."""
 
 
 class QwenVLFamily:
@@ -59,15 +72,14 @@ class QwenVLFamily:
         Raises:
             ConfigError: Settings are missing or ask for something that this adapter does not do.
         """
-        settings = {**_DEFAULTS, **files.image_processor}
-        refuse_other_steps(settings, files.folder)
-        size = {**_DEFAULT_SIZE, **(settings.get("size") or {})}
-        self.min_pixels = int(settings.get("min_pixels") or size["shortest_edge"])
-        self.max_pixels = int(settings.get("max_pixels") or size["longest_edge"])
-        self.patch_size = int(settings["patch_size"])
-        self.temporal_patch_size = int(settings["temporal_patch_size"])
-        self.merge_size = int(settings["merge_size"])
-        self.layout_fields: Mapping[str, Any] = {
+        settings = read_settings(files, _Settings)
+        size = settings.size or _Size()
+        self.min_pixels = settings.min_pixels or size.shortest_edge
+        self.max_pixels = settings.max_pixels or size.longest_edge
+        self.patch_size = settings.patch_size
+        self.temporal_patch_size = settings.temporal_patch_size
+        self.merge_size = settings.merge_size
+        self.layout_fields: Mapping[str, JsonValue] = {
             "family": self.name,
             "algorithm": _ALGORITHM,
             "patch_size": self.patch_size,
@@ -76,16 +88,16 @@ class QwenVLFamily:
             "min_pixels": self.min_pixels,
             "max_pixels": self.max_pixels,
             "resample": "bicubic-pillow",
-            "rescale_factor": float(settings["rescale_factor"]),
-            "image_mean": [float(value) for value in settings["image_mean"]],
-            "image_std": [float(value) for value in settings["image_std"]],
+            "rescale_factor": settings.rescale_factor,
+            "image_mean": list(settings.image_mean),
+            "image_std": list(settings.image_std),
             "pixel_rules": PIXEL_RULES,
         }
         self.layout_fingerprint = fingerprint_of(self.layout_fields)
         self.renderer_name: str | None = _RENDERERS[files.model_type]
         self.image_token_id = token_id(files, "image_token_id")
         self.vision_token_ids = frozenset(token_id(files, key) for key in VISION_TOKENS)
-        self.pixel_levels = pil_normalization_levels(self.layout_fields)
+        self.pixel_levels = pil_normalization_levels(settings)
         self.frames = self.temporal_patch_size
 
     def layout(self, width: int, height: int) -> ImageLayout:
@@ -125,11 +137,11 @@ class QwenVLFamily:
             resized_width=columns * factor,
         )
 
-    def payload(self, layout: ImageLayout) -> dict[str, Any]:
+    def payload(self, layout: ImageLayout) -> dict[str, JsonValue]:
         """`{"image_grid_thw": [t, h, w]}`, in patches."""
         return {"image_grid_thw": list(layout.grid_thw)}
 
-    def check_payload(self, payload: Mapping[str, Any], layout: ImageLayout) -> None:
+    def check_payload(self, payload: Mapping[str, JsonValue], layout: ImageLayout) -> None:
         """Checks that a payload is the one that an image of this layout has.
 
         Raises:
@@ -152,7 +164,12 @@ class QwenVLFamily:
         return one_row_of_blocks(num_tokens, self.patch_size, self.merge_size)
 
     def patches(self, pixels: NDArray[np.uint8], layout: ImageLayout) -> NDArray[np.uint8]:
-        """uint8 `(patches, 3, patch_size**2)`, block by block; one frame, not yet repeated in time."""
+        """uint8 `(P, 3, patch_size**2)`, block by block; one frame, not yet repeated in time.
+
+        Example:
+            A grid of 2 x 4 patches with `merge_size` 2, numbered row by row as `0 1 2 3 / 4 5 6 7`: the order is
+            `0 1 4 5 2 3 6 7`, so each four neighbours become one token.
+        """
         height, width = layout.resized_height, layout.resized_width
         patch, merge = self.patch_size, self.merge_size
         rows, columns = height // (patch * merge), width // (patch * merge)
@@ -168,9 +185,9 @@ class QwenVLFamily:
         return out
 
     def patches_shape(self, layout: ImageLayout) -> tuple[int, ...]:
-        """`(patches, 3, patch_size**2)`."""
+        """`(P, 3, patch_size**2)`."""
         return (math.prod(layout.grid_thw), 3, self.patch_size**2)
 
-    def image_inputs(self, layouts: Sequence[ImageLayout]) -> dict[str, NDArray[Any]]:
-        """`image_grid_thw`, int64 `(images, 3)`."""
+    def image_inputs(self, layouts: Sequence[ImageLayout]) -> dict[str, NDArray[np.int64]]:
+        """`image_grid_thw`, int64 `(I, 3)`."""
         return {"image_grid_thw": grids_of(layouts)}

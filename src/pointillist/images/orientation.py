@@ -8,7 +8,7 @@ import io
 import struct
 import zlib
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 from PIL import Image, PngImagePlugin
 
@@ -57,7 +57,7 @@ def upright(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
 
 
-def _orientation_in(info: Mapping[Any, Any]) -> int:
+def _orientation_in(info: Mapping[str | tuple[int, int], object]) -> int:
     if not any(name in info for name in _SOURCES):
         return UPRIGHT
     carrier = Image.new("1", (1, 1))
@@ -84,7 +84,7 @@ def _behind_pixels(png: bytes) -> list[bytes]:
     return found
 
 
-def _png_info(chunks: list[bytes]) -> dict[Any, Any]:
+def _png_info(chunks: list[bytes]) -> dict[str | tuple[int, int], object]:
     """What Pillow reads from chunks of metadata: they are put before the pixels of a PNG of one pixel."""
     head = b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
     tail = _chunk(b"IDAT", zlib.compress(b"\0\0")) + _chunk(b"IEND", b"")

@@ -7,11 +7,12 @@ so that a body with something else in it is refused where it begins, and every n
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
+from typing import Annotated, ClassVar, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
 
+from pointillist.base.jsonl import JsonObject
 from pointillist.config.sampling import BOUNDS, MAX_SEQUENCE, MAX_STOP_TOKEN_IDS, check_sampling_number
 from pointillist.errors import FieldError, RequestError
 from pointillist.refs import MMImageRef
@@ -99,7 +100,7 @@ class SamplingParams(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     spaces_between_special_tokens: bool | None = None
     detokenize: bool | None = None
 
-    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {
+    NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = {
         "min_p": (0, None),
         "min_tokens": (0, None),
         "presence_penalty": (0, None),
@@ -121,7 +122,7 @@ class SamplingParams(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
                 raise FieldError(f"{name} is not served, expected {neutral[0]} or nothing", param=name)
 
 
-def check_params(params: Mapping[str, Any]) -> None:
+def check_params(params: Mapping[str, object]) -> None:
     """Checks the numbers among vLLM's sampling parameters, for which vLLM has bounds of its own, or none.
 
     Args:
@@ -136,7 +137,7 @@ def check_params(params: Mapping[str, Any]) -> None:
         raise RequestError(str(error), param=f"sampling_params.{error.param}") from None
 
 
-def _check_numbers(value_of: Callable[[str], Any]) -> None:
+def _check_numbers(value_of: Callable[[str], object]) -> None:
     for name in BOUNDS:
         value = value_of(name)
         if isinstance(value, list) and len(value) > MAX_STOP_TOKEN_IDS:
@@ -251,7 +252,7 @@ def decode_body(data: bytes, type: type[BodyT]) -> BodyT:
         return msgspec.json.decode(data, type=type)
 
 
-def decode_open_body(data: bytes, type: type[BodyT]) -> tuple[BodyT, dict[str, Any]]:
+def decode_open_body(data: bytes, type: type[BodyT]) -> tuple[BodyT, JsonObject]:
     """A request's body of which only some fields are ours, and the whole of it as JSON values.
 
     Raises:

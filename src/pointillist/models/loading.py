@@ -2,31 +2,42 @@
 
 import importlib
 import importlib.util
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Final, Literal, TypedDict, cast
 
 import torch
 from safetensors import SafetensorError
 
 from pointillist.errors import ConfigError
 from pointillist.families import Family, load_family, resolve_model_dir
+from pointillist.models.interface import VisionLanguageModel
 from pointillist.render import FolderTokenizer, unsampleable_token_ids
 
 _NAMED: Final = 5
-"""Weights that an error names."""
+"""Weights that an error names at most."""
+
+
+class _LoadingInfo(TypedDict):
+    """What `from_pretrained` says of the weights that it has found in the model's folder."""
+
+    missing_keys: Collection[str]
+    unexpected_keys: Collection[str]
+    mismatched_keys: Collection[tuple[str, torch.Size, torch.Size]]
+    """Name, shape in the folder and shape in the model."""
+    error_msgs: Collection[str]
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model ready for use on one device."""
 
-    model: Any
+    model: VisionLanguageModel
     """The Hugging Face model, in evaluation mode."""
     family: Family
     tokenizer: FolderTokenizer
     unsampleable: torch.Tensor
-    """Token ids whose logits sampler and trainer set to minus infinity, int64."""
+    """Token ids whose logits sampler and trainer set to minus infinity, int64 `(masked,)`."""
     device: torch.device
 
 
@@ -75,13 +86,13 @@ def _torchvision_fails() -> bool:
     return False
 
 
-def _from_pretrained(name: str, dtype: torch.dtype) -> Any:
+def _from_pretrained(name: str, dtype: torch.dtype) -> VisionLanguageModel:
     try:
         from transformers import AutoModelForImageTextToText
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        model, found = AutoModelForImageTextToText.from_pretrained(
+        loaded = AutoModelForImageTextToText.from_pretrained(
             name, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True
         )
     except RuntimeError as error:
@@ -93,11 +104,13 @@ def _from_pretrained(name: str, dtype: torch.dtype) -> Any:
         raise ConfigError(f"model {name!r} cannot be loaded: {error}") from None
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"model {name!r} cannot be loaded: {error}") from None
+    # With `output_loading_info` a pair comes back, which the annotation of transformers does not say.
+    model, found = cast(tuple[VisionLanguageModel, _LoadingInfo], loaded)
     _check_found(name, found)
     return model
 
 
-def _check_found(name: str, found: Mapping[str, Collection[Any]]) -> None:
+def _check_found(name: str, found: _LoadingInfo) -> None:
     """Checks that the weights are the model's, all of them: what is missing would begin as random numbers.
 
     transformers counts neither tied weights nor those that the model's class is known to leave out.

@@ -1,14 +1,13 @@
 """Positions of one sample's tokens, counted as its family counts them."""
 
-from typing import Any
-
 import torch
 
 from pointillist.families import ForwardArgs
+from pointillist.models.interface import VisionLanguageModel
 
 
 def sample_positions(
-    model: Any,
+    model: VisionLanguageModel,
     policy: ForwardArgs,
     token_ids: torch.Tensor,
     mm_token_type_ids: torch.Tensor,
@@ -43,11 +42,12 @@ def sample_positions(
     positions, _ = model.model.get_rope_index(
         ids[None], mm_token_type_ids=types[None].int(), image_grid_thw=image_grid_thw
     )
-    rows: torch.Tensor = positions[:, 0, places] - shift
-    return rows
+    return positions[:, 0, places] - shift
 
 
-def _gaps_before(model: Any, mm_token_type_ids: torch.Tensor, image_grid_thw: torch.Tensor | None) -> torch.Tensor:
+def _gaps_before(
+    model: VisionLanguageModel, mm_token_type_ids: torch.Tensor, image_grid_thw: torch.Tensor | None
+) -> torch.Tensor:
     """Per token, int64 `(T,)`: how many images before it are followed by another one without a token between.
 
     Example:

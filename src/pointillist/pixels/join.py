@@ -5,7 +5,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,13 +30,13 @@ class PatchJoiner:
         images: Sequence[LoadedImage],
         dtype: PixelDtype = "float32",
         map_images: Callable[..., Iterable[None]] = map,
-    ) -> dict[str, NDArray[Any]]:
+    ) -> dict[str, NDArray[np.generic]]:
         """Tensors of images, one after the other.
 
         Args:
-            images: At least one; without patches an image is zeros.
+            images: Images; at least one. Without patches an image is zeros.
             dtype: `float32` and `bfloat16` (`ml_dtypes.bfloat16`): normalised and repeated in time, of the shape that
-                the Hugging Face processor gives. `uint8`: patches of one frame, `(patches, 3, ...)`, that the consumer
+                the Hugging Face processor gives. `uint8`: patches of one frame, `(P, 3, ...)`, that the consumer
                 normalises by the family's `pixel_levels`; they may share memory with the image: do not write.
             map_images: `map`, or a thread pool's: images are written independently of each other.
 
@@ -49,7 +49,7 @@ class PatchJoiner:
 
     def join_pixels(
         self, pixels: Sequence[NDArray[np.uint8]], dtype: PixelDtype = "float32"
-    ) -> dict[str, NDArray[Any]]:
+    ) -> dict[str, NDArray[np.generic]]:
         """Tensors of pictures that are at hand, uint8 `(height, width, 3)` each, as `join` gives them."""
         layouts = [self._family.layout(each.shape[1], each.shape[0]) for each in pixels]
         patches = [self._family.patches(each, layout) for each, layout in zip(pixels, layouts, strict=True)]
@@ -66,7 +66,7 @@ class PatchJoiner:
 
     def _normalized(
         self, images: Sequence[LoadedImage], dtype: PixelDtype, map_images: Callable[..., Iterable[None]]
-    ) -> NDArray[Any]:
+    ) -> NDArray[np.generic]:
         shapes = [self._family.patches_shape(image.layout) for image in images]
         bounds = list(accumulate((shape[0] for shape in shapes), initial=0))
         rest, frames, normalizer = shapes[0][2:], self._family.frames, self._normalizer(dtype)
@@ -89,14 +89,14 @@ class PatchJoiner:
 
 
 class _Buffer:
-    """One block of memory, given out again once nobody holds it: touching fresh pages costs as much as the pixels."""
+    """One block of memory, given out again once no array lies in it: fresh pages cost as much as the pixels."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._block = np.empty(0, dtype=np.uint8)
 
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-        """An array of any content."""
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
+        """An array of this shape and type, of any content."""
         size = math.prod(shape) * dtype.itemsize
         if size > _KEPT_BYTES:
             return np.empty(shape, dtype=dtype)

@@ -1,7 +1,7 @@
 """Pixels in numpy: from uint8 levels to normalised numbers, by look-up."""
 
 from collections.abc import Mapping
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +15,7 @@ PixelDtype = Literal["float32", "bfloat16", "uint8"]
 _CHUNK: Final = 65_536
 
 
-_NUMPY_DTYPES: Final[Mapping[str, Any]] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+_NUMPY_DTYPES: Final[Mapping[str, type[np.generic]]] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
 class Normalizer:
@@ -37,12 +37,12 @@ class Normalizer:
         pairs = [np.stack([np.tile(row, 256), np.repeat(row, 256)], axis=1) for row in values]
         self._pairs = [pair.view(self._pair_dtype)[:, 0] for pair in pairs]
 
-    def write(self, patches: NDArray[np.uint8], out: NDArray[Any]) -> None:
+    def write(self, patches: NDArray[np.uint8], out: NDArray[np.generic]) -> None:
         """Normalises patches.
 
         Args:
-            patches: uint8 `(patches, 3, values)`, C-contiguous, `values` even.
-            out: `(patches, 3, frames, values)` of this normaliser's dtype, C-contiguous; filled.
+            patches: uint8 `(P, 3, values)`, C-contiguous, `values` even.
+            out: `(P, 3, frames, values)` of this normaliser's dtype, C-contiguous; filled.
         """
         source, target = patches.view("<u2"), out.view(self._pair_dtype)
         step = max(1, _CHUNK // patches.shape[-1])

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from numpy.typing import NDArray
 
 from pointillist.assets.cache import FetchedImages
@@ -114,7 +115,7 @@ class RawImageMaterializer:
             cache_bytes=multimodal.cache_bytes,
         )
 
-    def materialize(self, refs: Sequence[MMImageRef], dtype: PixelDtype = "float32") -> dict[str, NDArray[Any]]:
+    def materialize(self, refs: Sequence[MMImageRef], dtype: PixelDtype = "float32") -> dict[str, NDArray[np.generic]]:
         """Tensors of the referenced images, as the model's `forward` takes them.
 
         Args:
@@ -225,7 +226,7 @@ class RawImageMaterializer:
         layouts = [self.family.placeholder_layout(ref.length) for ref in refs]
         return sum(math.prod(self.family.patches_shape(layout)) for layout in layouts)
 
-    def tensors(self, images: Sequence[LoadedImage], dtype: PixelDtype = "float32") -> dict[str, NDArray[Any]]:
+    def tensors(self, images: Sequence[LoadedImage], dtype: PixelDtype = "float32") -> dict[str, NDArray[np.generic]]:
         """Tensors of loaded images, one after the other.
 
         Args:

@@ -12,17 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from renderers import create_renderer
-from renderers.configs import config_from_name
-
 from pointillist.errors import ConfigError, RenderError
 from pointillist.families.base import Family, place_image
 from pointillist.images.store import StoredImage
 from pointillist.refs.mm_refs import MMImageRef
+from pointillist.render.chat_template import ParsedResponse, RenderedTokens, chat_template
 from pointillist.render.tokenizer import FolderTokenizer
 
 Message = dict[str, Any]
-"""OpenAI chat shape."""
+"""A message, a part of its content or one of its tool calls, in the OpenAI chat shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +78,8 @@ class RawRenderer:
         self.tokenizer = tokenizer
         if family.renderer_name is None:
             raise ConfigError(f"no chat-template renderer is known for the model in {tokenizer.name_or_path}")
-        try:
-            self._renderer = create_renderer(tokenizer, config_from_name(family.renderer_name))
-        except (AssertionError, ValueError) as error:
-            raise ConfigError(
-                f"tokenizer of {tokenizer.name_or_path} does not fit the {family.renderer_name} chat template: {error}"
-            ) from None
-        self.stop_token_ids: list[int] = list(self._renderer.get_stop_token_ids())
+        self._renderer = chat_template(family.renderer_name, tokenizer)
+        self.stop_token_ids = list(self._renderer.get_stop_token_ids())
         self._media_tokens = [tokenizer.decode(token) for token in sorted(family.vision_token_ids)]
 
     def render(
@@ -94,7 +87,7 @@ class RawRenderer:
         messages: Sequence[Message],
         images: Sequence[StoredImage],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
         add_generation_prompt: bool = True,
     ) -> RenderedPrompt:
         """Renders a whole conversation.
@@ -127,7 +120,7 @@ class RawRenderer:
         new_messages: Sequence[Message],
         images: Sequence[StoredImage],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
     ) -> RenderedPrompt | None:
         """Extends a turn by new messages without touching the tokens that were read and sampled.
 
@@ -161,11 +154,11 @@ class RawRenderer:
             raise RenderError(f"messages can not be rendered: {error}") from error
         return None if rendered is None else self._expand(rendered, images)
 
-    def parse(self, completion_ids: Sequence[int], prompt: RenderedPrompt) -> Any:
-        """The assistant message in a completion: a `renderers.ParsedResponse`."""
+    def parse(self, completion_ids: Sequence[int], prompt: RenderedPrompt) -> ParsedResponse:
+        """The assistant message in a completion."""
         return self._renderer.parse_response(list(completion_ids), prompt_ids=prompt.logical_ids)
 
-    def _expand(self, rendered: Any, images: Sequence[StoredImage]) -> RenderedPrompt:
+    def _expand(self, rendered: RenderedTokens, images: Sequence[StoredImage]) -> RenderedPrompt:
         layouts = [self.family.layout(image.header.width, image.header.height) for image in images]
         expansion = self.family.expand(rendered.token_ids, layouts)
         content = rendered.is_content or [False] * len(rendered.token_ids)
@@ -180,7 +173,7 @@ class RawRenderer:
             ],
         )
 
-    def _refuse_media_tokens(self, value: Any) -> None:
+    def _refuse_media_tokens(self, value: object) -> None:
         """A media token written as text would become a placeholder without an image."""
         if isinstance(value, str):
             for token in self._media_tokens:

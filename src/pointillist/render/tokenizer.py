@@ -5,13 +5,14 @@
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import overload
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from pointillist.base.json_types import JsonValue
 from pointillist.errors import ConfigError
 
 
@@ -41,10 +42,14 @@ class FolderTokenizer:
 
     def __call__(
         self, text: str, *, add_special_tokens: bool = True, return_offsets_mapping: bool = False
-    ) -> dict[str, Any]:
-        """Token ids of one text as `input_ids`; on request each token's characters as `offset_mapping`."""
+    ) -> dict[str, list[int] | list[tuple[int, int]]]:
+        """Encodes one text; with character offsets if asked.
+
+        Example:
+            Two tokens for `"a b"`: `{"input_ids": [5, 9], "offset_mapping": [(0, 1), (1, 3)]}`.
+        """
         encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        result: dict[str, Any] = {"input_ids": encoding.ids}
+        result: dict[str, list[int] | list[tuple[int, int]]] = {"input_ids": encoding.ids}
         if return_offsets_mapping:
             result["offset_mapping"] = encoding.offsets
         return result
@@ -53,8 +58,8 @@ class FolderTokenizer:
         """Token ids of a text."""
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
-    def decode(self, token_ids: Any, *, skip_special_tokens: bool = False, **_: object) -> str:
-        """Text of one token id or of several."""
+    def decode(self, token_ids: int | Iterable[int], *, skip_special_tokens: bool = False, **_: object) -> str:
+        """Text of one token id or several."""
         ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
         return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
@@ -74,20 +79,26 @@ class FolderTokenizer:
             texts[-1] = "\N{REPLACEMENT CHARACTER}"
         return texts
 
-    def convert_tokens_to_ids(self, tokens: str | list[str]) -> Any:
-        """Id of a token, or ids of a list of tokens; an unknown token has None."""
+    @overload
+    def convert_tokens_to_ids(self, tokens: str) -> int | None: ...
+
+    @overload
+    def convert_tokens_to_ids(self, tokens: list[str]) -> list[int | None]: ...
+
+    def convert_tokens_to_ids(self, tokens: str | list[str]) -> int | list[int | None] | None:
+        """Id of a token, or ids of a list of tokens; None for an unknown one."""
         if isinstance(tokens, str):
             return self._tokenizer.token_to_id(tokens)
         return [self._tokenizer.token_to_id(token) for token in tokens]
 
-    def _named(self, settings: dict[str, Any], key: str) -> int | None:
+    def _named(self, settings: dict[str, JsonValue], key: str) -> int | None:
         token = settings.get(key)
         if isinstance(token, dict):  # older folders write the token with its flags
             token = token.get("content")
         return self._tokenizer.token_to_id(token) if isinstance(token, str) else None
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _settings(path: Path) -> dict[str, JsonValue]:
     if not path.is_file():
         return {}
     try:

@@ -18,7 +18,7 @@ _ROLES: Final = {"system": "system", "developer": "system", "user": "user", "ass
 _TEXT_TYPES: Final = frozenset({"text", "input_text", "output_text"})
 
 
-def canonical(message: Mapping[str, Any], where: str) -> Message:
+def canonical(message: Mapping[str, object], where: str) -> Message:
     """The one form of a message whose images are stored (`normalize_images`).
 
     Args:
@@ -86,7 +86,7 @@ def call_key(call: Mapping[str, Any]) -> str:
 class History:
     """Keys of the prefixes of a conversation: equal keys are equal conversations, tools included."""
 
-    def __init__(self, tools: Sequence[Mapping[str, Any]] | None) -> None:
+    def __init__(self, tools: Sequence[Mapping[str, object]] | None) -> None:
         """Starts an empty conversation.
 
         Args:
@@ -113,13 +113,13 @@ def _key(message: Message) -> bytes:
     return json.dumps([what, calls], sort_keys=True).encode()
 
 
-def _content(content: Any, where: str) -> str | list[dict[str, Any]]:
+def _content(content: object, where: str) -> str | list[Message]:
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, Sequence):
         raise HistoryError(f"{where}.content is {type(content).__name__}, expected a string or a list of parts")
     found = (_part(part, f"{where}.content[{index}]") for index, part in enumerate(content))
-    parts: list[dict[str, Any]] = []
+    parts: list[Message] = []
     for kind, run in groupby(found, key=lambda part: str(part["type"])):
         # Texts that follow one another are one text.
         if kind == "text":
@@ -131,10 +131,12 @@ def _content(content: Any, where: str) -> str | list[dict[str, Any]]:
     return str(parts[0]["text"]) if len(parts) == 1 and parts[0]["type"] == "text" else parts
 
 
-def _part(part: Any, where: str) -> dict[str, Any]:
+def _part(part: object, where: str) -> Message:
     if isinstance(part, str):
         return {"type": "text", "text": part}
-    kind = str(part.get("type")) if isinstance(part, Mapping) else type(part).__name__
+    if not isinstance(part, Mapping):
+        raise UnsupportedContentError(f"{where} has type {type(part).__name__[:32]!r}, expected text or an image")
+    kind = str(part.get("type"))
     if kind in _TEXT_TYPES and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
     if kind == "refusal" and isinstance(part.get("refusal"), str):
@@ -144,8 +146,10 @@ def _part(part: Any, where: str) -> dict[str, Any]:
     raise UnsupportedContentError(f"{where} has type {kind[:32]!r}, expected text or an image")
 
 
-def _tool_call(call: Any, where: str) -> dict[str, Any]:
+def _tool_call(call: object, where: str) -> Message:
     try:
+        if not isinstance(call, Mapping):
+            raise TypeError
         function = call["function"]
         arguments = function.get("arguments")
         return {
@@ -162,7 +166,7 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
         ) from None
 
 
-def _parsed(arguments: str) -> Any:
+def _parsed(arguments: str) -> object:
     try:
         return json.loads(arguments)
     except (ValueError, RecursionError):

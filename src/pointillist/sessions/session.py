@@ -17,9 +17,9 @@ import dataclasses
 import json
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar, TypeVarTuple
 
 import msgspec
 
@@ -27,6 +27,7 @@ from pointillist.base.pools import READING, WRITING
 from pointillist.errors import ContextLengthError, HistoryError, RenderError
 from pointillist.images.sources import Sources, normalize_images
 from pointillist.images.store import StoredImage
+from pointillist.render.chat_template import ParsedResponse, ParsedToolCall
 from pointillist.render.raw import Message, RawRenderer, RenderedPrompt
 from pointillist.sessions.answers import Completion
 from pointillist.sessions.client import InferenceClient
@@ -51,7 +52,8 @@ _MORE_CHARACTERS: Final = 16_384
 _LONG_ANSWER: Final = 2_000
 """Tokens of a turn's answers from which on they are read in a thread."""
 T = TypeVar("T")
-Tools = Sequence[Mapping[str, Any]]
+Ts = TypeVarTuple("Ts")
+Tools = Sequence[Mapping[str, object]]
 """OpenAI tool specifications."""
 
 
@@ -192,7 +194,7 @@ class Session:
         with self._recording:
             return self._trace.branches()
 
-    async def generate(self, messages: Sequence[Mapping[str, Any]]) -> Turn:
+    async def generate(self, messages: Sequence[Mapping[str, object]]) -> Turn:
         """Adds messages to the session's own conversation and samples the policy's answer.
 
         Args:
@@ -211,23 +213,23 @@ class Session:
         return turn
 
     async def read(
-        self, messages: Sequence[Mapping[str, Any]], *, first: int = 0, from_client: bool = False
+        self, messages: Sequence[Mapping[str, object]], *, first: int = 0, from_client: bool = False
     ) -> Conversation:
         """`read_now` in a thread: what it does would hold up every other rollout of the event loop."""
         messages = await self.fetch_remote(messages)
         return await READING.run(self.read_now, messages, first=first, from_client=from_client)
 
-    async def fetch_remote(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    async def fetch_remote(self, messages: Sequence[Mapping[str, object]]) -> Sequence[Mapping[str, object]]:
         """Messages whose remote images are in the store; for callers of `read_now`, which would hold a thread for them.
 
         Raises:
             SourceError, ImageError: As `read_now`.
         """
-        stored: Sequence[Mapping[str, Any]] = await self._sources.fetch_remote(messages)
+        stored: Sequence[Mapping[str, object]] = await self._sources.fetch_remote(messages)
         return stored
 
     def read_now(
-        self, messages: Sequence[Mapping[str, Any]], *, first: int = 0, from_client: bool = False
+        self, messages: Sequence[Mapping[str, object]], *, first: int = 0, from_client: bool = False
     ) -> Conversation:
         """Stores the images of messages and brings the messages into one form.
 
@@ -384,7 +386,7 @@ class Session:
 
     def _read_answer(
         self, sampled: Completion, stop: Sequence[str], prompt: RenderedPrompt
-    ) -> tuple[Completion, str | None, Any]:
+    ) -> tuple[Completion, str | None, ParsedResponse]:
         """What was sampled, cut at a stop text, that text, and what `renderers` reads in it."""
         self._refuse_sampled_media(sampled)
         completion, stopped_by = self._cut(sampled, stop)
@@ -408,7 +410,7 @@ class Session:
                 return bridged
         return self._renderer.render(conversation.messages, conversation.images, tools=tools)
 
-    def _sampling_params(self, sampling: Sampling, room: int) -> dict[str, Any]:
+    def _sampling_params(self, sampling: Sampling, room: int) -> dict[str, object]:
         return {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -464,7 +466,7 @@ class Session:
         )
         return cut, stopped_by
 
-    def _message(self, parsed: Any, stopped_by: str | None) -> Message:
+    def _message(self, parsed: ParsedResponse, stopped_by: str | None) -> Message:
         content = parsed.content if stopped_by is None else parsed.content.partition(stopped_by)[0]
         message: Message = {"role": "assistant", "content": content}
         if parsed.reasoning_content:
@@ -475,7 +477,7 @@ class Session:
             message["content"] = "\n".join(filter(None, [content, *(call.raw for call in parsed.tool_calls)]))
         return canonical(message, "answer")
 
-    def _tool_call(self, call: Any, index: int) -> dict[str, Any]:
+    def _tool_call(self, call: ParsedToolCall, index: int) -> Message:
         call_id = call.id or f"call_{len(self._trace.nodes)}_{index}"
         function = {"name": call.name, "arguments": json.dumps(call.arguments)}
         made = {"id": call_id, "type": "function", "function": function}
@@ -502,12 +504,12 @@ def _characters(message: Message) -> int:
     return sum(map(len, texts)) + len(message.get("reasoning_content", ""))
 
 
-async def _in_thread_if(long: bool, function: Callable[..., T], *args: Any) -> T:
+async def _in_thread_if(long: bool, function: Callable[[*Ts], T], *args: *Ts) -> T:
     """Calls a function, in a thread if it takes long."""
     return await WRITING.run(function, *args) if long else function(*args)
 
 
-def _without_images(message: Message, drop: Any, replacement: str) -> Message:
+def _without_images(message: Message, drop: Iterator[bool], replacement: str) -> Message:
     """The message without those of its images for which `drop` says so, in order."""
     if isinstance(message["content"], str):
         return message

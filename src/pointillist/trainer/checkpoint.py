@@ -9,18 +9,29 @@ checkpoint whose bytes are not those it names is not loaded.
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TypedDict, cast
 
 import torch
 from torch import nn
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import DictValueType, OptimizerStateType, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_into
+from torch.distributed.checkpoint.state_dict_saver import save as save_from
+from torch.optim.lr_scheduler import LRScheduler
 
 from pointillist.base.digests import fault_in, move_sealed, seal_folder
 from pointillist.errors import TrainingError
 from pointillist.runs.paths import ORCHESTRATOR_STATE, RunPaths, remove, steps_in
 from pointillist.trainer.parallel import Ranks
+
+
+class _TrainerState(TypedDict):
+    """What a checkpoint holds of the trainer; torch writes it, and reads it into the tensors that are there."""
+
+    model: DictValueType
+    optimizer: OptimizerStateType
+    scheduler: dict[str, object]
+    random: torch.Tensor
 
 
 class Checkpoints:
@@ -36,7 +47,7 @@ class Checkpoints:
         step: int,
         policy: nn.Module,
         optimizer: torch.optim.Optimizer,
-        scheduler: Any,
+        scheduler: LRScheduler,
         orchestrator_state: bytes,
     ) -> None:
         """Writes the checkpoint of a step and removes the oldest ones."""
@@ -46,15 +57,9 @@ class Checkpoints:
             remove(temporary)
             temporary.mkdir(parents=True)
         self._ranks.barrier()
-        model_state, optimizer_state = get_state_dict(policy, optimizer)
-        state = {
-            "model": model_state,
-            "optimizer": optimizer_state,
-            "scheduler": scheduler.state_dict(),
-            "random": torch.get_rng_state(),
-        }
+        state = _state_of(policy, optimizer, scheduler)
         with _quiet():
-            dcp.save(state, checkpoint_id=temporary / "trainer", no_dist=self._ranks.world_size == 1)
+            save_from(_as_dict(state), checkpoint_id=temporary / "trainer", no_dist=self._ranks.world_size == 1)
         if self._ranks.is_main:
             (temporary / ORCHESTRATOR_STATE).write_bytes(orchestrator_state)
             seal_folder(temporary)
@@ -65,7 +70,7 @@ class Checkpoints:
                 remove(self._paths.checkpoint_step(old))
         self._ranks.barrier()
 
-    def load(self, step: int, policy: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+    def load(self, step: int, policy: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LRScheduler) -> None:
         """Restores the state after a step.
 
         Raises:
@@ -75,22 +80,32 @@ class Checkpoints:
         fault = fault_in(folder) if self._ranks.is_main else None
         if self._ranks.max({"fault": float(fault is not None)})["fault"]:  # all ranks end together
             raise TrainingError(f"no whole checkpoint at {folder}: {fault or 'the main rank says why'}")
-        model_state, optimizer_state = get_state_dict(policy, optimizer)
-        state: dict[str, Any] = {
-            "model": model_state,
-            "optimizer": optimizer_state,
-            "scheduler": scheduler.state_dict(),
-            "random": torch.get_rng_state(),
-        }
+        state = _state_of(policy, optimizer, scheduler)
         try:
             with _quiet():
-                dcp.load(state, checkpoint_id=folder / "trainer", no_dist=self._ranks.world_size == 1)
-        except CheckpointException as error:  # of any rank; a BaseException, with the whole traceback for a text
+                load_into(_as_dict(state), checkpoint_id=folder / "trainer", no_dist=self._ranks.world_size == 1)
+        except CheckpointException as error:  # of any rank; a BaseException whose text has the whole traceback
             (cause, _), *_others = error.failures.values()
             raise TrainingError(f"checkpoint {folder} does not fit this model ({cause})") from None
         set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         torch.set_rng_state(state["random"])
+
+
+def _state_of(policy: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LRScheduler) -> _TrainerState:
+    """The trainer's state as it is; the tensors are those in use."""
+    model_state, optimizer_state = get_state_dict(policy, optimizer)
+    return {
+        "model": model_state,
+        "optimizer": optimizer_state,
+        "scheduler": scheduler.state_dict(),
+        "random": torch.get_rng_state(),
+    }
+
+
+def _as_dict(state: _TrainerState) -> dict[str, object]:
+    """The same dict, as torch's functions take it; `load_into` puts what it has read into it."""
+    return cast(dict[str, object], state)
 
 
 @contextmanager

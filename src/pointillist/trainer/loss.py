@@ -25,7 +25,7 @@ from pointillist.config.trainer import LossConfig
 
 @dataclass(frozen=True, slots=True)
 class LossTerms:
-    """Loss of one row and what to report of it. Sums run over the row's trained tokens."""
+    """Loss of one row and what to report of it. Sums are scalars and run over the row's trained tokens."""
 
     loss: torch.Tensor
     """Scalar, with a gradient; the sum of the tokens' losses over `num_tokens`."""
@@ -34,9 +34,9 @@ class LossTerms:
     mismatch_kl_sum: torch.Tensor
     """Sum of `k3` of the same difference: an estimate of KL(sampler || trainer)."""
     ratio: torch.Tensor
-    """Importance ratio of each trained token, masked ones too, without a gradient."""
+    """float32 `(N,)`: importance ratio of each trained token, masked ones too, without a gradient."""
     masked_sum: torch.Tensor
-    """Tokens whose ratio was outside the band."""
+    """Number of tokens whose ratio was outside the band."""
     kl_sum: torch.Tensor
     """Sum of `k3` against the reference; 0 without one."""
 

@@ -9,9 +9,9 @@ inside the hooks by which sharding gathers a layer's weights. With adapters the 
 `merge_lora` gives the weights back under the model's own: neither a server nor an exported folder knows of adapters.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import cast
 
 import torch
 from torch import nn
@@ -55,19 +55,21 @@ def add_lora(loaded: LoadedModel, config: LoRAConfig, seed: int) -> None:
 
     Args:
         loaded: The model.
-        config: Adapters; the `B` of each begins as 0, so the model's outputs stay what they were.
-        seed: Of the `A`s: all ranks, which each build the whole model, must draw the same.
+        config: Settings of the adapters; the `B` of each begins as 0, so the model's outputs stay what they were.
+        seed: Seed of the `A`s: all ranks, which each build the whole model, must draw the same.
 
     Raises:
         ConfigError: A target that the language model does not have.
     """
     from peft import LoraConfig, inject_adapter_in_model  # a second to import, and only here of any use
 
+    alpha = cast(int, config.alpha)  # peft divides it by the rank: a fraction is as good
     targets = _lora_targets(loaded, config.target_modules)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(
-            LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, target_modules=targets), loaded.model
+            LoraConfig(r=config.rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets),
+            cast(nn.Module, loaded.model),
         )
 
 
@@ -76,9 +78,16 @@ def merge_lora(weights: Mapping[str, torch.Tensor], config: LoRAConfig) -> dict[
 
     Args:
         weights: Whole state dict of a model with adapters; it is not changed.
-        config: Of the adapters.
+        config: Settings of the adapters.
+
+    Returns:
+        Weights of the shapes and types that they had before adapters were added.
+
+    Example:
+        `q_proj.base_layer.weight` `(out, in)`, `q_proj.lora_A.default.weight` `(rank, in)` and
+        `q_proj.lora_B.default.weight` `(out, rank)` become one `q_proj.weight` `(out, in)`: base + alpha / rank * B A.
     """
-    merged = {}
+    merged: dict[str, torch.Tensor] = {}
     for name, weight in weights.items():
         if any(part in name for part in _ADAPTERS):
             continue
@@ -103,7 +112,7 @@ def compile_layers(loaded: LoadedModel) -> None:
     vision = _vision_parts(loaded)
     for layer in _layers(loaded):
         if layer not in vision:
-            layer.forward = torch.compile(layer.forward, dynamic=True)
+            _replace_forward(layer, torch.compile(layer.forward, dynamic=True))
 
 
 def checkpoint_layers(loaded: LoadedModel) -> None:
@@ -116,10 +125,15 @@ def checkpoint_layers(loaded: LoadedModel) -> None:
     """
     for layer in _layers(loaded):
         # Nothing in a layer is random, so there is no random state to keep.
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        _replace_forward(layer, partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False))
 
 
-def _layers(loaded: LoadedModel) -> list[Any]:
+def _replace_forward(layer: nn.Module, forward: Callable[..., object]) -> None:
+    """Gives one layer another `forward` than its class has; the hooks around it stay."""
+    layer.forward = forward
+
+
+def _layers(loaded: LoadedModel) -> Sequence[nn.Module]:
     """All layers, of the vision tower too: what transformers itself would recompute."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 

@@ -6,13 +6,15 @@ With one rank nothing here does anything: the same training loop runs on a lapto
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import cast
 
 import torch
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from pointillist.trainer.policy_model import PolicyModel
 
 
 class Ranks:
@@ -36,7 +38,9 @@ class Ranks:
     def shard(self, policy: nn.Module, dtype: torch.dtype) -> None:
         """Shards weights, gradients and optimiser state over the ranks: one unit a layer, the rest in the root.
 
-        Weights and the reduction of gradients stay float32; activations have `dtype`.
+        Args:
+            policy: Model whose weights are float32, as the reduction of its gradients will be.
+            dtype: Type of activations.
         """
         if self.world_size == 1:
             return
@@ -48,11 +52,15 @@ class Ranks:
         fully_shard(policy, mp_policy=replace(precision, cast_forward_inputs=False))
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Sums of each value over all ranks."""
+        """Sums of each value over all ranks; every rank gives the same names in the same order.
+
+        Example:
+            `{"tokens": 3.0}` on one rank and `{"tokens": 5.0}` on the other: `{"tokens": 8.0}` on both.
+        """
         return self._reduce(values, dist.ReduceOp.SUM)
 
     def max(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The largest of each value over all ranks."""
+        """The largest of each value over all ranks; every rank gives the same names in the same order."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
     def barrier(self) -> None:
@@ -60,15 +68,18 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier()
 
-    def full_state_dict(self, policy: nn.Module) -> dict[str, torch.Tensor]:
-        """The model's weights, whole, under the model's own names; empty on all ranks but the main one."""
+    def full_state_dict(self, policy: PolicyModel) -> dict[str, torch.Tensor]:
+        """The model's weights, whole and on the CPU, under the model's own names; empty on all ranks but the main one.
+
+        With one rank they share the model's memory, on its device.
+        """
         if self.world_size == 1:
-            return dict(policy.model.state_dict())
+            return policy.model.state_dict()
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state: dict[str, Any] = get_model_state_dict(policy, options=options)
+        state = cast(dict[str, torch.Tensor], get_model_state_dict(policy, options=options))
         return {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
 
-    def _reduce(self, values: Mapping[str, float], operation: Any) -> dict[str, float]:
+    def _reduce(self, values: Mapping[str, float], operation: dist.ReduceOp.RedOpType) -> dict[str, float]:
         if self.world_size == 1:
             return dict(values)
         tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)

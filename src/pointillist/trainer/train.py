@@ -12,9 +12,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -52,7 +51,7 @@ def train(config: TrainerConfig) -> None:
     """Trains until `max_steps`, or until a batch is the last.
 
     Raises:
-        ConfigError: The model can not be loaded.
+        ConfigError: The model cannot be loaded.
         TrainingError: Packing leaks, the loss is not finite, or a checkpoint is unusable.
         TransportError: A batch that must not be trained.
         RefError: A reference that does not fit its image.
@@ -125,7 +124,7 @@ class Trainer:
         self.loader.packed = proof.can_pack
         logger.info(
             "samples are %s: logprobs differ from each alone by %.1e packed, %.1e padded; a leak would by %.1e",
-            "packed" if proof.can_pack else "padded, this model can not keep packed ones apart",
+            "packed" if proof.can_pack else "padded, this model cannot keep packed ones apart",
             proof.packed, proof.padded, proof.leaking,
         )  # fmt: skip
         enter("broadcast_weights")
@@ -363,7 +362,7 @@ class Trainer:
         self.ranks.shard(reference, self.activations)
         return reference
 
-    def _autocast(self) -> Any:
+    def _autocast(self) -> torch.autocast:
         on = self.activations != torch.float32 and self.ranks.world_size == 1
         return torch.autocast(self.loaded.device.type, dtype=self.activations, enabled=on)
 
@@ -375,8 +374,12 @@ class Trainer:
         self.phases[name] = time.perf_counter() - started
 
 
-def _schedule(config: SchedulerConfig, max_steps: int) -> Any:
-    """Factor of the learning rate at each step, counted from 0."""
+def _schedule(config: SchedulerConfig, max_steps: int) -> Callable[[int], float]:
+    """Factor of the learning rate at each step, counted from 0.
+
+    Example:
+        Two steps of warm-up, then constant: 1/3, 2/3, 1, 1, ...
+    """
 
     def factor(step: int) -> float:
         if step < config.warmup_steps:

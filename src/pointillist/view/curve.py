@@ -19,24 +19,26 @@ def draw_curve(orchestrator: list[JsonObject], evals: list[JsonObject], path: Pa
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
+    training = [record["reward/mean"] for record in orchestrator]
+    held_out = [record["eval/accuracy"] for record in evals]
     figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
     axes.plot(
         [record["step"] for record in orchestrator],
-        [record["reward/mean"] for record in orchestrator],
+        training,
         color="#9ab8d8",
         linewidth=1,
         label="training reward (sampled)",
     )
     axes.plot(
         [record["step"] for record in evals],
-        [record["eval/accuracy"] for record in evals],
+        held_out,
         color="#c2410c",
         linewidth=2,
         marker="o",
         label="held-out accuracy (greedy)",
     )
     axes.set(xlabel="optimiser step", ylabel="mean reward", title=title)
-    values = [value for line in axes.lines for value in line.get_ydata()]
+    values = [*training, *held_out]
     if values and min(values) >= 0 and max(values) <= 1:
         axes.set_ylim(0, 1)
     axes.grid(alpha=0.3)

@@ -5,9 +5,9 @@ import math
 import os
 import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import BinaryIO, Final, Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,23 +25,65 @@ from pointillist.runs.paths import WEIGHTS_FILE
 _TRAINED_TYPES: Final = (torch.float32, torch.bfloat16)
 _CHUNK_BYTES: Final = 4 * 1024 * 1024
 _MAX_HEADER_BYTES: Final = 100 * 1024 * 1024
-"""Of a safetensors file, as the format defines it."""
+"""Longest header of a safetensors file, as the format defines it."""
+
+
+class StoredTensor(Protocol):
+    """One tensor of a safetensors file, not yet read."""
+
+    def get_shape(self) -> list[int]:
+        """Its shape."""
+        ...
+
+
+class TensorFile(Protocol):
+    """An open safetensors file: `safetensors.safe_open`, whose methods have no annotations."""
+
+    def keys(self) -> list[str]:
+        """Names of its tensors."""
+        ...
+
+    def get_slice(self, name: str) -> StoredTensor:
+        """A tensor, not yet read."""
+        ...
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        """A tensor, on the CPU."""
+        ...
+
+
+class HasWeights(Protocol):
+    """A model, as far as its weights are concerned."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All weights by name, tied ones under each of their names; they share the model's memory."""
+        ...
 
 
 class OpenWeights:
     """A weight version in memory that is this process' own: whatever happens to its file does not reach it."""
 
-    def __init__(self, tensors: Any, path: str, sha256: str) -> None:
+    def __init__(self, tensors: TensorFile, path: str, sha256: str) -> None:
         self._tensors = tensors
         self.path = path
-        """Of the copy, for other processes on `this_machine`; `read_copy` maps it there without copying it again."""
+        """Path of the copy, for other processes on `this_machine`; `read_copy` maps it there without a second copy."""
         self.sha256 = sha256
-        """Of the file's bytes, 64 hex digits."""
-        self.shapes: dict[str, list[int]] = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+        """Digest of the file's bytes, 64 hex digits."""
+        self.shapes = shapes_in(tensors)
 
     def tensor(self, name: str) -> torch.Tensor:
         """A weight, on the CPU."""
         return self._tensors.get_tensor(name)
+
+
+def open_tensors(path: str | Path) -> AbstractContextManager[TensorFile]:
+    """A safetensors file, mapped; raises OSError or SafetensorError if it cannot be read."""
+    return cast(AbstractContextManager[TensorFile], safe_open(path, framework="pt"))
+
+
+def shapes_in(tensors: TensorFile) -> dict[str, list[int]]:
+    """Shapes of all tensors in a file, by name; no tensor is read."""
+    return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 - it is no mapping
 
 
 @contextmanager
@@ -60,7 +102,7 @@ def open_weights(folder: Path, *, max_bytes: int | None = None) -> Iterator[Open
             its digest, or not a safetensors file.
     """
     try:
-        with _private_copy(folder, max_bytes) as (path, sha256), safe_open(path, framework="pt") as tensors:
+        with _private_copy(folder, max_bytes) as (path, sha256), open_tensors(path) as tensors:
             yield OpenWeights(tensors, path, sha256)
     except (OSError, SafetensorError) as error:
         raise InferenceError(f"weights in {folder} cannot be read ({error})") from None
@@ -90,8 +132,8 @@ def read_copy(path: str) -> dict[str, torch.Tensor]:
         InferenceError: It is gone.
     """
     try:
-        with safe_open(path, framework="pt") as tensors:
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+        with open_tensors(path) as tensors:
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - it is no mapping
     except (OSError, SafetensorError) as error:
         raise InferenceError(f"weights in {path} cannot be read ({error})") from None
 
@@ -160,7 +202,7 @@ def _expected_digest(folder: int) -> FileDigest | None:
 
 
 @torch.no_grad()
-def check_weights(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
+def check_weights(model: HasWeights, weights: Mapping[str, torch.Tensor]) -> None:
     """Checks that weights are exactly this model's and can serve.
 
     Raises:
@@ -176,10 +218,10 @@ def check_values(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
     """Checks the values of one weight.
 
     Args:
-        name: For the message.
-        tensor: The new weight.
-        dtype: Of the model's weight. Trained weights come in it, or in the trainer's float32 or bfloat16; any other
-            type would lose what it holds.
+        name: The weight's name, for the message.
+        tensor: The new weight, of any shape.
+        dtype: Type of the model's weight. Trained weights come in it, or in the trainer's float32 or bfloat16; any
+            other type would lose what it holds.
 
     Raises:
         InferenceError: Another type, or a value that is not finite as `dtype`.
@@ -191,7 +233,7 @@ def check_values(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def copy_weights(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
+def copy_weights(model: HasWeights, weights: Mapping[str, torch.Tensor]) -> None:
     """Copies weights into a model whose weights they are.
 
     Raises:
@@ -203,7 +245,11 @@ def copy_weights(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
 
 
 def largest_file(shapes: Mapping[str, Sequence[int]]) -> int:
-    """Bytes that a weights file of such tensors has at most: all in float32, tied ones twice, and a header."""
+    """Bytes that a weights file of such tensors has at most: all in float32, tied ones twice, and a header.
+
+    Example:
+        One weight of shape `(10, 3)`: 2 * 30 * 4 = 240 bytes, and the header's 100 MiB.
+    """
     return 2 * sum(math.prod(shape) * 4 for shape in shapes.values()) + _MAX_HEADER_BYTES
 
 
@@ -230,13 +276,13 @@ def check_weights_fit(
             raise InferenceError(f"weight {name} has shape {list(new[name])}, expected {list(own[name])}")
 
 
-def _own_weights(model: Any, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _own_weights(model: HasWeights, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The model's own weights, whose names and shapes are those of the new ones; of tied ones either may lack one.
 
     Raises:
         InferenceError: A name or shape differs.
     """
-    own: dict[str, torch.Tensor] = model.state_dict()
+    own = model.state_dict()
     tied = {name for name in own if name not in weights and _shares_memory(own, name, weights)}
     check_weights_fit(_shapes(own), _shapes(weights), optional=tied)
     return own

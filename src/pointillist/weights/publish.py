@@ -15,6 +15,9 @@ from pointillist.runs.paths import WEIGHTS_FILE
 def check_finite(weights: Mapping[str, torch.Tensor]) -> None:
     """Checks trained weights before they leave the trainer.
 
+    Args:
+        weights: All weights by name, of any shape.
+
     Raises:
         TrainingError: A value is not finite.
     """
@@ -26,7 +29,12 @@ def check_finite(weights: Mapping[str, torch.Tensor]) -> None:
 
 
 def write_weights(weights: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Writes a full state dict and its `digests.json`; tensors that share memory (tied embeddings) are written once."""
+    """Writes a full state dict and its `digests.json`; tensors that share memory (tied embeddings) are written once.
+
+    Args:
+        weights: All weights by name, of any shape, type and device.
+        folder: Folder of the version; it then holds `model.safetensors`.
+    """
     seen: set[int] = set()
     unique: dict[str, torch.Tensor] = {}
     for name, tensor in weights.items():

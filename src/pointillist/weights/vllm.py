@@ -3,24 +3,27 @@
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from pointillist.errors import InferenceError, RequestError
 from pointillist.weights.fetch import WeightFolders, check_order, load_newest_usable
 from pointillist.weights.load import (
     OpenWeights,
+    TensorFile,
     check_values,
     check_weights_fit,
     largest_file,
+    open_tensors,
     open_weights,
+    shapes_in,
     this_machine,
 )
+from pointillist.weights.vllm_interface import EngineControl
 from pointillist.weights.wire import UpdateWeightsRequest
 
 logger = logging.getLogger(__name__)
@@ -39,7 +42,7 @@ class WeightUpdates:
     the language model has changed.
     """
 
-    def __init__(self, engine: Any, model_dir: Path, folders: WeightFolders) -> None:
+    def __init__(self, engine: EngineControl, model_dir: Path, folders: WeightFolders) -> None:
         """Takes the engine's current weights for those of the model folder.
 
         Args:
@@ -54,7 +57,7 @@ class WeightUpdates:
         self._dtype = engine.vllm_config.model_config.dtype
         self._first_files = sorted(model_dir.glob("*.safetensors"))
         self._shapes = _shapes_of(self._first_files)
-        # Of the weights that serve; those that the engine started with are read for it at the first update.
+        # Digest of the encoder that serves; the files that the engine started with are read at the first update.
         self._encoder: str | None = None
         self._folder: Path | None = None
         self._lock = asyncio.Lock()
@@ -126,11 +129,11 @@ class WeightUpdates:
         return folder, weights, _encoder_digest(weights.tensor, weights.shapes)
 
 
-def _shapes_of(files: list[Path]) -> Mapping[str, list[int]]:
+def _shapes_of(files: list[Path]) -> dict[str, list[int]]:
     shapes: dict[str, list[int]] = {}
     for file in files:
         with _opened(file) as tensors:
-            shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+            shapes |= shapes_in(tensors)
     return shapes
 
 
@@ -145,7 +148,7 @@ def _encoder_digest(tensor: Callable[[str], torch.Tensor], names: Iterable[str])
 def _encoder_of_files(files: list[Path]) -> str:
     """The same of the files that the engine was started with, each of which has some of the weights."""
     with ExitStack() as opened:
-        where: dict[str, Any] = {}
+        where: dict[str, TensorFile] = {}
         for file in files:
             tensors = opened.enter_context(_opened(file))
             where |= dict.fromkeys(tensors.keys(), tensors)
@@ -153,9 +156,9 @@ def _encoder_of_files(files: list[Path]) -> str:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def _opened(file: Path) -> Iterator[TensorFile]:
     try:
-        with safe_open(file, framework="pt") as tensors:
+        with open_tensors(file) as tensors:
             yield tensors
     except (OSError, SafetensorError) as error:
-        raise InferenceError(f"weights in {file} can not be read ({error})") from None
+        raise InferenceError(f"weights in {file} cannot be read ({error})") from None

@@ -3,11 +3,21 @@
 Every sequence is a row. Rows of different age are aligned at their newest token, so padding stands on the left and
 one attention mask says where. New rows join by padding the shorter side and concatenating; finished rows leave by
 selecting the others, and columns that are padding in every row are cut off.
+
+Axes of tensors: `B` rows, `columns` and `heads` of the KV cache, `V` rows of the output layer.
+
+Example:
+    A row of 3 tokens in a batch of 3 columns; another of 2 tokens joins, then the first one finishes:
+
+        mask of the batch     1 1 1
+        after `join`          1 1 1 / 0 1 1
+        after `decode`        1 1 1 1 / 0 1 1 1
+        after `select([1])`   1 1 1
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 from torch.nn.functional import pad
@@ -17,34 +27,41 @@ from pointillist.models import LoadedModel, sample_positions
 from pointillist.pixels.on_device import PixelNormalizer
 
 
+class _KeysAndValues(Protocol):
+    """A layer of the cache once it has read tokens; the server refuses models with layers of another kind."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """Tokens and image tensors of one request, on the CPU."""
 
     token_ids: torch.Tensor
-    """int64 `(tokens,)`."""
+    """int64 `(T,)`."""
     mm_token_type_ids: torch.Tensor
-    """int64 `(tokens,)`."""
+    """int64 `(T,)`; 0 text, 1 image."""
     tensors: dict[str, torch.Tensor]
-    """Image arguments of the model's `forward`, `pixel_values` as uint8 patches `(patches, 3, ...)`; empty without
-    images."""
+    """Image arguments of the model's `forward`: `pixel_values` are uint8 patches `(P, 3, ...)`, `image_grid_thw`,
+    if the family has it, is int64 `(I, 3)`. Empty without images."""
 
 
 @dataclass(slots=True)
 class RunningBatch:
-    """State of the sequences that are being decoded; first dimension of each tensor is `batch`."""
+    """State of the sequences that are being decoded; first axis of each tensor is `B`."""
 
     cache: list[tuple[torch.Tensor, torch.Tensor]]
-    """Keys and values of each layer, `(batch, heads, columns, head_dim)`."""
+    """Keys and values of each layer, `(B, heads, columns, head_dim)`."""
     mask: torch.Tensor
-    """bool `(batch, columns)`: false where a column is padding."""
+    """bool `(B, columns)`: false where a column is padding."""
     next_position: torch.Tensor
-    """int64 `(batch,)`: position of the next token, the same in all rows of MRoPE."""
+    """int64 `(B,)`: position of the next token, the same in all three rows of MRoPE."""
     logits: torch.Tensor
-    """float32 `(batch, vocab)`: of the token that comes next."""
+    """float32 `(B, V)`: logits of the token that comes next."""
 
     def join(self, other: "RunningBatch") -> "RunningBatch":
-        """Both batches as one, `self` first."""
+        """Both batches as one, `self` first; as many columns as the longer one has."""
         columns = max(self.mask.shape[1], other.mask.shape[1])
         left, right = self._widened(columns), other._widened(columns)
         return RunningBatch(
@@ -58,7 +75,11 @@ class RunningBatch:
         )
 
     def select(self, rows: Sequence[int]) -> "RunningBatch":
-        """These rows, in this order; a row may come several times."""
+        """These rows, in this order; a row may come several times.
+
+        Example:
+            `select([0, 0, 2])` of a batch of 3 rows: two completions of its first prompt and one of its third.
+        """
         index = torch.tensor(rows, dtype=torch.int64, device=self.mask.device)
         mask = self.mask[index]
         used = mask.any(0)
@@ -88,11 +109,17 @@ def prefill(loaded: LoadedModel, normalize: PixelNormalizer, prompts: Sequence[P
 
     Args:
         loaded: The model.
-        normalize: Of the model's family, on its device.
-        prompts: At least one.
+        normalize: Table of the model's family, on its device.
+        prompts: Prompts; at least one.
+
+    Returns:
+        A batch of `len(prompts)` rows and as many columns as the longest prompt has tokens.
     """
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    ids, types, masks, positions = [], [], [], []
+    ids: list[torch.Tensor] = []
+    types: list[torch.Tensor] = []
+    masks: list[torch.Tensor] = []
+    positions: list[torch.Tensor] = []
     policy = loaded.family.forward_args
     for prompt in prompts:
         left = longest - len(prompt.token_ids)
@@ -108,7 +135,7 @@ def prefill(loaded: LoadedModel, normalize: PixelNormalizer, prompts: Sequence[P
         masks.append(pad(torch.ones(len(prompt.token_ids), dtype=torch.bool), (left, 0)))
         positions.append(pad(rows, (left, 0)))
     mask = torch.stack(masks).to(loaded.device)
-    stacked = torch.stack(positions, dim=1).to(loaded.device)  # (rows, batch, columns)
+    stacked = torch.stack(positions, dim=1).to(loaded.device)  # (rows, B, columns)
     images = _concatenate([prompt.tensors for prompt in prompts], loaded.device)
     if images:
         images["pixel_values"] = normalize(images["pixel_values"])
@@ -124,7 +151,7 @@ def prefill(loaded: LoadedModel, normalize: PixelNormalizer, prompts: Sequence[P
         logits_to_keep=1,
         **images,
     )
-    return RunningBatch(_layers(cache), mask, stacked[:, :, :].amax(dim=(0, 2)) + 1, output.logits[:, -1].float())
+    return RunningBatch(_layers(cache), mask, stacked.amax(dim=(0, 2)) + 1, output.logits[:, -1].float())
 
 
 @torch.inference_mode()
@@ -134,7 +161,10 @@ def decode(loaded: LoadedModel, batch: RunningBatch, token_ids: torch.Tensor) ->
     Args:
         loaded: The model.
         batch: The rows so far; its cache is grown, not copied.
-        token_ids: int64 `(batch,)`.
+        token_ids: Next token of each row, int64 `(B,)`.
+
+    Returns:
+        The same rows with one more column.
     """
     mask = pad(batch.mask, (0, 1), value=True)
     positions = batch.next_position[:, None]
@@ -152,10 +182,12 @@ def decode(loaded: LoadedModel, batch: RunningBatch, token_ids: torch.Tensor) ->
     return RunningBatch(_layers(cache), mask, batch.next_position + 1, output.logits[:, -1].float())
 
 
-def _layers(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [(layer.keys, layer.values) for layer in cache.layers]
+def _layers(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of each layer, `(B, heads, columns, head_dim)` each."""
+    return [(layer.keys, layer.values) for layer in cast(list[_KeysAndValues], cache.layers)]
 
 
 def _concatenate(tensors: Sequence[dict[str, torch.Tensor]], device: torch.device) -> dict[str, torch.Tensor]:
+    """Image arguments of several prompts as those of one call; images of the first prompt come first."""
     names = {name for each in tensors for name in each}
     return {name: torch.cat([each[name] for each in tensors if name in each]).to(device) for name in sorted(names)}

@@ -19,7 +19,7 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
 import torch
 
@@ -35,13 +35,16 @@ from pointillist.weights.load import check_weights, copy_weights, largest_file, 
 
 logger = logging.getLogger(__name__)
 
+ShareKey: TypeAlias = tuple[tuple[int, ...], tuple[str, ...]]
+"""Token ids of a prompt and the hashes of its images."""
+
 
 @dataclass(slots=True, eq=False)
 class EngineRequest:
     """One prompt and its `n` completions."""
 
     prompt: Prompt
-    share_key: tuple[Any, ...]
+    share_key: ShareKey
     """Requests with equal keys have equal prompts and images."""
     params: SamplingParams
     max_tokens: int
@@ -49,7 +52,7 @@ class EngineRequest:
     prefilled: Future[None] = field(default_factory=Future)
     """Done once the prompt has been read, or never will be: its image tensors are no longer needed."""
     id: str = ""
-    """For logs."""
+    """Request id, for logs."""
     choices: dict[int, Choice] = field(default_factory=dict)
 
 
@@ -84,14 +87,14 @@ class Engine:
         """Takes over the model.
 
         Args:
-            loaded: The model; nobody else may use it from now on.
+            loaded: The model; only this engine may use it from now on.
             config: Batch size and admission.
             alone: Whether each sequence is decoded by itself, so that no number depends on what else is in flight.
             eos_token_ids: Tokens that end every completion.
-            seed: For requests without a seed.
-            metrics: Counters to keep.
-            on_failure: Called once if the engine's thread dies, after all requests have failed. It dies of what no
-                request is to blame for only, such as a device that does not answer.
+            seed: Seed from which requests without one draw theirs.
+            metrics: Counters that the engine keeps.
+            on_failure: Callback for the end of the engine's thread by an error, after all requests have failed. Only
+                what no request causes ends it, such as a device that does not answer.
         """
         self._loaded = loaded
         self._normalize = PixelNormalizer(loaded.family).to(loaded.device)
@@ -132,7 +135,7 @@ class Engine:
         return request.future
 
     def abort(self, request: EngineRequest) -> None:
-        """Gives up on a request; nobody waits for it any more."""
+        """Gives up on a request whose client has gone."""
         request.future.cancel()
         self._put(lambda: self._drop(request))
 
@@ -184,7 +187,7 @@ class Engine:
                 except Exception as error:
                     self._check_device()
                     self._fail_running(error)
-        except BaseException as error:  # whatever it was, nobody must wait for ever
+        except BaseException as error:  # whatever it was, no request may wait for ever
             logger.exception("engine thread died")
             self.failure = error
             self._fail_all(error)
@@ -207,7 +210,7 @@ class Engine:
 
     def _put(self, command: Callable[[], None]) -> None:
         self._commands.put(command)
-        if self.failure is not None:  # nobody reads the queue any more
+        if self.failure is not None:  # no thread reads the queue any more
             self._fail_all(self.failure)
 
     def _take_commands(self) -> None:
@@ -238,7 +241,7 @@ class Engine:
         self._keep([row for row, sequence in enumerate(self._rows) if sequence.request is not request])
 
     def _fail(self, request: EngineRequest, error: BaseException) -> None:
-        """Answers a request with an error; its other completions are dropped by whoever finds it failed."""
+        """Answers a request with an error; its other completions are dropped when their turn comes."""
         logger.error("request %s failed", request.id, exc_info=error)
         with suppress(InvalidStateError):  # given up meanwhile, or failed already
             request.future.set_exception(InferenceError(f"the engine could not compute it ({error!r:.300})"))
@@ -257,7 +260,7 @@ class Engine:
         self._next.clear()
 
     def _fail_running(self, error: BaseException) -> None:
-        """Fails what is being decoded, when it cannot be told whose fault it is."""
+        """Fails all that is being decoded, where the error does not say which request caused it."""
         for request in {sequence.request for sequence in self._sequences()}:
             self._fail(request, error)
         self._rows, self._batch, self._next = [], None, deque()
@@ -298,8 +301,12 @@ class Engine:
             self._fail(request, error)
 
     def _read(self, admitted: list[EngineRequest]) -> None:
-        """Reads the prompts of some requests and joins them to the batch; all of them or, if it raises, none."""
-        unique: dict[tuple[Any, ...], int] = {}
+        """Reads the prompts of some requests and joins them to the batch; all of them or, if it raises, none.
+
+        Example:
+            Prompts A (`n = 2`), B (`n = 1`) and A again (`n = 1`): two prompts are read, rows are A, A, B, A.
+        """
+        unique: dict[ShareKey, int] = {}
         prompts: list[Prompt] = []
         rows: list[int] = []
         sequences: list[_Sequence] = []
@@ -364,7 +371,7 @@ class Engine:
         params = [sequence.request.params for sequence in sequences]
         masked = self._loaded.unsampleable
         try:
-            together: Sampled = sample(batch.logits, masked, params, noise)
+            together = sample(batch.logits, masked, params, noise)
         except Exception:
             self._check_device()
         else:
@@ -453,7 +460,7 @@ class Engine:
             weight_versions=_spans(sequence.versions),
         )
         if len(request.choices) == request.params.n:
-            with suppress(InvalidStateError):  # cancelled meanwhile: nobody waits
+            with suppress(InvalidStateError):  # cancelled meanwhile
                 request.future.set_result([request.choices[index] for index in range(request.params.n)])
 
     def _generator(self, params: SamplingParams, index: int) -> torch.Generator:
@@ -465,6 +472,7 @@ class Engine:
 
 
 def _logprobs_content(token: int, logprobs: torch.Tensor, count: int) -> LogProbsContent:
+    """A sampled token, its rank among all, and the `count` likeliest ones, from logprobs `(V,)`."""
     own = float(logprobs[token])
     rank = int((logprobs > own).sum()) + 1
     top = logprobs.topk(count) if count else None
@@ -482,6 +490,11 @@ def _logprobs_content(token: int, logprobs: torch.Tensor, count: int) -> LogProb
 
 
 def _spans(versions: list[int]) -> list[WeightVersionSpan]:
+    """Runs of tokens that one weight version sampled.
+
+    Example:
+        Versions `3 3 4`: version 3 from token 0 to 2, version 4 from token 2 to 3 (ends are exclusive).
+    """
     spans: list[WeightVersionSpan] = []
     for index, version in enumerate(versions):
         if spans and spans[-1].version == str(version):

@@ -10,23 +10,23 @@ from pointillist.inference.protocol import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One decoding step of a batch. Tensors are on the CPU, first dimension `batch`."""
+    """One decoding step of a batch. Tensors are on the CPU, first axis `B`."""
 
     token_ids: torch.Tensor
-    """int64 `(batch,)`."""
+    """int64 `(B,)`."""
     logprobs: torch.Tensor
-    """float32 `(batch, vocab)`: of the whole distribution at the sampling temperature, mask applied, before top-p and
-    top-k; this is what the trainer computes again."""
+    """float32 `(B, V)`: logprobs of the whole distribution at the sampling temperature, mask applied, before
+    top-p and top-k; this is what the trainer computes again."""
     usable: list[bool]
     """Per sequence: whether the model gave it a distribution; where it did not, the token means nothing."""
 
 
 def draw_noise(generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """One uniform number a sequence, float64 `(batch, 1)`: what decides its next token.
+    """One uniform number a sequence in [0, 1), float64 `(B, 1)`: it decides the sequence's next token.
 
     Args:
-        generators: One a sequence, on the CPU; each gives one number a step, so a sequence's tokens do not depend on
-            what shares its batch.
+        generators: Generators on the CPU, one a sequence; each gives one number a step, so a sequence's tokens do not
+            depend on what shares its batch.
     """
     return torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
 
@@ -41,10 +41,14 @@ def sample(
     """Samples one token a sequence.
 
     Args:
-        logits: `(batch, vocab)`.
-        unsampleable: int64 token ids that are masked.
-        params: One a sequence.
-        noise: float64 `(batch, 1)`, from `draw_noise`.
+        logits: Logits of any float type, `(B, V)`.
+        unsampleable: Token ids that are masked, int64 `(masked,)`.
+        params: Sampling parameters, one a sequence.
+        noise: Uniform numbers from `draw_noise`, float64 `(B, 1)`.
+
+    Example:
+        Probabilities 0.2, 0.5 and 0.3 of three tokens: the running sums are 0.2, 0.7 and 1, so noise 0.69 samples token
+        1 and noise 0.7 token 2. With `top_k = 2` the sums are 0, 0.5 and 0.8, and noise is scaled by 0.8.
     """
     logits = logits.float().index_fill(1, unsampleable, float("-inf"))
     temperatures = torch.tensor([p.temperature or 1.0 for p in params], device=logits.device)[:, None]
@@ -56,7 +60,15 @@ def sample(
 
 
 def _draw(weights: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Inverts the cumulative distribution: the first token whose running sum exceeds a uniform number."""
+    """Inverts the cumulative distribution: the first token whose running sum exceeds a uniform number.
+
+    Args:
+        weights: Probabilities that need not sum to 1, float64 `(B, V)`.
+        noise: Uniform numbers, float64 `(B, 1)`.
+
+    Returns:
+        Token ids, int64 `(B,)`.
+    """
     running = weights.cumsum(-1)
     total = running[:, -1:]
     # Rounding must not lift the number to the total itself: no token's sum exceeds that.
@@ -65,7 +77,7 @@ def _draw(weights: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 
 
 def _truncate(logprobs: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """Minus infinity for what top-k and top-p leave out."""
+    """Logprobs `(B, V)` with minus infinity for what top-k and top-p leave out."""
     if all(p.top_p >= 1 and p.top_k <= 0 for p in params):
         return logprobs
     ordered, order = logprobs.sort(-1, descending=True)

@@ -18,7 +18,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
 
 import msgspec
 import torch
@@ -170,7 +169,7 @@ class EmbeddedServer:
         """Waits for the engine; a client that hangs up frees its rows."""
         answer: asyncio.Future[list[Choice]] = asyncio.wrap_future(self.engine.submit(request))
         hung_up: asyncio.Future[None] = asyncio.ensure_future(_disconnected(http))
-        watched: set[asyncio.Future[Any]] = {answer, hung_up}
+        watched: set[asyncio.Future[list[Choice]] | asyncio.Future[None]] = {answer, hung_up}
         await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
         hung_up.cancel()
         if not answer.done():
@@ -202,7 +201,7 @@ def create_app(server: EmbeddedServer) -> FastAPI:
         return Response(await server.generate(http), media_type="application/json")
 
     @app.post("/update_weights")
-    async def update_weights(http: Request) -> dict[str, Any]:
+    async def update_weights(http: Request) -> dict[str, int]:
         await server.update_weights(decode_body(await http.body(), UpdateWeightsRequest))
         return {"weight_version": server.engine.weight_version}
 
@@ -227,7 +226,7 @@ def create_app(server: EmbeddedServer) -> FastAPI:
         return JSONResponse({"status": "ok", "weight_version": server.engine.weight_version})
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models() -> dict[str, object]:
         card = {"id": server.config.model.name, "object": "model", "max_model_len": server.config.seq_len}
         return {"object": "list", "data": [card]}
 

@@ -1,24 +1,23 @@
 """The sampling mask of trainer and embedded server, in vLLM: no vision token, and no id without a token, is sampled."""
 
-from typing import Any
-
 import torch
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from pointillist.families import load_family, resolve_model_dir
 from pointillist.render import FolderTokenizer, unsampleable_token_ids
+from pointillist.weights.vllm_interface import VllmConfig
 
 
 class SamplingMask(LogitsProcessor):
     """Sets the masked logits of every request to minus infinity, before temperature and sampling."""
 
-    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         """Reads the mask from the model folder.
 
         Args:
-            vllm_config: Names the model.
-            device: Where the logits are.
-            is_pin_memory: Not needed.
+            vllm_config: Settings of the engine; they name the model.
+            device: Device of the logits.
+            is_pin_memory: Unused; vLLM passes it.
         """
         name = vllm_config.model_config.model
         ids = unsampleable_token_ids(
@@ -34,5 +33,5 @@ class SamplingMask(LogitsProcessor):
         """No: the likeliest token may be masked."""
         return False
 
-    def update_state(self, batch_update: Any) -> None:
+    def update_state(self, batch_update: object) -> None:
         """Nothing: the mask is the same for all requests."""

@@ -18,6 +18,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import REGISTRY
 from pydantic import ValidationError
+from starlette.datastructures import State
 from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
@@ -42,6 +43,7 @@ from pointillist.inference.vllm.versions import check_vllm
 from pointillist.pixels import RawImageMaterializer
 from pointillist.weights.fetch import WeightFolders
 from pointillist.weights.vllm import WeightUpdates
+from pointillist.weights.vllm_interface import EngineControl
 from pointillist.weights.wire import UpdateWeightsRequest
 
 logger = logging.getLogger(__name__)
@@ -62,7 +64,7 @@ class PointillistPlugin:
         app.exception_handler(RequestError)(_answer)
         app.add_middleware(_LateGuard)
 
-    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+    async def init_state(self, engine_client: EngineControl, state: State, args: Namespace) -> None:
         """Builds what the routes share, once vLLM's own state is there.
 
         Raises:
@@ -77,7 +79,7 @@ class PointillistPlugin:
 class _Shared:
     """State of the routes."""
 
-    def __init__(self, engine: Any, state: Any, args: Namespace) -> None:
+    def __init__(self, engine: EngineControl, state: State, args: Namespace) -> None:
         self.config = _config(args)
         self.engine = engine
         family = load_family(self.config.model.name)
@@ -192,7 +194,7 @@ def _read(body: bytes, shared: _Shared) -> tuple[GenerateRequest, CheckedPrompt]
 
 
 @router.get("/health")
-async def health(raw_request: Request) -> dict[str, Any]:
+async def health(raw_request: Request) -> dict[str, str | int]:
     """Whether the engine lives, and which weights serve."""
     shared: _Shared = raw_request.app.state.pointillist
     await shared.engine.check_health()

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from typing import Any, Final
+from typing import Final
 
 import torch
 
@@ -51,7 +51,7 @@ def arguments(config: InferenceConfig, *, on_cpu: bool) -> list[str]:
     """
     extra = config.vllm.args
     images = config.multimodal.limits.max_images_per_request
-    settings: dict[str, Any] = {
+    settings: dict[str, object] = {
         "model": config.model.name,
         "host": config.server.host,
         "port": config.server.port,
@@ -77,7 +77,7 @@ def arguments(config: InferenceConfig, *, on_cpu: bool) -> list[str]:
     return [word for name, value in settings.items() for word in _flag(name, value)]
 
 
-def _flag(name: str, value: Any) -> list[str]:
+def _flag(name: str, value: object) -> list[str]:
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
     if isinstance(value, list):

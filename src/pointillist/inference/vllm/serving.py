@@ -1,11 +1,13 @@
 """vLLM's token server with images from references: the items that this engine expects, made from stored files."""
 
 from contextvars import ContextVar
-from typing import Any, Final
+from typing import Final, Protocol
 
 import numpy as np
 import torch
+from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
+from pydantic import BaseModel
 from transformers import BatchFeature
 from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
 from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
@@ -17,6 +19,7 @@ from pointillist.inference.prompt import CheckedPrompt
 from pointillist.pixels import LoadedImage, RawImageMaterializer
 from pointillist.pixels.levels import PixelDtype
 from pointillist.pixels.on_device import as_tensors
+from pointillist.weights.vllm_interface import VllmConfig
 
 _items: ContextVar[list[MultiModalKwargsItem]] = ContextVar("items")
 _FLOATS: Final[dict[torch.dtype, PixelDtype]] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -25,29 +28,38 @@ _FLOATS: Final[dict[torch.dtype, PixelDtype]] = {torch.float32: "float32", torch
 class RawServingTokens(ServingTokens):
     """Serves requests whose images come beside them, as items that were made from references."""
 
-    async def serve_with_items(self, request: GenerateRequest, items: list[MultiModalKwargsItem], http: Any) -> Any:
+    async def serve_with_items(
+        self, request: GenerateRequest, items: list[MultiModalKwargsItem], http: Request
+    ) -> BaseModel:
         """As `serve_tokens`; the request's features say where the items lie and carry no data."""
         _items.set(items)
-        return await self.serve_tokens(request, http)
+        answer: BaseModel = await self.serve_tokens(request, http)
+        return answer
 
     def _validate_mm_cache_handles(
         self, mm_kwargs: dict[str, list[MultiModalKwargsItem | None]], mm_hashes: dict[str, list[str]]
-    ) -> Any:
+    ) -> object:
         """VLLM calls this between decoding a request's items and giving them to the engine: here ours step in."""
         mm_kwargs["image"] = list(_items.get())
         return super()._validate_mm_cache_handles(mm_kwargs, mm_hashes)
 
 
+class _Processor(Protocol):
+    def _get_mm_fields_config(self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: dict[str, object]) -> object:
+        """Says how tensors of several images are split into items."""
+        ...
+
+
 class ItemMaker:
     """Makes vLLM's multimodal items, as the running model's own configuration asks for them."""
 
-    def __init__(self, vllm_config: Any, processor: Any, materializer: RawImageMaterializer) -> None:
+    def __init__(self, vllm_config: VllmConfig, processor: _Processor, materializer: RawImageMaterializer) -> None:
         """Decides the type of pixels.
 
         Args:
-            vllm_config: Of the running engine.
-            processor: vLLM's multimodal processor of the model; it knows the fields of an item.
-            materializer: Reads the images.
+            vllm_config: Settings of the running engine.
+            processor: vLLM's multimodal processor of the model; it says which fields an item has.
+            materializer: Reader of images.
         """
         model_config = vllm_config.model_config
         self.materializer = materializer
@@ -75,7 +87,7 @@ class ItemMaker:
     def _item(self, image: LoadedImage) -> MultiModalKwargsItem:
         arrays = self.materializer.tensors([image], self.dtype)
         if self.dtype == "uint8" and self.materializer.family.frames > 1:
-            patches = arrays["pixel_values"]
+            patches = arrays["pixel_values"]  # (patches, 3, values): one frame
             frames = np.repeat(patches[:, :, None], self.materializer.family.frames, axis=2)
             arrays["pixel_values"] = frames.reshape(len(patches), -1)
         inputs = BatchFeature(as_tensors(arrays))

@@ -1,16 +1,25 @@
-"""What each vLLM worker can do more: load the trainer's weights."""
+"""An extension of vLLM's workers: it loads the trainer's weights."""
 
 from pathlib import Path
-from typing import Any
+from typing import Protocol
+
+from torch import nn
 
 from pointillist.weights.load import read_copy, read_weights, this_machine
+from pointillist.weights.vllm_interface import VllmConfig
+
+
+class _ModelRunner(Protocol):
+    def get_model(self) -> nn.Module:
+        """The model, of vLLM's own class."""
+        ...
 
 
 class WeightsWorker:
     """Mixed into vLLM's worker by `--worker-extension-cls`."""
 
-    model_runner: Any
-    vllm_config: Any
+    model_runner: _ModelRunner
+    vllm_config: VllmConfig
 
     def pointillist_load_weights(self, folder: str, sha256: str, copy: str, machine: str) -> None:
         """Loads a state dict in checkpoint names, in place; caches are the caller's to reset.
@@ -19,11 +28,11 @@ class WeightsWorker:
         which then asks for an entry that is gone and dies.
 
         Args:
-            folder: Holds a `model.safetensors`.
-            sha256: Of that file, as it was checked.
+            folder: Folder with a `model.safetensors`.
+            sha256: Digest of that file when it was checked.
             copy: Path of what was checked, in the memory of the process that checked it: the workers of one machine map
                 it, where a copy in each of them might not fit.
-            machine: Where that process runs; a worker on another machine reads the folder.
+            machine: Machine of that process; a worker on another one reads the folder.
 
         Raises:
             InferenceError: It has changed since then.
