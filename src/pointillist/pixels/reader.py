@@ -29,7 +29,7 @@ from pointillist.errors import ImageError, LayoutError, MissingImageError, RefEr
 from pointillist.families.base import Family, ImageLayout
 from pointillist.families.layout_record import first_difference
 from pointillist.images.decode import ImageLimits, decode_rgb, is_nearly_constant, read_header
-from pointillist.images.store import StoredImage, check_named, read_intact, resolve_roots, sha256_in, stored_name
+from pointillist.images.store import StoredImage, read_intact, resolve_roots, stored_name
 from pointillist.pixels.cache import ImageCache, LoadedImage
 from pointillist.pixels.join import PatchJoiner
 from pointillist.pixels.levels import PixelDtype
@@ -191,14 +191,14 @@ class RawImageMaterializer:
             RefError: Not such a URL, or the file is not the image that its name says.
             MissingImageError: The file is not there, after all retries.
         """
-        root, name, sha256 = stored_name(uri, self._roots)
+        root, name = stored_name(uri, self._roots)
         data = self._read_patiently(root, name)
         try:
             header = read_header(data, self._limits)
             layout = self.family.layout(header.width, header.height)
         except (LayoutError, ImageError) as error:
             raise RefError(str(error)) from error
-        return StoredImage(sha256, uri, header, len(data)), layout
+        return StoredImage(Path(name).stem, uri, header, len(data)), layout
 
     def _read_patiently(self, root: Path, name: str) -> bytes:
         for seconds in self._waits:
@@ -215,7 +215,7 @@ class RawImageMaterializer:
         except MissingImageError:
             if self._fetched is None:
                 raise
-        return self._fetched.read(name, sha256_in(name))
+        return self._fetched.read(name, Path(name).stem)
 
     def num_bytes(self, refs: Sequence[MMImageRef]) -> int:
         """uint8 bytes of images with so many placeholder tokens, before any of them is read.
@@ -279,7 +279,7 @@ class RawImageMaterializer:
                 f"layout_fingerprint is {fingerprint}, this model's is {family.layout_fingerprint}"
                 + first_difference(fingerprint, family.layout_fields, self._roots)
             )
-        return check_named(ref.uri, ref.hash, self._roots)
+        return stored_name(ref.uri, self._roots, ref.hash)
 
     def _read(self, root: Path, name: str) -> LoadedImage:
         data = self._bytes(root, name)
@@ -290,8 +290,9 @@ class RawImageMaterializer:
         except (LayoutError, ImageError) as error:
             raise RefError(str(error)) from error
         except MemoryError:  # it may go when other images are done
-            sha256 = sha256_in(name)
-            raise MissingImageError(f"image {sha256} cannot be decoded now: there is not enough memory") from None
+            raise MissingImageError(
+                f"image {Path(name).stem} cannot be decoded now: there is not enough memory"
+            ) from None
         if image.constant:
             self._warn_of_constant(root / name)
         return image
