@@ -110,11 +110,10 @@ class Sources:
             StorageError: The store can not be written now.
         """
         remote = isinstance(source, str) and _SCHEME.match(source) is not None
-        path = not remote and isinstance(source, str | Path) and not _is_data_url(source)
         try:
             if remote:
                 data = self._fetched(str(source))
-            elif path and not self._local_files:
+            elif not self._local_files and _is_path(source):
                 data = self._already_stored(str(source))
             else:
                 data = _bytes_of(source, self._store.limits)
@@ -122,7 +121,7 @@ class Sources:
         except (SourceError, ImageError) as error:
             if remote:
                 raise error.at(where=_shown(str(source))) from error
-            if path and self._local_files and isinstance(error, ImageError):
+            if self._local_files and isinstance(error, ImageError) and _is_path(source):
                 raise error.at(where=_shown_path(str(source))) from error
             raise
 
@@ -293,6 +292,11 @@ def _bytes_of(source: object, limits: ImageLimits) -> bytes:
         except RefError as error:
             raise SourceError(str(error), where=_shown(source)) from None
     return _read_file(Path(source), limits.max_bytes)
+
+
+def _is_path(source: object) -> bool:
+    """Whether a source is a path or a file:// URL, given that it is no remote one."""
+    return isinstance(source, str | Path) and not _is_data_url(source)
 
 
 def _is_data_url(source: object) -> bool:

@@ -138,27 +138,24 @@ class InferenceClient:
             InferenceError: It failed the request, can not be reached, reads other tokens than were rendered, or its
                 answer is malformed.
         """
-        body, key = self._body(prompt, dict(sampling_params))
+        params = dict(sampling_params)
+        if self._last is None or self._last[0] is not prompt or self._last[1] != params:
+            # Made once for the answers of one turn: the body without its seed, and what requests are gathered by.
+            if self._wire == "mmraw":
+                named: dict[str, Any] = {"token_ids": prompt.token_ids, "features": encode_features(prompt.images)}
+                body = {**named, "sampling_params": params}
+            else:
+                parts = [{"type": "image_url", "url": image.uri} for image in prompt.images]
+                named = {"token_ids": prompt.logical_ids, "content_parts": parts or None, "return_token_ids": True}
+                body = {**named, "sampling_params": {**params, "logit_bias": self._bias}}
+            self._last = (prompt, params, body, msgspec.json.encode(body))
+        body, key = self._last[2:]
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         if key not in self._waiting:
             self._waiting[key] = _Waiting(prompt, body, affinity)
             self._start(self._send_gathered(key, _GATHER_SECONDS if wait else 0))
         self._waiting[key].requests.append((seed, future))
         return await future
-
-    def _body(self, prompt: RenderedPrompt, params: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
-        """The body of a request without its seed, and what it is gathered by; made once for the answers of one turn."""
-        if self._last is None or self._last[0] is not prompt or self._last[1] != params:
-            sampling = params if self._wire == "mmraw" else {**params, "logit_bias": self._bias}
-            body = {**self._prompt_fields(prompt), "sampling_params": sampling}
-            self._last = (prompt, params, body, msgspec.json.encode(body))
-        return self._last[2:]
-
-    def _prompt_fields(self, prompt: RenderedPrompt) -> dict[str, Any]:
-        if self._wire == "mmraw":
-            return {"token_ids": prompt.token_ids, "features": encode_features(prompt.images)}
-        parts = [{"type": "image_url", "url": image.uri} for image in prompt.images]
-        return {"token_ids": prompt.logical_ids, "content_parts": parts or None, "return_token_ids": True}
 
     async def aclose(self) -> None:
         """Closes all connections."""
@@ -187,12 +184,12 @@ class InferenceClient:
         body = waiting.body
         sampling = {**body["sampling_params"], "seed": run[0][0], "n": len(run)}
         expected = Expected(
-            prompt=waiting.prompt,
+            prompt_tokens=len(waiting.prompt.token_ids),
             count=len(run),
             max_tokens=sampling.get("max_tokens"),
             vocab_size=self._vocab_size,
             unsampleable=self._unsampleable,
-            check_layout=self._wire == "content_parts",
+            layout=waiting.prompt if self._wire == "content_parts" else None,
         )
         request = asyncio.ensure_future(
             self._generate({**body, "sampling_params": sampling}, waiting.affinity, expected)
