@@ -89,7 +89,7 @@ async def test_items_are_vllms_own_and_the_trainers_pixels(vllm_config: Any, mod
     for size in ((64, 96), (128, 32), (100, 70), (333, 200)):
         image = picture(*size, seed=size[0])
         ref = stored_ref(family, store, image)
-        (ours,) = await maker.items(CheckedPrompt([family.image_token_id] * ref.length, [ref]))
+        (ours,) = await maker.items(CheckedPrompt([family.image_token_id] * ref.length, [ref], 0))
         prompt = TokensPrompt(prompt_token_ids=[3, family.image_token_id, 4], multi_modal_data={"image": [image]})
         (theirs,) = await renderer.render_cmpl_async([prompt])
         (expected,) = theirs["mm_kwargs"]["image"]

@@ -1,7 +1,7 @@
 """From a request's `features` to checked images; every fault is named by the image it belongs to."""
 
 from pointillist.errors import MissingImageError, PointillistError, RefError, RequestError
-from pointillist.inference.protocol import PlaceholderRange, PromptFields
+from pointillist.inference.protocol import PromptFields
 from pointillist.refs.mm_refs import IMAGE, MMImageRef, check_spans, mm_token_type_ids
 from pointillist.refs.wire import decode_ref
 
@@ -30,7 +30,15 @@ def images_of(request: PromptFields, image_token_id: int, max_images: int) -> li
         )
     if len(data) > max_images:
         raise invalid(f"{len(data)} images, at most {max_images} are accepted", _FIELD)
-    images = [_image(*each, index) for index, each in enumerate(zip(data, hashes, placeholders, strict=True))]
+    images = []
+    for index, (entry, sha256, place) in enumerate(zip(data, hashes, placeholders, strict=True)):
+        try:
+            image = decode_ref(entry, place.offset, place.length)
+        except RefError as error:
+            raise invalid(str(error), f"{_FIELD}[{index}]") from None
+        if sha256 != image.hash:
+            raise invalid("mm_hashes and the reference name different hashes", f"{_FIELD}[{index}]")
+        images.append(image)
     try:
         check_spans(images, token_types)
     except RefError as error:
@@ -49,13 +57,3 @@ def request_error(error: PointillistError) -> RequestError:
 def invalid(message: str, param: str) -> RequestError:
     """A structured 400 for a reference."""
     return RequestError(message, type="invalid_mm_image_ref", param=param)
-
-
-def _image(entry: object, sha256: object, place: PlaceholderRange, index: int) -> MMImageRef:
-    try:
-        image = decode_ref(entry, place.offset, place.length)
-    except RefError as error:
-        raise invalid(str(error), f"{_FIELD}[{index}]") from None
-    if sha256 != image.hash:
-        raise invalid("mm_hashes and the reference name different hashes", f"{_FIELD}[{index}]")
-    return image

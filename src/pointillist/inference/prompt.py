@@ -45,6 +45,8 @@ class CheckedPrompt:
     """The effective stream."""
     images: list[MMImageRef]
     """At their places in `token_ids`."""
+    pixel_bytes: int
+    """uint8 bytes that the images will take, by their tokens: none of them is read yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +67,19 @@ def check_prompt(fields: PromptFields, materializer: RawImageMaterializer, max_i
         RequestError: 400, by the contract's section 4.
     """
     if fields.content_parts:
-        return _from_parts(fields, materializer, max_images)
-    return CheckedPrompt(fields.token_ids, images_of(fields, materializer.family.image_token_id, max_images))
+        token_ids, images = _from_parts(fields, materializer, max_images)
+    else:
+        token_ids, images = fields.token_ids, images_of(fields, materializer.family.image_token_id, max_images)
+    try:
+        return CheckedPrompt(token_ids, images, materializer.num_bytes(images))
+    except PointillistError as error:  # the family has no image with so many tokens
+        raise request_error(error) from None
 
 
-def _from_parts(fields: PromptFields, materializer: RawImageMaterializer, max_images: int) -> CheckedPrompt:
+def _from_parts(
+    fields: PromptFields, materializer: RawImageMaterializer, max_images: int
+) -> tuple[list[int], list[MMImageRef]]:
+    """The effective stream, and the images at their places in it."""
     parts = fields.content_parts or []
     if fields.features is not None:
         raise invalid("request has features and content_parts, expected one of them", "content_parts")
@@ -85,7 +95,7 @@ def _from_parts(fields: PromptFields, materializer: RawImageMaterializer, max_im
         place_image(family, stored, layout, offset)
         for (stored, layout), (offset, _) in zip(described, expansion.spans, strict=True)
     ]
-    return CheckedPrompt(expansion.token_ids, images)
+    return expansion.token_ids, images
 
 
 def _describe(part: ContentPart, index: int, materializer: RawImageMaterializer) -> tuple[StoredImage, ImageLayout]:
@@ -100,18 +110,6 @@ def _describe(part: ContentPart, index: int, materializer: RawImageMaterializer)
         raise RequestError(str(error), type="missing_mm_image", param=where) from None
     except PointillistError as error:
         raise invalid(str(error), where) from None
-
-
-def pixel_bytes(prompt: CheckedPrompt, materializer: RawImageMaterializer) -> int:
-    """Bytes of uint8 pixels that a prompt will hold, before any image is read.
-
-    Raises:
-        RequestError: 400: the family has no image with so many tokens.
-    """
-    try:
-        return materializer.num_bytes(prompt.images)
-    except PointillistError as error:
-        raise request_error(error) from None
 
 
 def check_sizes(

@@ -7,7 +7,7 @@ import msgspec
 from pointillist.errors import TransportError
 from pointillist.refs.mm_refs import checked_refs, mm_token_type_ids
 from pointillist.sessions import Branch
-from pointillist.transport.types import TrainingSample, check_sample
+from pointillist.transport.types import TrainingSample, check_lists
 
 
 def with_advantage(sample: TrainingSample, advantage: float) -> TrainingSample:
@@ -46,5 +46,5 @@ def make_sample(branch: Branch, advantage: float, *, image_token_id: int, sample
         mm_refs=checked_refs(branch.images, types),
         sample_id=sample_id,
     )
-    check_sample(sample)
+    check_lists(sample, sample.token_ids, sample_id)
     return sample

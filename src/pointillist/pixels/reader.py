@@ -155,7 +155,7 @@ class RawImageMaterializer:
 
         Example: the references `[a, b, a]` of two files give `images` of a and b and the `index` `[0, 1, 0]`.
         """
-        keys = [(ref.hash, ref.uri, ref.family, ref.item["layout_fingerprint"]) for ref in refs]
+        keys = [(ref.hash, ref.uri, ref.item["family"], ref.item["layout_fingerprint"]) for ref in refs]
         distinct = dict(zip(keys, refs, strict=True))
         loaded = self._load_all(distinct)
         images: list[LoadedImage] = []
@@ -272,8 +272,8 @@ class RawImageMaterializer:
             RefError: It does not fit this reader.
         """
         family = self.family
-        if ref.family != family.name:
-            raise RefError(f"family is {ref.family!r}, this model is served by {family.name!r}")
+        if ref.item["family"] != family.name:
+            raise RefError(f"family is {ref.item['family']!r}, this model is served by {family.name!r}")
         if (fingerprint := ref.item["layout_fingerprint"]) != family.layout_fingerprint:
             raise RefError(
                 f"layout_fingerprint is {fingerprint}, this model's is {family.layout_fingerprint}"

@@ -33,19 +33,6 @@ class MMImageRef(msgspec.Struct, array_like=True, frozen=True):
     length: int
     """Number of its placeholder tokens."""
 
-    @property
-    def family(self) -> str:
-        """Name of the adapter that the image was laid out for."""
-        return str(self.item["family"])
-
-    def moved(self, by: int) -> "MMImageRef":
-        """The same image, `by` tokens further on.
-
-        Example: of two samples that are packed into one row, the first has 9 tokens; an image at offset 2 of the second
-        moves by 9 and has the offset 11 in the row.
-        """
-        return MMImageRef(self.item, self.hash, self.uri, self.offset + by, self.length)
-
 
 class MMRefs(msgspec.Struct, array_like=True, frozen=True):
     """All images of a sample or micro batch, in token order."""
