@@ -100,7 +100,7 @@ async def test_items_are_vllms_own_and_the_trainers_pixels(vllm_config: Any, mod
             assert levels.max() <= (0 if size[0] % 32 == 0 else 2)
             assert type(ours[name].field) is type(element.field)
         # And what the trainer puts on its device: the same bytes, one frame of them.
-        trainers = reader.tensors(reader.load([ref]).images, "uint8")["pixel_values"]
+        trainers = reader.joiner.join(reader.load([ref]).images, "uint8")["pixel_values"]
         frames = ours["pixel_values"].data.numpy().reshape(len(trainers), 3, family.frames, -1)
         assert all(np.array_equal(frames[:, :, frame], trainers) for frame in range(family.frames))
 

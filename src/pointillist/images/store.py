@@ -86,7 +86,12 @@ class ImageStore:
         sha256 = hashlib.sha256(data).hexdigest()
         image = OpenedImage(data, self.limits)
         path = self.root / sha256[:2] / f"{sha256}.{image.header.format}"
-        if not (_holds(path, data) and _freshened(path)):
+        try:
+            status = path.lstat()
+            there = stat.S_ISREG(status.st_mode) and status.st_size == len(data) and path.read_bytes() == data
+        except OSError:  # a damaged or unreadable file is written anew
+            there = False
+        if not (there and _freshened(path)):
             image.decode()  # refuses what has a good header and broken pixels
             write_image(path, data)
         return StoredImage(sha256=sha256, uri=path.as_uri(), header=image.header, num_bytes=len(data))
@@ -267,15 +272,6 @@ def open_without_links(root: Path, name: str) -> int:
         return os.open(file_name, flags, dir_fd=folder)
     finally:
         os.close(folder)
-
-
-def _holds(path: Path, data: bytes) -> bool:
-    """Whether `path` is a regular file with exactly these bytes; a damaged or unreadable one is thus written anew."""
-    try:
-        status = path.lstat()
-        return stat.S_ISREG(status.st_mode) and status.st_size == len(data) and path.read_bytes() == data
-    except OSError:
-        return False
 
 
 def write_image(path: Path, data: bytes) -> None:

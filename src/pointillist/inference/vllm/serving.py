@@ -85,7 +85,7 @@ class ItemMaker:
         return [distinct[which] for which in batch.index]
 
     def _item(self, image: LoadedImage) -> MultiModalKwargsItem:
-        arrays = self.materializer.tensors([image], self.dtype)
+        arrays = self.materializer.joiner.join([image], self.dtype)
         if self.dtype == "uint8" and self.materializer.family.frames > 1:
             patches = arrays["pixel_values"]  # (patches, 3, values): one frame
             frames = np.repeat(patches[:, :, None], self.materializer.family.frames, axis=2)
