@@ -8,6 +8,7 @@ other and whose seeds follow one another are sent as one request with `n` comple
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Literal
 
 import msgspec
@@ -24,6 +25,7 @@ from pointillist.sessions.servers import InferenceServer, InferenceServers
 Wire = Literal["mmraw", "content_parts"]
 """How images are named to the server: by references that say everything, or by URLs whose layout it computes."""
 
+_PATH: Final = "/inference/v1/generate"
 _GATHER_SECONDS: Final = 0.001
 _SMALL_BYTES: Final = 256 * 1024
 """Answers up to this size are decoded on the event loop: a few milliseconds at most."""
@@ -181,7 +183,20 @@ class InferenceClient:
         await self._send(waiting, run)
 
     async def _send(self, waiting: _Waiting, run: list[tuple[int, asyncio.Future[Completion]]]) -> None:
-        body = waiting.body
+        """Sends one request and hands out its answers; once nothing waits for any of them it is given up.
+
+        Args:
+            waiting: What is sent.
+            run: Its seeds, one after the other, and where each answer goes.
+        """
+        task, body = asyncio.current_task(), waiting.body
+
+        def give_up(_: object) -> None:
+            if task is not None and all(future.cancelled() for _, future in run):
+                task.cancel()
+
+        for _, future in run:
+            future.add_done_callback(give_up)
         sampling = {**body["sampling_params"], "seed": run[0][0], "n": len(run)}
         expected = Expected(
             prompt_tokens=len(waiting.prompt.token_ids),
@@ -191,18 +206,12 @@ class InferenceClient:
             unsampleable=self._unsampleable,
             layout=waiting.prompt if self._wire == "content_parts" else None,
         )
-        request = asyncio.ensure_future(
-            self._generate({**body, "sampling_params": sampling}, waiting.affinity, expected)
-        )
-
-        def nobody_waits(_: object) -> None:
-            if all(future.cancelled() for _, future in run):
-                request.cancel()
-
-        for _, future in run:
-            future.add_done_callback(nobody_waits)
         try:
-            completions = await request
+            data = msgspec.json.encode({**body, "sampling_params": sampling})
+            status, answer = await self._servers.post(_PATH, data, waiting.affinity, max_bytes=expected.max_bytes)
+            check_status(_PATH, status, answer)
+            read = partial(completions_of, answer, expected)
+            completions = read() if len(answer) <= _SMALL_BYTES else await READING.run(read)
         except Exception as error:  # whatever it was, these requests must hear of it
             failure = error if isinstance(error, InferenceError) else InferenceError(f"unexpected answer: {error!r}")
             for _, future in run:
@@ -210,19 +219,9 @@ class InferenceClient:
                     future.set_exception(failure)
             return
         except asyncio.CancelledError:
-            request.cancel()
             for _, future in run:
                 future.cancel()
             raise
         for (_, future), completion in zip(run, completions, strict=True):
             if not future.done():  # the rollout may have been cancelled meanwhile
                 future.set_result(completion)
-
-    async def _generate(self, body: Mapping[str, Any], affinity: str, expected: Expected) -> list[Completion]:
-        path = "/inference/v1/generate"
-        data = msgspec.json.encode(body)
-        status, answer = await self._servers.post(path, data, affinity, max_bytes=expected.max_bytes)
-        check_status(path, status, answer)
-        if len(answer) <= _SMALL_BYTES:
-            return completions_of(answer, expected)
-        return await READING.run(completions_of, answer, expected)
