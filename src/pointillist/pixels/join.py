@@ -52,7 +52,7 @@ class PatchJoiner:
                 else image.patches
                 for image in images
             ]
-            values = patches[0] if len(patches) == 1 else np.concatenate(patches)
+            values: NDArray[np.generic] = patches[0] if len(patches) == 1 else np.concatenate(patches)
         else:
             values = self._normalized(images, dtype)
         return {"pixel_values": values, **self._family.image_inputs(layouts)}
