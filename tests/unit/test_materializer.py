@@ -16,7 +16,7 @@ from pointillist.families import Family, ImageLayout, ModelFiles, write_layout_r
 from pointillist.families.qwen_vl import QwenVLFamily
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.images.store import local_path
-from pointillist.inference.features import request_error
+from pointillist.inference.prompt import request_error
 from pointillist.pixels import RawImageMaterializer
 from pointillist.pixels.levels import PixelDtype
 from pointillist.refs import MMImageRef

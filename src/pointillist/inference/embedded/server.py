@@ -36,8 +36,7 @@ from pointillist.inference.door import Door, http_limits
 from pointillist.inference.embedded.batch import Prompt
 from pointillist.inference.embedded.engine import Engine, EngineRequest
 from pointillist.inference.embedded.metrics import EngineMetrics
-from pointillist.inference.features import request_error
-from pointillist.inference.prompt import CheckedPrompt, ServerBounds, check_prompt, check_sizes
+from pointillist.inference.prompt import CheckedPrompt, ServerBounds, check_prompt, check_sizes, request_error
 from pointillist.inference.protocol import Choice, GenerateRequest, GenerateResponse, Placeholders, Usage, decode_body
 from pointillist.models import LoadedModel, load_model
 from pointillist.pixels import RawImageMaterializer

@@ -14,8 +14,7 @@ from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
 from vllm.multimodal.inputs import MultiModalKwargsItem, MultiModalKwargsItems
 
 from pointillist.errors import PointillistError
-from pointillist.inference.features import request_error
-from pointillist.inference.prompt import CheckedPrompt
+from pointillist.inference.prompt import CheckedPrompt, request_error
 from pointillist.pixels import LoadedImage, RawImageMaterializer
 from pointillist.pixels.levels import PixelDtype
 from pointillist.pixels.on_device import as_tensors
