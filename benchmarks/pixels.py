@@ -111,7 +111,7 @@ def _threads(store: ImageStore) -> dict[str, float]:
 
     def load(threads: int) -> Callable[[], object]:
         reader = RawImageMaterializer(family, [store.root], ImageLimits(), threads=threads, cache_bytes=0)
-        return lambda: reader.materialize_many(refs)
+        return lambda: reader.load(refs, keep_errors=True)
 
     seconds = medians({"one": load(1), "two": load(2)}, repeats=9)
     return {
@@ -130,7 +130,7 @@ def _group(store: ImageStore) -> dict[str, float]:
         return RawImageMaterializer(family, [store.root], ImageLimits(), threads=1, cache_bytes=0)
 
     def shared(mine: RawImageMaterializer) -> Any:
-        return mine.tensors(mine.materialize_many([ref] * GROUP).images)
+        return mine.joiner.join(mine.load([ref] * GROUP, keep_errors=True).images)
 
     def each(mine: RawImageMaterializer) -> Any:
         return [mine.materialize([ref]) for _ in range(GROUP)]

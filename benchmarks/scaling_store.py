@@ -202,7 +202,7 @@ def durability() -> dict[str, dict[str, float]]:
     content = np.random.default_rng(0).bytes(400_000)
     skipping: dict[str, Callable[[], AbstractContextManager[object]]] = {
         "none": without_fsync,
-        "file": lambda: mock.patch.object(store_module, "_flush_folder", lambda _: None),
+        "file": lambda: mock.patch.object(store_module, "flush_folder", lambda _: None),
         "file_and_folder": nullcontext,
     }
     with scratch() as root:

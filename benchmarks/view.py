@@ -26,7 +26,6 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from pointillist.images.store import file_uri
 from pointillist.runs.paths import RunPaths
 from pointillist.view.thumbnails import encode_png
 
@@ -80,7 +79,7 @@ def stored(paths: RunPaths, image: Image.Image) -> tuple[str, str]:
     path = paths.output_dir / "assets" / "images" / sha256[:2] / f"{sha256}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
-    return sha256, file_uri(path)
+    return sha256, path.as_uri()
 
 
 def rollout(step: int, index: int, names: list[tuple[str, str]], chance: random.Random) -> dict[str, Any]:

@@ -150,15 +150,15 @@ MUTANTS = [
     Mutant(
         "a malformed reference enters the trainer",
         "transport/types.py",
-        "    check_images(images)\n",
-        "",
+        "check_images(images)",
+        "pass",
         "test_transport.py",
     ),
     Mutant(
         "an image does not move with its sample",
         "orchestrator/packing.py",
-        "image.moved(start)",
-        "image.moved(0)",
+        "offset=start + image.offset",
+        "offset=image.offset",
         "test_transport.py",
     ),
     Mutant(

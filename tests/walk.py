@@ -36,7 +36,7 @@ import pointillist
 from pointillist.environments.digits import QUESTION, DigitsEnvironment
 from pointillist.families import ImageLayout
 from pointillist.images import ImageHeader, ImageLimits, ImageStore, Sources
-from pointillist.inference.prompt import check_prompt, pixel_bytes
+from pointillist.inference.prompt import check_prompt
 from pointillist.inference.protocol import GenerateRequest, decode_body
 from pointillist.models import load_model
 from pointillist.orchestrator.packing import pack
@@ -153,7 +153,6 @@ def walk(model: Path, scratch: Path) -> Walk:
     async def post(path: str, body: bytes, affinity: str, *, max_bytes: int) -> tuple[int, bytes]:
         """The server, without its engine."""
         prompt = check_prompt(decode_body(body, GenerateRequest), server, max_images=1)
-        pixel_bytes(prompt, server)
         as_tensors(server.materialize(prompt.images, "uint8"))
         return 200, msgspec.json.encode({"choices": [ANSWER]})
 

@@ -302,7 +302,7 @@ async def test_the_event_loop_is_free_while_large_requests_are_read_and_answered
     watch(renderer.tokenizer, "encode")
     watch(renderer.tokenizer, "decode")
     watch(Session, "read_now")
-    watch(Session, "_prompt")
+    watch(Session, "_prepare")
     monkeypatch.setattr("pointillist.sessions.session._LONG_CHARACTERS", 10)
     monkeypatch.setattr("pointillist.sessions.session._LONG_ANSWER", 0)
     monkeypatch.setattr("pointillist.sessions.gateway.server._LONG_ANSWER", 0)
@@ -314,8 +314,8 @@ async def test_the_event_loop_is_free_while_large_requests_are_read_and_answered
             assert answer.status_code == 200
     await session.generate([{"role": "user", "content": "longer than ten characters"}])
     (await stage.http.get(f"{stage.gateway.url}/sessions/{session.key}")).raise_for_status()
-    assert {"encode", "decode", "read_now", "_prompt"} <= seen.keys()
-    for name in ("encode", "decode", "read_now", "_prompt"):
+    assert {"encode", "decode", "read_now", "_prepare"} <= seen.keys()
+    for name in ("encode", "decode", "read_now", "_prepare"):
         assert loop_thread not in seen[name], name
 
 

@@ -89,7 +89,7 @@ async def test_items_are_vllms_own_and_the_trainers_pixels(vllm_config: Any, mod
     for size in ((64, 96), (128, 32), (100, 70), (333, 200)):
         image = picture(*size, seed=size[0])
         ref = stored_ref(family, store, image)
-        (ours,) = await maker.items(CheckedPrompt([family.image_token_id] * ref.length, [ref]))
+        (ours,) = await maker.items(CheckedPrompt([family.image_token_id] * ref.length, [ref], 0))
         prompt = TokensPrompt(prompt_token_ids=[3, family.image_token_id, 4], multi_modal_data={"image": [image]})
         (theirs,) = await renderer.render_cmpl_async([prompt])
         (expected,) = theirs["mm_kwargs"]["image"]
@@ -100,7 +100,7 @@ async def test_items_are_vllms_own_and_the_trainers_pixels(vllm_config: Any, mod
             assert levels.max() <= (0 if size[0] % 32 == 0 else 2)
             assert type(ours[name].field) is type(element.field)
         # And what the trainer puts on its device: the same bytes, one frame of them.
-        trainers = reader.tensors(reader.load([ref]).images, "uint8")["pixel_values"]
+        trainers = reader.joiner.join(reader.load([ref]).images, "uint8")["pixel_values"]
         frames = ours["pixel_values"].data.numpy().reshape(len(trainers), 3, family.frames, -1)
         assert all(np.array_equal(frames[:, :, frame], trainers) for frame in range(family.frames))
 

@@ -23,7 +23,7 @@ def prompt(renderer: RawRenderer) -> RenderedPrompt:
 
 
 def expected(prompt: RenderedPrompt, count: int = 1, *, check_layout: bool = False) -> Expected:
-    return Expected(prompt, count, 8, 100, frozenset({99}), check_layout)
+    return Expected(len(prompt.token_ids), count, 8, 100, frozenset({99}), prompt if check_layout else None)
 
 
 def choice(index: int = 0) -> dict[str, Any]:

@@ -75,6 +75,49 @@ class _Server:
         self.taken = asyncio.Event()
 
 
+class Hanging(Answering):
+    """Servers that answer once they may; it is recorded which requests were given up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_answer, self.asked, self.given_up = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def post(self, path: str, body: bytes, *_: Any, **__: Any) -> tuple[int, bytes]:
+        self.asked.set()
+        try:
+            await self.may_answer.wait()
+        except asyncio.CancelledError:
+            self.given_up.set()
+            raise
+        return await super().post(path, body)
+
+
+async def test_a_request_is_given_up_once_none_of_its_rollouts_waits(prompt: RenderedPrompt) -> None:
+    servers, client = Hanging(), InferenceClient(["http://127.0.0.1:1"])
+    client._servers = servers  # type: ignore[assignment]
+    first, second = (asyncio.create_task(client.generate(prompt, {"max_tokens": 1}, seed)) for seed in (5, 6))
+    await asyncio.wait_for(servers.asked.wait(), 120)
+    for task in (first, second):
+        assert not servers.given_up.is_set()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await asyncio.sleep(0)  # a future's callbacks run in the next round
+    await asyncio.wait_for(servers.given_up.wait(), 120)
+    await client.aclose()
+
+
+async def test_a_rollout_that_is_cancelled_costs_the_others_of_its_request_nothing(prompt: RenderedPrompt) -> None:
+    servers, client = Hanging(), InferenceClient(["http://127.0.0.1:1"])
+    client._servers = servers  # type: ignore[assignment]
+    first, second = (asyncio.create_task(client.generate(prompt, {"max_tokens": 1}, seed)) for seed in (5, 6))
+    await asyncio.wait_for(servers.asked.wait(), 120)
+    first.cancel()
+    servers.may_answer.set()
+    assert (await asyncio.wait_for(second, 120)).token_ids == [6]
+    assert len(servers.requests) == 1
+    await client.aclose()
+
+
 async def test_a_step_waits_until_every_server_has_the_weights(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One server with new weights is not enough."""
     paths = RunPaths(tmp_path)

@@ -16,7 +16,7 @@ from pointillist.families import Family, ImageLayout, ModelFiles, write_layout_r
 from pointillist.families.qwen_vl import QwenVLFamily
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.images.store import local_path
-from pointillist.inference.features import request_error
+from pointillist.inference.prompt import request_error
 from pointillist.pixels import RawImageMaterializer
 from pointillist.pixels.levels import PixelDtype
 from pointillist.refs import MMImageRef
@@ -119,7 +119,7 @@ def test_a_batch_loads_each_distinct_image_once_and_faults_stay_alone(family: Fa
     wrong = with_item(one, payload={"image_grid_thw": [1, 4, 4]})
     gone = with_item(one, raw_image_uri=one.uri.replace(one.hash, two.hash))
     refs = [one, two, one, wrong, gone, one]
-    batch = reader.materialize_many(refs)
+    batch = reader.load(refs, keep_errors=True)
     assert batch.index == [0, 1, 0, 2, 3, 0]
     assert batch.errors.keys() == {3, 4}
     assert [image.patches is None for image in batch.images] == [False, False, True, True]
@@ -180,7 +180,7 @@ def test_an_unreadable_file_costs_its_image_only(
 
     monkeypatch.setattr(os, "read", reading)
     for _ in range(10):
-        batch = materializer.materialize_many([folder, good, failing])
+        batch = materializer.load([folder, good, failing], keep_errors=True)
         assert {index: type(error) for index, error in batch.errors.items()} == {
             0: MissingImageError, 2: MissingImageError,
         }  # fmt: skip
@@ -205,7 +205,7 @@ def test_no_memory_for_an_image_costs_that_image_only(
         return patches(pixels, layout)
 
     monkeypatch.setattr(family, "patches", limited)
-    batch = materializer.materialize_many([good, large])
+    batch = materializer.load([good, large], keep_errors=True)
     assert batch.errors.keys() == {1}
     assert isinstance(batch.errors[1], MissingImageError)
 
@@ -215,7 +215,7 @@ def test_pictures_of_one_colour_are_counted_and_warned_about(
 ) -> None:
     reader = RawImageMaterializer(family, [store.root], ImageLimits(), threads=1)
     plain = [stored_ref(family, store, Image.new("RGB", (64, 64), (level, 0, 0))) for level in range(12)]
-    batch = reader.materialize_many([*plain, _ref(family, store)])
+    batch = reader.load([*plain, _ref(family, store)], keep_errors=True)
     assert [image.constant for image in batch.images] == [True] * 12 + [False]
     assert reader.cache.counts.constant == 12
     warned = [record.getMessage() for record in caplog.records if "one colour only" in record.getMessage()]

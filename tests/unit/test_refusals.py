@@ -31,7 +31,6 @@ FILES = [
     "families/base.py",
     "pixels/reader.py",
     "render/raw.py",
-    "inference/features.py",
     "inference/prompt.py",
     "sessions/history.py",
     "sessions/session.py",

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from pointillist.base.digests import seal_folder
 from pointillist.errors import LaunchError, PointillistError
 from pointillist.images.decode import STORED_LIMITS
-from pointillist.images.store import file_uri
 from pointillist.launch.run_dir import resume_step
 from pointillist.runs.paths import RunPaths
 from pointillist.upkeep.archive import FORMAT, export_run, import_run
@@ -184,7 +183,7 @@ def _run(root: Path) -> MadeRun:
     """A run whose references are in messages only."""
     made = MadeRun(root, steps=0)
     made.paths.eval_file(0).unlink()
-    record = made.rollout("9.0.0", "sent") | {"task": f"{file_uri(made.store.root)} and no more"}
+    record = made.rollout("9.0.0", "sent") | {"task": f"{made.store.root.as_uri()} and no more"}
     record["branches"][0]["images"] = []
     made.write(made.paths.rollouts_file(9), [record])
     return made
@@ -245,4 +244,4 @@ def test_references_are_rewritten_to_the_new_place_only_where_they_name_an_image
     moved = json.loads(RunPaths(tmp_path / "new").rollouts_file(9).read_text())
     assert moved["task"] == record["task"]
     url = moved["branches"][0]["messages"][0]["content"][0]["image_url"]["url"]
-    assert url.startswith(file_uri(tmp_path / "new" / "assets"))
+    assert url.startswith((tmp_path / "new" / "assets").as_uri())

@@ -15,7 +15,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from pointillist.errors import ImageError, PointillistError, SourceError, StorageError
 from pointillist.images import ImageLimits, ImageStore, Sources, StoredImage, decode_rgb, normalize_images
-from pointillist.images.store import file_uri, local_path
+from pointillist.images.store import local_path
 from tests.conftest import encoded, picture
 
 DATA = encoded(picture(8, 6))
@@ -47,7 +47,7 @@ def test_every_shape_becomes_a_stored_file_url(part: dict[str, Any], sources: So
 def test_files_paths_and_pil(sources: Sources, tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(DATA)
-    hashes = {sources.put(source).sha256 for source in (path, str(path), file_uri(path), DATA_URL)}
+    hashes = {sources.put(source).sha256 for source in (path, str(path), path.as_uri(), DATA_URL)}
     assert len(hashes) == 1
     assert sources.put(picture(8, 6)).header.width == 8
 
@@ -140,9 +140,9 @@ def test_paths_in_parts_are_for_python_only(sources: Sources, tmp_path: Path) ->
     for part in (
         {"type": "image", "path": str(path)},
         {"type": "image", "path": path},
-        {"type": "image", "path": file_uri(path)},
+        {"type": "image", "path": path.as_uri()},
         {"type": "image", "image": {"bytes": None, "path": str(path)}},
-        {"type": "image", "url": file_uri(path)},
+        {"type": "image", "url": path.as_uri()},
     ):
         assert normalize_images(part, sources, [])["type"] == "image_url"
         with pytest.raises(SourceError, match="not read for clients"):
@@ -188,7 +188,7 @@ def test_errors_name_the_file(sources: Sources, tmp_path: Path) -> None:
     path = tmp_path / "photo.png"
     for data, said in ((b"<html><body>", "an HTML page"), (DATA[:-40], "truncated"), (b"", "an empty file")):
         path.write_bytes(data)
-        for source in (path, str(path), file_uri(path)):
+        for source in (path, str(path), path.as_uri()):
             with pytest.raises(ImageError, match=rf"photo\.png.*{said}"):
                 sources.put(source)
     with pytest.raises(SourceError, match="is a folder"):

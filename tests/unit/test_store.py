@@ -19,7 +19,7 @@ from pointillist.errors import ConfigError, ImageError, MissingImageError, RefEr
 from pointillist.images import ImageLimits, ImageStore, inventory, read_verified
 from pointillist.images.decode import STORED_LIMITS
 from pointillist.images.inventory import StoreEntry, list_store, verify_store
-from pointillist.images.store import file_uri, local_path, write_image
+from pointillist.images.store import local_path, write_image
 from tests.conftest import encoded, open_files, picture
 
 LIMITS = ImageLimits()
@@ -192,7 +192,7 @@ def test_outside_paths_get_one_answer_whether_or_not_they_exist(store: ImageStor
     answers = set()
     for path in (there, tmp_path / "ac" / f"ac{sha256[2:]}.png", Path("/etc/passwd"), store.root / "notes.txt"):
         with pytest.raises(RefError) as error:
-            read_verified(file_uri(path), path.stem, [store.root], LIMITS)
+            read_verified(path.as_uri(), path.stem, [store.root], LIMITS)
         answers.add(str(error.value))
     assert len(answers) == 1
 
@@ -331,4 +331,4 @@ def test_verifying_knows_wrong_extensions_and_large_pictures(store: ImageStore) 
 
 def test_file_uri_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "with space & ü?#%.png"
-    assert local_path(file_uri(path)) == path
+    assert local_path(path.as_uri()) == path

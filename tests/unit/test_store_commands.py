@@ -14,7 +14,7 @@ from pointillist.config import OrchestratorConfig, write_toml
 from pointillist.errors import PointillistError
 from pointillist.families import Family, place_image
 from pointillist.images import ImageLimits, ImageStore
-from pointillist.images.store import file_uri, local_path
+from pointillist.images.store import local_path
 from pointillist.runs.paths import RunPaths
 from pointillist.runs.records import Fault, append_fault
 from pointillist.upkeep.commands import store as commands
@@ -198,6 +198,6 @@ def test_transcripts_show_pictures_in_their_places(run: Run, tmp_path: Path) -> 
     assert "no rollout '1.0.7'" in CliRunner().invoke(cli, [*arguments[:2], "1.0.7", str(page)]).output
     outside = tmp_path / "secret.png"
     outside.write_bytes(run.path(0).read_bytes())
-    picture_part["image_url"]["url"] = file_uri(outside)
+    picture_part["image_url"]["url"] = outside.as_uri()
     run.rollouts.write_text(json.dumps(record) + "\n")
     assert "not an image under an allowed root" in CliRunner().invoke(cli, arguments).output

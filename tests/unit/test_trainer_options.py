@@ -290,7 +290,7 @@ def test_frozen_vision(
     lora: LoRAConfig | None, model_dir: Path, tmp_path: Path, store: ImageStore, base: dict[str, torch.Tensor]
 ) -> None:
     trainer = _trainer(model_dir, tmp_path, store, freeze_vision=True, lora=lora)
-    features = trainer.policy._features(_row(trainer, store))
+    features = trainer.policy._encode_images(_row(trainer, store))
     layers = [features.pooler_output, *features.deepstack_features]
     assert not any(image.requires_grad for layer in layers for image in layer)
     trainer.run()
@@ -307,7 +307,7 @@ def test_vision_is_trained_by_default(
     model_dir: Path, tmp_path: Path, store: ImageStore, base: dict[str, torch.Tensor]
 ) -> None:
     trainer = _trainer(model_dir, tmp_path, store)
-    assert trainer.policy._features(_row(trainer, store)).pooler_output[0].requires_grad
+    assert trainer.policy._encode_images(_row(trainer, store)).pooler_output[0].requires_grad
     trainer.run()
     same = _same(base, read_weights(RunPaths(tmp_path).broadcast_step(3)))
     assert not any(".visual." in name for name in same)

@@ -31,7 +31,7 @@ from pointillist.transport import (
     make_receiver,
     make_sender,
 )
-from pointillist.transport.types import check_sample, encoded_image_bytes
+from pointillist.transport.types import check_lists, encoded_image_bytes
 from pointillist.transport.zmq import _batch_of
 
 SHA = "ab" * 32
@@ -397,9 +397,9 @@ def test_two_families_in_one_row_are_refused() -> None:
 
 def test_samples_without_their_refs_are_refused() -> None:
     with pytest.raises(TransportError, match="no image token without an image"):
-        check_sample(msgspec.structs.replace(sample(), mm_refs=None))
+        check_lists(msgspec.structs.replace(sample(), mm_refs=None), sample().token_ids, "one")
     with pytest.raises(TransportError, match="mm_kwargs"):
-        check_sample(msgspec.structs.replace(sample(), mm_kwargs={"pixel_values": 1}))
+        check_lists(msgspec.structs.replace(sample(), mm_kwargs={"pixel_values": 1}), sample().token_ids, "one")
 
 
 @pytest.mark.parametrize("data", [b"", b"\x93", b"\x80\x04pickle", msgspec.msgpack.encode(["other", 1, [], 1, b""])])

@@ -12,7 +12,7 @@ from pointillist.assets.client import AssetClient
 from pointillist.errors import AssetError, MissingImageError, RefError, StorageError
 from pointillist.images.decode import ImageLimits
 from pointillist.images.inventory import StoreEntry, list_store
-from pointillist.images.store import STORED_NAME, has_hash, read_stored, usable_folder, write_image
+from pointillist.images.store import STORED_NAME, read_intact, usable_folder, write_image
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +57,10 @@ class FetchedImages:
             raise RefError("expected the name of the stored image that the hash says")
         path = self._root / name
         with suppress(MissingImageError, RefError):
-            data = read_stored(self._root, name, self._limits)
-            if has_hash(data, sha256):
-                with suppress(OSError):  # another reader may have just evicted it
-                    os.utime(path)
-                return data
+            data = read_intact(self._root, name, self._limits)
+            with suppress(OSError):  # another reader may have just evicted it
+                os.utime(path)
+            return data
         try:
             data = self._client.fetch(f"/images/{name}", self._limits.max_bytes, sha256)
         except AssetError as error:

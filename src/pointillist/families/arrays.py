@@ -4,13 +4,12 @@ Pixels stay uint8 as long as possible: it is a quarter of float32's bytes, and n
 channel, exact on every device. The same table gives float32, bfloat16, or goes to the GPU beside the uint8 patches.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pointillist.families.base import ImageLayout
 from pointillist.families.model_files import ProcessorSettings
 from pointillist.images.decode import color_planes, to_pillow
 
@@ -48,8 +47,3 @@ def planes_by_pillow(
         return color_planes(pixels)
     resized = to_pillow(pixels).resize((width, height), resample)
     return (np.asarray(band) for band in resized.split())
-
-
-def grids_of(layouts: Sequence[ImageLayout]) -> NDArray[np.int64]:
-    """Grids of images in patches (time, height, width), int64 `(I, 3)`."""
-    return np.array([layout.grid_thw for layout in layouts], dtype=np.int64).reshape(-1, 3)

@@ -159,52 +159,71 @@ def place_image(family: Family, stored: StoredImage, layout: ImageLayout, offset
     return MMImageRef(item, stored.sha256, stored.uri, offset, layout.num_tokens)
 
 
-def check_placeholder_count(logical_ids: Sequence[int], placeholder_id: int, layouts: Sequence[ImageLayout]) -> None:
-    """Makes sure that there is one placeholder for every image.
-
-    Raises:
-        LayoutError: There are more or fewer.
-    """
-    found = sum(1 for token in logical_ids if token == placeholder_id)
-    if found != len(layouts):
-        raise LayoutError(f"{found} image placeholders in the tokens, but {len(layouts)} images")
-
-
-def expand_one_placeholder(
-    logical_ids: Sequence[int], placeholder_id: int, layouts: Sequence[ImageLayout]
+def expand_placeholders(
+    logical_ids: Sequence[int],
+    placeholder_id: int,
+    layouts: Sequence[ImageLayout],
+    image_token_id: int,
+    before: Sequence[int] = (),
+    after: Sequence[int] = (),
 ) -> Expansion:
-    """Expansion for families whose image is a run of one repeated token: each placeholder becomes `num_tokens` ones.
+    """Expansion for families whose image is a run of one repeated token, with the same tokens around each.
 
-    Example: tokens `[5, 7, 6]` with the placeholder 7 and a layout of 3 tokens become `[5, 7, 7, 7, 6]`, with the
-    sources `[0, 1, 1, 1, 2]` and the span `(1, 3)`.
+    Args:
+        logical_ids: Tokens with one placeholder an image.
+        placeholder_id: The placeholder.
+        layouts: Of the images, in order.
+        image_token_id: What an image is a run of.
+        before: Tokens before each run; the placeholder becomes them, the run, and `after`.
+        after: Tokens behind each run.
 
     Raises:
         LayoutError: The number of layouts is not that of the placeholders.
 
     Example:
-        Logical ids `7 5 8` with the placeholder 5, and a layout of 3 tokens: `token_ids` `7 5 5 5 8`, `source`
-        `0 1 1 1 2`, `spans` `[(1, 3)]`.
+        Logical ids `7 5 8` with the placeholder and image token 5, and a layout of 3 tokens: `token_ids` `7 5 5 5 8`,
+        `source` `0 1 1 1 2`, `spans` `[(1, 3)]`. With `before` `[4]` and `after` `[6]`: `token_ids` `7 4 5 5 5 6 8`,
+        `source` `0 1 1 1 1 1 2`, `spans` `[(2, 3)]`.
     """
-    check_placeholder_count(logical_ids, placeholder_id, layouts)
-    token_ids: list[int] = []
-    source: list[int] = []
-    spans: list[tuple[int, int]] = []
+    found = sum(1 for token in logical_ids if token == placeholder_id)
+    if found != len(layouts):
+        raise LayoutError(f"{found} image placeholders in the tokens, but {len(layouts)} images")
+    expansion = Expansion([], [], [])
     remaining = iter(layouts)
     for index, token in enumerate(logical_ids):
-        count = 1
+        grown = [token]
         if token == placeholder_id:
             count = next(remaining).num_tokens
-            spans.append((len(token_ids), count))
-        token_ids.extend([token] * count)
-        source.extend([index] * count)
-    return Expansion(token_ids, source, spans)
+            expansion.spans.append((len(expansion.token_ids) + len(before), count))
+            grown = [*before, *[image_token_id] * count, *after]
+        expansion.token_ids.extend(grown)
+        expansion.source.extend([index] * len(grown))
+    return expansion
 
 
-def one_row_of_blocks(num_tokens: int, patch_size: int, merge_size: int) -> ImageLayout:
-    """A layout with this many tokens, for families that cut images into square blocks of patches.
+class PatchGridFamily:
+    """What families share that cut images into square blocks of patches, one token a block."""
 
-    Example:
-        3 tokens, patches of 16 pixels, blocks of 2x2 patches: grid `(1, 2, 6)`, 32 pixels high, 96 wide.
-    """
-    side = patch_size * merge_size
-    return ImageLayout((1, merge_size, merge_size * num_tokens), num_tokens, side, side * num_tokens)
+    image_token_id: int
+    patch_size: int
+    """Side of a patch, in pixels."""
+    merge_size: int
+    """Side of a block, in patches."""
+
+    def expand(self, logical_ids: Sequence[int], layouts: Sequence[ImageLayout]) -> Expansion:
+        """Each placeholder becomes as many as its image has tokens; its neighbours stay."""
+        return expand_placeholders(logical_ids, self.image_token_id, layouts, self.image_token_id)
+
+    def placeholder_layout(self, num_tokens: int) -> ImageLayout:
+        """One row of blocks.
+
+        Example:
+            3 tokens, patches of 16 pixels, blocks of 2x2 patches: grid `(1, 2, 6)`, 32 pixels high, 96 wide.
+        """
+        side = self.patch_size * self.merge_size
+        return ImageLayout((1, self.merge_size, self.merge_size * num_tokens), num_tokens, side, side * num_tokens)
+
+    def image_inputs(self, layouts: Sequence[ImageLayout]) -> dict[str, NDArray[np.int64]]:
+        """`image_grid_thw`, int64 `(I, 3)`."""
+        grids = np.array([layout.grid_thw for layout in layouts], dtype=np.int64)
+        return {"image_grid_thw": grids.reshape(-1, 3)}

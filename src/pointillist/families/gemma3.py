@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from pointillist.base.json_types import JsonValue
 from pointillist.errors import ConfigError, LayoutError
 from pointillist.families.arrays import pil_normalization_levels, planes_by_pillow
-from pointillist.families.base import Expansion, ForwardArgs, ImageLayout, check_placeholder_count
+from pointillist.families.base import Expansion, ForwardArgs, ImageLayout, expand_placeholders
 from pointillist.families.model_files import ModelFiles, ProcessorSettings, read_settings, token_id
 from pointillist.images.decode import PIXEL_RULES
 from pointillist.refs.descriptor import fingerprint_of
@@ -108,20 +108,12 @@ class Gemma3Family:
             LayoutError: The number of layouts is not that of the placeholders, or a line break or another image stands
                 beside one, where the tokenizer would merge line breaks and this expansion would not.
         """
-        check_placeholder_count(logical_ids, self._begin, layouts)
-        token_ids: list[int] = []
-        source: list[int] = []
-        spans: list[tuple[int, int]] = []
+        before, after = [*self._blank_lines, self._begin], [self._end, *self._blank_lines]
+        expansion = expand_placeholders(logical_ids, self._begin, layouts, self.image_token_id, before, after)
         for index, token in enumerate(logical_ids):
-            grown = [token]
             if token == self._begin:
                 self._refuse_merges(logical_ids[max(0, index - 1) : index + 2])
-                spans.append((len(token_ids) + len(self._blank_lines) + 1, self.num_tokens))
-                image = [self._begin, *[self.image_token_id] * self.num_tokens, self._end]
-                grown = [*self._blank_lines, *image, *self._blank_lines]
-            token_ids += grown
-            source += [index] * len(grown)
-        return Expansion(token_ids, source, spans)
+        return expansion
 
     def placeholder_layout(self, num_tokens: int) -> ImageLayout:
         """The only layout there is.

@@ -6,7 +6,7 @@ Unlike Qwen's, its `pixel_values` have four dimensions and there is no copy in t
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar, Final
 
 import msgspec
@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from pointillist.base.json_types import JsonValue
 from pointillist.errors import ConfigError, LayoutError
-from pointillist.families.arrays import grids_of
-from pointillist.families.base import Expansion, ForwardArgs, ImageLayout, expand_one_placeholder, one_row_of_blocks
+from pointillist.families.base import ForwardArgs, ImageLayout, PatchGridFamily
 from pointillist.families.model_files import VISION_TOKENS, ModelFiles, ProcessorSettings, read_settings, token_id
 from pointillist.images.decode import PIXEL_RULES
 from pointillist.refs.descriptor import fingerprint_of
@@ -40,7 +39,7 @@ class _Settings(ProcessorSettings, frozen=True, kw_only=True):
     size: _Size = _Size(512, 512)
 
 
-class KimiK25Family:
+class KimiK25Family(PatchGridFamily):
     """Adapter for Kimi K2.5, as transformers ships it."""
 
     name: ClassVar[str] = "kimi_k25"
@@ -128,14 +127,6 @@ class KimiK25Family:
             ):
                 raise LayoutError(f"payload has {key} {str(value)[:60]}, the image has {expected.get(key)}")
 
-    def expand(self, logical_ids: Sequence[int], layouts: Sequence[ImageLayout]) -> Expansion:
-        """Each `<|media_pad|>` becomes as many as its image has tokens; its neighbours stay."""
-        return expand_one_placeholder(logical_ids, self.image_token_id, layouts)
-
-    def placeholder_layout(self, num_tokens: int) -> ImageLayout:
-        """One row of blocks."""
-        return one_row_of_blocks(num_tokens, self.patch_size, self.merge_size)
-
     def patches(self, pixels: NDArray[np.uint8], layout: ImageLayout) -> NDArray[np.uint8]:
         """uint8 `(P, 3, patch_size, patch_size)`, row by row; black where the image does not reach."""
         patch = self.patch_size
@@ -148,10 +139,6 @@ class KimiK25Family:
     def patches_shape(self, layout: ImageLayout) -> tuple[int, ...]:
         """`(P, 3, patch_size, patch_size)`."""
         return (math.prod(layout.grid_thw), 3, self.patch_size, self.patch_size)
-
-    def image_inputs(self, layouts: Sequence[ImageLayout]) -> dict[str, NDArray[np.int64]]:
-        """`image_grid_thw`, int64 `(I, 3)`."""
-        return {"image_grid_thw": grids_of(layouts)}
 
 
 def _normalization_levels(settings: ProcessorSettings) -> NDArray[np.float32]:

@@ -6,7 +6,7 @@ neighbours; each patch is repeated in time (a still image is a film of `temporal
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar, Final
 
 import msgspec
@@ -16,8 +16,8 @@ from PIL import Image
 
 from pointillist.base.json_types import JsonValue
 from pointillist.errors import LayoutError
-from pointillist.families.arrays import grids_of, pil_normalization_levels, planes_by_pillow
-from pointillist.families.base import Expansion, ForwardArgs, ImageLayout, expand_one_placeholder, one_row_of_blocks
+from pointillist.families.arrays import pil_normalization_levels, planes_by_pillow
+from pointillist.families.base import ForwardArgs, ImageLayout, PatchGridFamily
 from pointillist.families.model_files import VISION_TOKENS, ModelFiles, ProcessorSettings, read_settings, token_id
 from pointillist.images.decode import PIXEL_RULES
 from pointillist.refs.descriptor import fingerprint_of
@@ -57,7 +57,7 @@ class _Settings(ProcessorSettings, frozen=True, kw_only=True):
     """Takes the place of `size.longest_edge`."""
 
 
-class QwenVLFamily:
+class QwenVLFamily(PatchGridFamily):
     """Adapter for Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5."""
 
     name: ClassVar[str] = "qwen_vl"
@@ -155,14 +155,6 @@ class QwenVLFamily:
         if tuple(grid) != layout.grid_thw:
             raise LayoutError(f"payload has image_grid_thw {grid}, the image has {list(layout.grid_thw)}")
 
-    def expand(self, logical_ids: Sequence[int], layouts: Sequence[ImageLayout]) -> Expansion:
-        """Each `<|image_pad|>` becomes as many as its image has tokens; its neighbours stay."""
-        return expand_one_placeholder(logical_ids, self.image_token_id, layouts)
-
-    def placeholder_layout(self, num_tokens: int) -> ImageLayout:
-        """One row of blocks."""
-        return one_row_of_blocks(num_tokens, self.patch_size, self.merge_size)
-
     def patches(self, pixels: NDArray[np.uint8], layout: ImageLayout) -> NDArray[np.uint8]:
         """uint8 `(P, 3, patch_size**2)`, block by block; one frame, not yet repeated in time.
 
@@ -187,7 +179,3 @@ class QwenVLFamily:
     def patches_shape(self, layout: ImageLayout) -> tuple[int, ...]:
         """`(P, 3, patch_size**2)`."""
         return (math.prod(layout.grid_thw), 3, self.patch_size**2)
-
-    def image_inputs(self, layouts: Sequence[ImageLayout]) -> dict[str, NDArray[np.int64]]:
-        """`image_grid_thw`, int64 `(I, 3)`."""
-        return {"image_grid_thw": grids_of(layouts)}

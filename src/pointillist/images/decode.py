@@ -17,9 +17,8 @@ import importlib.util
 import io
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import numpy as np
 import simplejpeg
@@ -37,7 +36,7 @@ from PIL import (
 )
 
 from pointillist.errors import ImageError
-from pointillist.images.orientation import TURNED, UPRIGHT, orientation_of_file, orientation_of_pillow, upright
+from pointillist.images.orientation import EXCHANGE_SIDES, turn_of
 from pointillist.images.sniff import ALL_FORMATS, ImageFormat, describe, format_of
 from pointillist.images.structure import check_structure
 
@@ -134,8 +133,31 @@ class OpenedImage:
             ImageError: As `read_header`.
         """
         self._data = data
-        with _pillow_errors_as_image_errors(data):
-            self._image, self.header, self._orientation = _opened(data, limits)
+        try:
+            if len(data) > limits.max_bytes:
+                raise ImageError(f"image has {len(data)} bytes, at most {limits.max_bytes} are accepted")
+            name = format_of(data)
+            if name is None:
+                raise ImageError(f"expected an image ({', '.join(limits.formats)}), got {describe(data)}")
+            if name not in limits.formats:
+                raise ImageError(f"image format {name!r} is not accepted, expected one of {list(limits.formats)}")
+            late = check_structure(name, data)
+            image = _reader(name)(io.BytesIO(data), "")
+            width, height = image.size
+            _check_size(width, height, limits)
+            if image.format not in _FIRST_COUNTS and getattr(image, "is_animated", False):
+                if image.format == "TIFF":
+                    raise ImageError("image has several pages, expected one")
+                raise ImageError("image is animated, expected a still image")
+            _check_samples(image)
+            if name == "png" and "transparency" in image.info:
+                _scale_transparent_level(image, bits=data[24])
+            self._turn = turn_of(image, late)
+        except Exception as error:
+            _raise_as_image_error(error, data)
+        if self._turn in EXCHANGE_SIDES:
+            width, height = height, width
+        self._image, self.header = image, ImageHeader(format=name, width=width, height=height)
 
     def decode(self) -> NDArray[np.uint8]:
         """The pixels; once.
@@ -143,12 +165,15 @@ class OpenedImage:
         Raises:
             ImageError: As `decode_rgb`.
         """
-        header = self.header
-        with _pillow_errors_as_image_errors(self._data):
-            if self._orientation == UPRIGHT and (fast := _decode_jpeg(self._image, self._data)) is not None:
+        header, image, turn = self.header, self._image, self._turn
+        try:
+            if header.format == "jpg" and turn is None and (fast := _decode_jpeg(image, self._data)) is not None:
                 return fast
-            self._image.load()
-            pixels = np.asarray(upright(_to_rgb(self._image), self._orientation))
+            image.load()
+            rgb = _to_rgb(image)
+            pixels = np.asarray(rgb if turn is None else rgb.transpose(turn))
+        except Exception as error:
+            _raise_as_image_error(error, self._data)
         if pixels.shape != (header.height, header.width, 3):
             raise ImageError(
                 f"image decodes to {pixels.shape[1]}x{pixels.shape[0]}, its header says {header.width}x{header.height}"
@@ -164,16 +189,20 @@ def encode_pillow(image: Image.Image, limits: ImageLimits) -> bytes:
     """
     width, height = image.size
     _check_size(width, height, limits)
-    with _pillow_errors_as_image_errors(None):
+    try:
         _check_samples(image)
         image.load()
         # One channel suffices for what is grey: a PNG of a third of the size.
         plain = image.mode in ("1", "L") and "transparency" not in image.info
-        turned = upright(image if plain else _to_rgb(image), orientation_of_pillow(image))
+        turn, upright = turn_of(image), image if plain else _to_rgb(image)
+        if turn is not None:
+            upright = upright.transpose(turn)
         buffer = io.BytesIO()
         # By its own name: what the image's `info` holds (profiles, EXIF) would be written, too.
-        bare = Image.frombytes(turned.mode, turned.size, turned.tobytes())
+        bare = Image.frombytes(upright.mode, upright.size, upright.tobytes())
         bare.save(buffer, format="PNG")
+    except Exception as error:
+        _raise_as_image_error(error, None)
     return buffer.getvalue()
 
 
@@ -184,12 +213,9 @@ def is_nearly_constant(pixels: NDArray[np.uint8]) -> bool:
     """
     height, width, _ = pixels.shape
     sample = pixels[:: max(1, height // 48), :: max(1, width // 48)]
-    return _narrow(sample) and all(_narrow(plane[..., None]) for plane in color_planes(pixels))
-
-
-def _narrow(pixels: NDArray[np.uint8]) -> bool:
-    ranges = pixels.max(axis=(0, 1)).astype(int) - pixels.min(axis=(0, 1))
-    return bool((ranges < _LEVELS_OF_A_PICTURE).all())
+    if (np.ptp(sample, axis=(0, 1)) >= _LEVELS_OF_A_PICTURE).any():
+        return False
+    return all(np.ptp(plane) < _LEVELS_OF_A_PICTURE for plane in color_planes(pixels))
 
 
 def _decode_jpeg(image: Image.Image, data: bytes) -> NDArray[np.uint8] | None:
@@ -199,7 +225,7 @@ def _decode_jpeg(image: Image.Image, data: bytes) -> NDArray[np.uint8] | None:
     same; what it warns about (`strict`), such as a truncated file, is left to Pillow. A pixel takes a cell of four
     bytes, of which the result shows three: `color_planes` and `to_pillow` are faster on cells.
     """
-    if image.format not in ("JPEG", "MPO") or image.mode != "RGB":
+    if image.mode != "RGB":
         return None
     width, height = image.size
     cells = np.empty(width * height * 4 + _SPARE, dtype=np.uint8)[:-_SPARE].reshape(height, width, 4)
@@ -240,32 +266,6 @@ def _cells(pixels: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
     return block if whole and pixels.strides == (4 * width, 4, 1) else None
 
 
-def _opened(data: bytes, limits: ImageLimits) -> tuple[Image.Image, ImageHeader, int]:
-    """The file as Pillow opens it, its header, and its orientation, all limits checked and nothing decoded."""
-    if len(data) > limits.max_bytes:
-        raise ImageError(f"image has {len(data)} bytes, at most {limits.max_bytes} are accepted")
-    name = format_of(data)
-    if name is None:
-        raise ImageError(f"expected an image ({', '.join(limits.formats)}), got {describe(data)}")
-    if name not in limits.formats:
-        raise ImageError(f"image format {name!r} is not accepted, expected one of {list(limits.formats)}")
-    check_structure(name, data)
-    image = _reader(name)(io.BytesIO(data), "")
-    width, height = image.size
-    _check_size(width, height, limits)
-    if image.format not in _FIRST_COUNTS and getattr(image, "is_animated", False):
-        if image.format == "TIFF":
-            raise ImageError("image has several pages, expected one")
-        raise ImageError("image is animated, expected a still image")
-    _check_samples(image)
-    if name == "png":
-        _scale_transparent_level(image, bits=data[24])
-    orientation = orientation_of_file(image, data)
-    if orientation in TURNED:
-        width, height = height, width
-    return image, ImageHeader(format=name, width=width, height=height), orientation
-
-
 def _reader(name: ImageFormat) -> Callable[[io.BytesIO, str], Image.Image]:
     if name in ("avif", "webp") and not features.check(name):
         raise ImageError(f"image is {name.upper()}: {_MISSING_READER[name]}")
@@ -292,7 +292,9 @@ def _check_samples(image: Image.Image) -> None:
     """Refuses samples whose black and white no file tells."""
     if image.mode == "F":
         raise ImageError("image has floating-point samples, expected unsigned ones of at most 16 bits a channel")
-    if image.mode == "I" or not _UNSIGNED.issuperset(_tiff_values(image, _SAMPLE_FORMAT, 1)):
+    if image.mode == "I" or (
+        image.format == "TIFF" and not _UNSIGNED.issuperset(_tiff_values(image, _SAMPLE_FORMAT, 1))
+    ):
         raise ImageError("image has signed or 32-bit samples, expected unsigned ones of at most 16 bits a channel")
 
 
@@ -339,21 +341,18 @@ def _upper_byte(image: Image.Image) -> NDArray[np.uint8]:
     return eight
 
 
-@contextmanager
-def _pillow_errors_as_image_errors(data: bytes | None) -> Iterator[None]:
+def _raise_as_image_error(error: Exception, data: bytes | None) -> NoReturn:
     """Pillow's decoders raise a dozen exception types on hostile bytes; outside of here there is one.
 
     Args:
+        error: What was raised; `ImageError` and `MemoryError` are raised again as they are.
         data: The encoded image, where there is one: its form may tell what is wrong.
     """
-    try:
-        yield
-    except (ImageError, MemoryError):
-        raise
-    except Exception as error:
-        if _is_truncated(data, error):
-            raise ImageError("image is truncated: its file ends before its pixels do") from error
-        raise ImageError(f"image cannot be decoded ({type(error).__name__}: {str(error)[:120]})") from error
+    if isinstance(error, ImageError | MemoryError):
+        raise error
+    if _is_truncated(data, error):
+        raise ImageError("image is truncated: its file ends before its pixels do") from error
+    raise ImageError(f"image cannot be decoded ({type(error).__name__}: {str(error)[:120]})") from error
 
 
 def _is_truncated(data: bytes | None, error: Exception) -> bool:

@@ -17,7 +17,7 @@ from pointillist.base.files import write_atomically
 from pointillist.errors import ImageError, PointillistError
 from pointillist.images.decode import ImageLimits, decode_rgb
 from pointillist.images.sniff import format_of
-from pointillist.images.store import STORED_NAME, TEMPORARY_SUFFIX, has_hash
+from pointillist.images.store import STORED_NAME, TEMPORARY_SUFFIX
 
 Condition = Literal["good", "corrupt", "half-written", "foreign"]
 
@@ -82,7 +82,7 @@ def verify_entry(entry: StoreEntry, limits: ImageLimits) -> StoreEntry:
         return entry
     try:
         data = entry.path.read_bytes()
-        intact = has_hash(data, entry.sha256)
+        intact = hashlib.sha256(data).hexdigest() == entry.sha256
         if intact:
             decode_rgb(data, limits)
             intact = entry.path.suffix == f".{format_of(data)}"

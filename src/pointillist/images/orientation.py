@@ -7,14 +7,10 @@ else `tiff:Orientation` in XMP. A block that is garbage counts as none.
 import io
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Final
 
 from PIL import Image, PngImagePlugin
-
-UPRIGHT: Final = 1
-TURNED: Final = frozenset({5, 6, 7, 8})
-"""Orientations that exchange width and height."""
 
 _TAG: Final = 0x0112
 _SOURCES: Final = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
@@ -29,70 +25,39 @@ _TRANSPOSE: Final = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_METADATA: Final = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"})
+EXCHANGE_SIDES: Final = frozenset(_TRANSPOSE[orientation] for orientation in (5, 6, 7, 8))
+"""Turns that exchange width and height."""
 
 
-def orientation_of_file(image: Image.Image, data: bytes) -> int:
-    """Orientation 1..8 of an opened, not yet loaded file; 1 (upright) where there is none.
+def turn_of(image: Image.Image, late: Sequence[tuple[bytes, bytes]] = ()) -> Image.Transpose | None:
+    """The turn that brings an image upright; None where it is.
 
     Args:
-        image: As Pillow opened it.
-        data: The whole file: PNG may have its EXIF block behind the pixels.
+        image: As Pillow opened or loaded it.
+        late: Type and body of a PNG's chunks of metadata that Pillow has not read yet (`check_structure`).
     """
     if image.format == "TIFF":
-        return UPRIGHT  # Pillow reports the upright size, and turns the pixels when it loads them.
-    info = image.info
-    if image.format == "PNG" and (late := _behind_pixels(data)):
-        info = {**info, **_png_info(late)}
-    return _orientation_in(info)
-
-
-def orientation_of_pillow(image: Image.Image) -> int:
-    """Orientation 1..8 of a loaded Pillow image; 1 (upright) where there is none."""
-    return UPRIGHT if image.format == "TIFF" else _orientation_in(image.info)
-
-
-def upright(image: Image.Image, orientation: int) -> Image.Image:
-    """The image turned as its orientation says."""
-    return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
-
-
-def _orientation_in(info: Mapping[str | tuple[int, int], object]) -> int:
+        return None  # Pillow reports the upright size, and turns the pixels when it loads them.
+    info = {**image.info, **_png_info(late)} if late else image.info
     if not any(name in info for name in _SOURCES):
-        return UPRIGHT
+        return None
     carrier = Image.new("1", (1, 1))
     carrier.info = {name: info[name] for name in _SOURCES if name in info}
     try:
-        value = carrier.getexif().get(_TAG, UPRIGHT)
+        value = carrier.getexif().get(_TAG)
     except Exception:  # Pillow raises a dozen types on garbage
-        return UPRIGHT
-    return value if isinstance(value, int) and value in _TRANSPOSE else UPRIGHT
+        return None
+    return _TRANSPOSE.get(value) if isinstance(value, int) else None
 
 
-def _behind_pixels(png: bytes) -> list[bytes]:
-    """Chunks with metadata that follow a PNG's pixels, with checksums of their own."""
-    found = []
-    position, pixels = 8, False
-    while position + 12 <= len(png):
-        length, kind = struct.unpack_from(">I4s", png, position)
-        if kind == b"IEND":
-            break
-        pixels = pixels or kind == b"IDAT"
-        if pixels and kind in _METADATA and position + 8 + length <= len(png):
-            found.append(_chunk(kind, png[position + 8 : position + 8 + length]))
-        position += 12 + length
-    return found
-
-
-def _png_info(chunks: list[bytes]) -> dict[str | tuple[int, int], object]:
+def _png_info(chunks: Sequence[tuple[bytes, bytes]]) -> dict[str | tuple[int, int], object]:
     """What Pillow reads from chunks of metadata: they are put before the pixels of a PNG of one pixel."""
-    head = b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
-    tail = _chunk(b"IDAT", zlib.compress(b"\0\0")) + _chunk(b"IEND", b"")
+    one_pixel = (b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0\0"))
+    file = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in (one_pixel[0], *chunks, one_pixel[1], (b"IEND", b""))
+    )
     try:
-        return PngImagePlugin.PngImageFile(io.BytesIO(head + b"".join(chunks) + tail)).info
+        return PngImagePlugin.PngImageFile(io.BytesIO(file)).info
     except Exception:  # as for a garbage block
         return {}
-
-
-def _chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))

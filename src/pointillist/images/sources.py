@@ -109,19 +109,20 @@ class Sources:
             ImageError: Not a decodable still image within the limits.
             StorageError: The store can not be written now.
         """
-        if isinstance(source, str) and _SCHEME.match(source):
-            try:
-                return self._keep(self._fetched(source))
-            except (SourceError, ImageError) as error:
-                raise error.at(where=_shown(source)) from error
-        if not self._local_files and isinstance(source, str | Path) and not _is_data_url(source):
-            return self._already_stored(str(source))
-        data = _bytes_of(source, self._store.limits)
+        remote = isinstance(source, str) and _SCHEME.match(source) is not None
         try:
-            return self._keep(data)
-        except ImageError as error:
-            if isinstance(source, str | Path) and not _is_data_url(source):
-                raise error.at(where=_shown_path(source)) from error
+            if remote:
+                data = self._fetched(str(source))
+            elif not self._local_files and _is_path(source):
+                data = self._already_stored(str(source))
+            else:
+                data = _bytes_of(source, self._store.limits)
+            return self._store.put(self._transform(data) if self._transform else data)
+        except (SourceError, ImageError) as error:
+            if remote:
+                raise error.at(where=_shown(str(source))) from error
+            if self._local_files and isinstance(error, ImageError) and _is_path(source):
+                raise error.at(where=_shown_path(str(source))) from error
             raise
 
     async def fetch_remote(self, value: Any) -> Any:
@@ -146,20 +147,15 @@ class Sources:
             stored[url] = (await loop.run_in_executor(_fetchers, self.put, url)).uri
         return await loop.run_in_executor(_walkers, _with_urls, value, stored) if stored else value
 
-    def _keep(self, data: bytes) -> StoredImage:
-        return self._store.put(self._transform(data) if self._transform else data)
-
-    def _already_stored(self, url: str) -> StoredImage:
+    def _already_stored(self, url: str) -> bytes:
         """The image behind a URL that this store gave out."""
         try:
-            root, name, _ = stored_name(url, [self._store.root])
-            data = read_intact(root, name, self._store.limits)
+            return read_intact(*stored_name(url, [self._store.root]), self._store.limits)
         except (RefError, MissingImageError):
             raise SourceError(
                 "image is named by neither a data: URL nor a file:// URL of this run's image store: files of this "
                 "machine are not read for clients"
             ) from None
-        return self._keep(data)
 
     def _fetched(self, url: str) -> bytes:
         if not _HTTP.match(url):
@@ -292,11 +288,15 @@ def _bytes_of(source: object, limits: ImageLimits) -> bytes:
         return _decode_data_url(source, limits.max_bytes)
     if source[:7].lower() == "file://":
         try:
-            path = local_path(source)
+            return _read_file(local_path(source), limits.max_bytes)
         except RefError as error:
             raise SourceError(str(error), where=_shown(source)) from None
-        return _read_file(path, limits.max_bytes)
     return _read_file(Path(source), limits.max_bytes)
+
+
+def _is_path(source: object) -> bool:
+    """Whether a source is a path or a file:// URL, given that it is no remote one."""
+    return isinstance(source, str | Path) and not _is_data_url(source)
 
 
 def _is_data_url(source: object) -> bool:
@@ -363,19 +363,18 @@ def _check_length(text: str | bytes, max_bytes: int, characters_a_byte: float) -
 
 
 def _read_file(path: Path, max_bytes: int) -> bytes:
-    shown = _shown_path(path)
     try:
         if path.is_dir():
-            raise SourceError(f"{shown} is a folder, expected an image file")
+            raise SourceError(f"{_shown_path(path)} is a folder, expected an image file")
         if not path.is_file():
-            raise SourceError(f"no image file at {shown}")
+            raise SourceError(f"no image file at {_shown_path(path)}")
         if (size := path.stat().st_size) > max_bytes:
-            raise SourceError(f"image file {shown} has {size} bytes, at most {max_bytes} are accepted")
+            raise SourceError(f"image file {_shown_path(path)} has {size} bytes, at most {max_bytes} are accepted")
         with path.open("rb") as file:
             return file.read(max_bytes + 1)  # one that grows meanwhile is then too large
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise SourceError(f"image file {shown} cannot be read ({reason})") from None
+        raise SourceError(f"image file {_shown_path(path)} cannot be read ({reason})") from None
 
 
 def _shown(text: str) -> str:

@@ -19,8 +19,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final
-from urllib.parse import quote, unquote_to_bytes
+from typing import Final
+from urllib.parse import unquote_to_bytes
 
 from pointillist.base.files import flush_folder
 from pointillist.errors import ConfigError, CorruptImageError, MissingImageError, RefError, StorageError
@@ -86,10 +86,15 @@ class ImageStore:
         sha256 = hashlib.sha256(data).hexdigest()
         image = OpenedImage(data, self.limits)
         path = self.root / sha256[:2] / f"{sha256}.{image.header.format}"
-        if not (_holds(path, data) and _freshened(path)):
+        try:
+            status = path.lstat()
+            there = stat.S_ISREG(status.st_mode) and status.st_size == len(data) and path.read_bytes() == data
+        except OSError:  # a damaged or unreadable file is written anew
+            there = False
+        if not (there and _freshened(path)):
             image.decode()  # refuses what has a good header and broken pixels
             write_image(path, data)
-        return StoredImage(sha256=sha256, uri=file_uri(path), header=image.header, num_bytes=len(data))
+        return StoredImage(sha256=sha256, uri=path.as_uri(), header=image.header, num_bytes=len(data))
 
 
 def _freshened(path: Path) -> bool:
@@ -120,13 +125,8 @@ def usable_folder(folder: Path) -> Path:
     return resolved
 
 
-def file_uri(path: Path) -> str:
-    """`file://` URL of an absolute path."""
-    return "file://" + quote(os.fsencode(path))
-
-
 def local_path(uri: str) -> Path:
-    """Absolute path that a `file://` URL names.
+    """Absolute path that a `file://` URL names: the path whose `as_uri` it is.
 
     Raises:
         RefError: Another scheme, a host, a query, a relative path, or dots in the path.
@@ -151,41 +151,29 @@ def resolve_roots(roots: Iterable[Path]) -> tuple[Path, ...]:
     return tuple(Path(root).expanduser().resolve() for root in roots)
 
 
-def sha256_in(name: str) -> str:
-    """The hash in a stored image's name, `<hh>/<sha256>.<ext>` as `STORED_NAME` has it: its characters 3 to 66."""
-    return name[3:67]
+def stored_name(uri: str, allowed_roots: Iterable[Path], sha256: str | None = None) -> tuple[Path, str]:
+    """`(root, name below it)` of the stored image that a URL names, without touching the file system.
 
+    Args:
+        uri: `file://` URL.
+        allowed_roots: Resolved folders (`resolve_roots`).
+        sha256: The hash that the image should have; None for a URL that comes without one.
 
-def has_hash(data: bytes | bytearray, sha256: str) -> bool:
-    """Whether an image's bytes are those that its hash says."""
-    return hashlib.sha256(data).hexdigest() == sha256
-
-
-def stored_name(uri: str, allowed_roots: Iterable[Path]) -> tuple[Path, str, str]:
-    """Splits a reference's URL into `(root, name below it, sha256)` without touching the file system.
+    Returns:
+        The name is `<hh>/<sha256>.<ext>`, so its stem is the image's hash.
 
     Raises:
-        RefError: Not under one of `allowed_roots`, or not the name of a stored image.
+        RefError: Not under one of `allowed_roots`, not the name of a stored image, or another image's name.
     """
     path = local_path(uri)
     for root in allowed_roots:
         if path.is_relative_to(root):
             name = path.relative_to(root).as_posix()
             if STORED_NAME.fullmatch(name):
-                return root, name, sha256_in(name)
+                if sha256 not in (None, path.stem):
+                    raise RefError("hash differs from the name of the image that raw_image_uri points to")
+                return root, name
     raise RefError("raw_image_uri is not an image under an allowed root")
-
-
-def check_named(uri: str, sha256: str, allowed_roots: Iterable[Path]) -> tuple[Path, str]:
-    """`(root, name below it)` of the stored image that a reference names, without touching the file system.
-
-    Raises:
-        RefError: Not a stored image's name under an allowed root, or another image's.
-    """
-    root, name, named_sha256 = stored_name(uri, allowed_roots)
-    if named_sha256 != sha256:
-        raise RefError("hash differs from the name of the image that raw_image_uri points to")
-    return root, name
 
 
 def read_verified(uri: str, sha256: str, allowed_roots: Iterable[Path], limits: ImageLimits) -> bytes:
@@ -202,7 +190,7 @@ def read_verified(uri: str, sha256: str, allowed_roots: Iterable[Path], limits: 
             `max_bytes`, or other bytes than the hash says.
         MissingImageError: The name is good, the file is not there.
     """
-    return read_intact(*check_named(uri, sha256, allowed_roots), limits)
+    return read_intact(*stored_name(uri, allowed_roots, sha256), limits)
 
 
 def read_intact(root: Path, name: str, limits: ImageLimits) -> bytes:
@@ -216,12 +204,12 @@ def read_intact(root: Path, name: str, limits: ImageLimits) -> bytes:
     Raises:
         RefError, MissingImageError: As `read_verified`.
     """
-    data, sha256 = read_stored(root, name, limits), sha256_in(name)
-    if not has_hash(data, sha256):
+    data, path = read_stored(root, name, limits), root / name
+    if hashlib.sha256(data).hexdigest() != path.stem:
         raise CorruptImageError(
-            f"bytes of image {sha256} are not what its hash says: the file is corrupt",
-            uri=file_uri(root / name),
-            sha256=sha256,
+            f"bytes of image {path.stem} are not what its hash says: the file is corrupt",
+            uri=path.as_uri(),
+            sha256=path.stem,
         )
     return data
 
@@ -241,7 +229,7 @@ def read_stored(root: Path, name: str, limits: ImageLimits) -> bytes:
         RefError: A link, not a regular file, or over `max_bytes`.
         MissingImageError: There is no such file, or it cannot be read.
     """
-    sha256 = sha256_in(name)
+    sha256 = Path(name).stem
     try:
         descriptor = open_without_links(root, name)
         try:
@@ -252,7 +240,11 @@ def read_stored(root: Path, name: str, limits: ImageLimits) -> bytes:
                 raise RefError("raw_image_uri is not a regular file")
             if status.st_size > limits.max_bytes:
                 raise RefError(f"image has {status.st_size} bytes, at most {limits.max_bytes} are accepted")
-            return _read_up_to(descriptor, status.st_size + 1)  # a file that grew meanwhile has another hash
+            pieces, rest = [], status.st_size + 1  # a file that grew meanwhile has another hash
+            while rest > 0 and (piece := os.read(descriptor, rest)):
+                pieces.append(piece)
+                rest -= len(piece)
+            return b"".join(pieces)
         finally:
             os.close(descriptor)
     except FileNotFoundError:
@@ -282,24 +274,6 @@ def open_without_links(root: Path, name: str) -> int:
         os.close(folder)
 
 
-def _read_up_to(descriptor: int, num_bytes: int) -> bytes:
-    """What a file holds from here on, at most this many bytes."""
-    pieces = []
-    while num_bytes > 0 and (piece := os.read(descriptor, num_bytes)):
-        pieces.append(piece)
-        num_bytes -= len(piece)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-
-def _holds(path: Path, data: bytes) -> bool:
-    """Whether `path` is a regular file with exactly these bytes; a damaged or unreadable one is thus written anew."""
-    try:
-        status = path.lstat()
-        return stat.S_ISREG(status.st_mode) and status.st_size == len(data) and path.read_bytes() == data
-    except OSError:
-        return False
-
-
 def write_image(path: Path, data: bytes) -> None:
     """Writes an image's file so that it appears whole or not at all; returns once it and its name are on disk.
 
@@ -312,7 +286,14 @@ def write_image(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
-        with _create(temporary) as file:
+        try:
+            file = temporary.open("xb")
+        except FileNotFoundError:  # the folder is made only now: it is missing for a store's first images alone
+            path.parent.mkdir(exist_ok=True)
+            # A writer that finds the folder before this flush is done relies on the order in which a journal commits.
+            flush_folder(path.parent.parent)
+            file = temporary.open("xb")
+        with file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -322,13 +303,3 @@ def write_image(path: Path, data: bytes) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise StorageError(f"image could not be stored in {path.parent} ({error.strerror})") from error
-
-
-def _create(path: Path) -> BinaryIO:
-    """A new file; its folder is made only if it turns out not to be there, as it is after a store's first images."""
-    with suppress(FileNotFoundError):
-        return path.open("xb")
-    path.parent.mkdir(exist_ok=True)
-    # A writer that finds the folder before this flush is done relies on the order in which a journal commits.
-    flush_folder(path.parent.parent)
-    return path.open("xb")

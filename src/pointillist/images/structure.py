@@ -4,6 +4,7 @@ A picture's file of 32 MB can be millions of empty chunks or markers around eigh
 after ten seconds of Python. Real files have pieces of hundreds of bytes. The walks here stop at the bound.
 """
 
+import struct
 from typing import Final
 
 from pointillist.errors import ImageError
@@ -13,29 +14,48 @@ _PIECES: Final = 10_000
 _BYTES_A_PIECE: Final = 128
 """A file may have `_PIECES`, and one more for each of these bytes."""
 
+_METADATA: Final = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"})
+"""PNG's chunks that can say which way the picture is up."""
 _BARE_MARKERS: Final = frozenset({0x00, 0x01, *range(0xD0, 0xD9)})
 """JPEG's markers without a length."""
 
 
-def check_structure(name: ImageFormat, data: bytes) -> None:
+def check_structure(name: ImageFormat, data: bytes) -> list[tuple[bytes, bytes]]:
     """Checks the number of pieces of a PNG, JPEG or GIF file; other formats are walked in C, or have few by design.
+
+    Returns:
+        Type and body of the chunks with metadata that follow a PNG's pixels: Pillow reads them only with the pixels.
 
     Raises:
         ImageError: It has too many.
     """
-    walk = {"png": _png_pieces, "jpg": _jpeg_pieces, "gif": _gif_pieces}.get(name)
-    most = _PIECES + len(data) // _BYTES_A_PIECE
-    if walk is not None and walk(data, most) > most:
+    pieces, most = 0, _PIECES + len(data) // _BYTES_A_PIECE
+    late: list[tuple[bytes, bytes]] = []
+    match name:
+        case "png":
+            pieces, late = _png_pieces(data, most)
+        case "jpg":
+            pieces = _jpeg_pieces(data, most)
+        case "gif":
+            pieces = _gif_pieces(data, most)
+    if pieces > most:
         raise ImageError(f"image consists of more than {most} pieces, as no program writes it")
+    return late
 
 
-def _png_pieces(data: bytes, most: int) -> int:
-    """Chunks."""
-    position, pieces = 8, 0
+def _png_pieces(data: bytes, most: int) -> tuple[int, list[tuple[bytes, bytes]]]:
+    """Number of chunks; and those with metadata between the pixels and the end of the picture."""
+    position, pieces, late = 8, 0, []
+    pixels = ended = False
     while position + 8 <= len(data) and pieces <= most:
-        position += 12 + int.from_bytes(data[position : position + 4], "big")
+        length, kind = struct.unpack_from(">I4s", data, position)
+        pixels, ended = pixels or kind == b"IDAT", ended or kind == b"IEND"
+        whole = position + max(12, 8 + length) <= len(data)
+        if pixels and not ended and whole and kind in _METADATA:
+            late.append((kind, data[position + 8 : position + 8 + length]))
+        position += 12 + length
         pieces += 1
-    return pieces
+    return pieces, late
 
 
 def _jpeg_pieces(data: bytes, most: int) -> int:

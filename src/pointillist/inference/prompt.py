@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from pointillist.errors import MissingImageError, PointillistError, RequestError
+from pointillist.errors import MissingImageError, PointillistError, RefError, RequestError
 from pointillist.families import ImageLayout, place_image
 from pointillist.images import StoredImage
-from pointillist.inference.features import images_of, invalid, request_error
 from pointillist.inference.protocol import ContentPart, PromptFields
 from pointillist.pixels import RawImageMaterializer
 from pointillist.refs import MMImageRef
-from pointillist.refs.wire import MAX_CHARACTERS
+from pointillist.refs.mm_refs import IMAGE, check_spans, mm_token_type_ids
+from pointillist.refs.wire import MAX_CHARACTERS, decode_ref
 
+_FIELD: Final = "features.kwargs_data.image"
 _TOKEN_BYTES: Final = 24
 """A token id of eight digits, its comma, and the white space of JSON that is indented."""
 _IMAGE_BYTES: Final = MAX_CHARACTERS + 1024
@@ -45,6 +46,8 @@ class CheckedPrompt:
     """The effective stream."""
     images: list[MMImageRef]
     """At their places in `token_ids`."""
+    pixel_bytes: int
+    """uint8 bytes that the images will take, by their tokens: none of them is read yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +68,57 @@ def check_prompt(fields: PromptFields, materializer: RawImageMaterializer, max_i
         RequestError: 400, by the contract's section 4.
     """
     if fields.content_parts:
-        return _from_parts(fields, materializer, max_images)
-    return CheckedPrompt(fields.token_ids, images_of(fields, materializer.family.image_token_id, max_images))
+        token_ids, images = _from_parts(fields, materializer, max_images)
+    else:
+        token_ids, images = fields.token_ids, _from_features(fields, materializer.family.image_token_id, max_images)
+    try:
+        return CheckedPrompt(token_ids, images, materializer.num_bytes(images))
+    except PointillistError as error:  # the family has no image with so many tokens
+        raise request_error(error) from None
 
 
-def _from_parts(fields: PromptFields, materializer: RawImageMaterializer, max_images: int) -> CheckedPrompt:
+def _from_features(request: PromptFields, image_token_id: int, max_images: int) -> list[MMImageRef]:
+    """Images of a request, at their places in its tokens.
+
+    Raises:
+        RequestError: 400, by the contract's section 4.
+    """
+    token_types = mm_token_type_ids(request.token_ids, image_token_id)
+    features = request.features
+    if features is None:
+        if IMAGE in token_types:
+            raise invalid("token_ids hold image placeholders, but the request has no features", _FIELD)
+        return []
+    hashes, placeholders = features.mm_hashes.image, features.mm_placeholders.image
+    data = features.kwargs_data.image if features.kwargs_data is not None else []
+    if not len(hashes) == len(placeholders) == len(data):
+        raise invalid(
+            f"{len(hashes)} mm_hashes, {len(placeholders)} mm_placeholders and {len(data)} kwargs_data entries: "
+            "expected one of each for every image, in every request",
+            _FIELD,
+        )
+    if len(data) > max_images:
+        raise invalid(f"{len(data)} images, at most {max_images} are accepted", _FIELD)
+    images = []
+    for index, (entry, sha256, place) in enumerate(zip(data, hashes, placeholders, strict=True)):
+        try:
+            image = decode_ref(entry, place.offset, place.length)
+        except RefError as error:
+            raise invalid(str(error), f"{_FIELD}[{index}]") from None
+        if sha256 != image.hash:
+            raise invalid("mm_hashes and the reference name different hashes", f"{_FIELD}[{index}]")
+        images.append(image)
+    try:
+        check_spans(images, token_types)
+    except RefError as error:
+        raise request_error(error) from None
+    return images
+
+
+def _from_parts(
+    fields: PromptFields, materializer: RawImageMaterializer, max_images: int
+) -> tuple[list[int], list[MMImageRef]]:
+    """The effective stream, and the images at their places in it."""
     parts = fields.content_parts or []
     if fields.features is not None:
         raise invalid("request has features and content_parts, expected one of them", "content_parts")
@@ -85,7 +134,7 @@ def _from_parts(fields: PromptFields, materializer: RawImageMaterializer, max_im
         place_image(family, stored, layout, offset)
         for (stored, layout), (offset, _) in zip(described, expansion.spans, strict=True)
     ]
-    return CheckedPrompt(expansion.token_ids, images)
+    return expansion.token_ids, images
 
 
 def _describe(part: ContentPart, index: int, materializer: RawImageMaterializer) -> tuple[StoredImage, ImageLayout]:
@@ -102,16 +151,17 @@ def _describe(part: ContentPart, index: int, materializer: RawImageMaterializer)
         raise invalid(str(error), where) from None
 
 
-def pixel_bytes(prompt: CheckedPrompt, materializer: RawImageMaterializer) -> int:
-    """Bytes of uint8 pixels that a prompt will hold, before any image is read.
+def request_error(error: PointillistError) -> RequestError:
+    """The structured 400 for what materialising a request's references raised; `param` names the image."""
+    param = _FIELD if error.image_index is None else f"{_FIELD}[{error.image_index}]"
+    if isinstance(error, MissingImageError):
+        return RequestError(str(error), type="missing_mm_image", param=param)
+    return invalid(str(error), param)
 
-    Raises:
-        RequestError: 400: the family has no image with so many tokens.
-    """
-    try:
-        return materializer.num_bytes(prompt.images)
-    except PointillistError as error:
-        raise request_error(error) from None
+
+def invalid(message: str, param: str) -> RequestError:
+    """A structured 400 for a reference."""
+    return RequestError(message, type="invalid_mm_image_ref", param=param)
 
 
 def check_sizes(

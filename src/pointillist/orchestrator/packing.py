@@ -69,7 +69,7 @@ def _concatenate(samples: Sequence[TrainingSample]) -> MicroBatch:
     start = 0
     for sample in samples:
         if sample.mm_refs is not None:
-            images += [image.moved(start) for image in sample.mm_refs.images]
+            images += [msgspec.structs.replace(image, offset=start + image.offset) for image in sample.mm_refs.images]
         start += len(sample.token_ids)
     return MicroBatch(
         input_ids=list(chain.from_iterable(sample.token_ids for sample in samples)),

@@ -5,9 +5,9 @@ import math
 import msgspec
 
 from pointillist.errors import TransportError
-from pointillist.refs.mm_refs import checked_refs, mm_token_type_ids
+from pointillist.refs.mm_refs import MMRefs, check_images, check_spans, mm_token_type_ids
 from pointillist.sessions import Branch
-from pointillist.transport.types import TrainingSample, check_sample
+from pointillist.transport.types import TrainingSample, check_lists
 
 
 def with_advantage(sample: TrainingSample, advantage: float) -> TrainingSample:
@@ -35,6 +35,8 @@ def make_sample(branch: Branch, advantage: float, *, image_token_id: int, sample
     except (msgspec.MsgspecError, TypeError, ValueError, OverflowError) as error:
         raise TransportError(f"sample {sample_id}: the record of the rollout is damaged ({error})") from None
     types = mm_token_type_ids(branch.token_ids, image_token_id)
+    check_images(branch.images)
+    check_spans(branch.images, types)
     sample = TrainingSample(
         token_ids=branch.token_ids,
         loss_mask=branch.loss_mask,
@@ -43,8 +45,8 @@ def make_sample(branch: Branch, advantage: float, *, image_token_id: int, sample
         weight_versions=branch.weight_versions,
         temperatures=branch.temperatures,
         mm_token_type_ids=types,
-        mm_refs=checked_refs(branch.images, types),
+        mm_refs=MMRefs(list(branch.images)) if branch.images else None,
         sample_id=sample_id,
     )
-    check_sample(sample)
+    check_lists(sample, sample.token_ids, sample_id)
     return sample

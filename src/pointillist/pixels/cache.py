@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 from cachetools import LRUCache
@@ -58,7 +59,7 @@ class ImageCache:
         Args:
             max_bytes: Patches kept, in bytes; 0 keeps none but still joins simultaneous loads.
         """
-        self._entries: LRUCache[str, LoadedImage] = LRUCache(max_bytes, getsizeof=lambda image: image.num_bytes)
+        self._entries: LRUCache[str, LoadedImage] = LRUCache(max_bytes, getsizeof=attrgetter("num_bytes"))
         self._loading: dict[str, Future[LoadedImage]] = {}
         self._lock = threading.Lock()
         self.counts = CacheCounts()
@@ -80,21 +81,19 @@ class ImageCache:
                 return image
             running = self._loading.get(key)
             if running is None:
-                mine: Future[LoadedImage] = Future()
-                self._loading[key] = mine
+                mine = self._loading[key] = Future()
                 self.counts.misses += 1
             else:
                 self.counts.hits += 1
-        return running.result() if running is not None else self._load(key, load, mine)
-
-    def _load(self, key: str, load: Callable[[], LoadedImage], future: Future[LoadedImage]) -> LoadedImage:
+        if running is not None:
+            return running.result()
         try:
             image = load()
         except BaseException as error:
             with self._lock:
                 del self._loading[key]
                 self.counts.failures += 1
-            future.set_exception(error)
+            mine.set_exception(error)
             raise
         with self._lock:
             del self._loading[key]
@@ -102,5 +101,5 @@ class ImageCache:
             self.counts.constant += image.constant
             if image.num_bytes <= self._entries.maxsize:
                 self._entries[key] = image
-        future.set_result(image)
+        mine.set_result(image)
         return image

@@ -20,17 +20,19 @@ _KEPT_BYTES: Final = 64 * 1024 * 1024
 class PatchJoiner:
     """Joins images for one family; the tables of its normalisation are built once a type."""
 
-    def __init__(self, family: Family) -> None:
+    def __init__(self, family: Family, map_images: Callable[..., Iterable[None]] = map) -> None:
+        """Prepares; nothing is allocated yet.
+
+        Args:
+            family: The model's adapter.
+            map_images: `map`, or a thread pool's: images are written independently of each other.
+        """
         self._family = family
+        self._map_images = map_images
         self._normalizers: dict[str, Normalizer] = {}
         self._buffers = _Buffer()
 
-    def join(
-        self,
-        images: Sequence[LoadedImage],
-        dtype: PixelDtype = "float32",
-        map_images: Callable[..., Iterable[None]] = map,
-    ) -> dict[str, NDArray[np.generic]]:
+    def join(self, images: Sequence[LoadedImage], dtype: PixelDtype = "float32") -> dict[str, NDArray[np.generic]]:
         """Tensors of images, one after the other.
 
         Args:
@@ -38,13 +40,21 @@ class PatchJoiner:
             dtype: `float32` and `bfloat16` (`ml_dtypes.bfloat16`): normalised and repeated in time, of the shape that
                 the Hugging Face processor gives. `uint8`: patches of one frame, `(P, 3, ...)`, that the consumer
                 normalises by the family's `pixel_levels`; they may share memory with the image: do not write.
-            map_images: `map`, or a thread pool's: images are written independently of each other.
 
         Returns:
             `pixel_values`, and what else the model's `forward` takes.
         """
         layouts = [image.layout for image in images]
-        values = self._patches(images) if dtype == "uint8" else self._normalized(images, dtype, map_images)
+        if dtype == "uint8":
+            patches = [
+                np.zeros(self._family.patches_shape(image.layout), dtype=np.uint8)
+                if image.patches is None
+                else image.patches
+                for image in images
+            ]
+            values: NDArray[np.generic] = patches[0] if len(patches) == 1 else np.concatenate(patches)
+        else:
+            values = self._normalized(images, dtype)
         return {"pixel_values": values, **self._family.image_inputs(layouts)}
 
     def join_pixels(
@@ -55,18 +65,7 @@ class PatchJoiner:
         patches = [self._family.patches(each, layout) for each, layout in zip(pixels, layouts, strict=True)]
         return self.join([LoadedImage(*each) for each in zip(patches, layouts, strict=True)], dtype)
 
-    def _patches(self, images: Sequence[LoadedImage]) -> NDArray[np.uint8]:
-        patches = [
-            np.zeros(self._family.patches_shape(image.layout), dtype=np.uint8)
-            if image.patches is None
-            else image.patches
-            for image in images
-        ]
-        return patches[0] if len(patches) == 1 else np.concatenate(patches)
-
-    def _normalized(
-        self, images: Sequence[LoadedImage], dtype: PixelDtype, map_images: Callable[..., Iterable[None]]
-    ) -> NDArray[np.generic]:
+    def _normalized(self, images: Sequence[LoadedImage], dtype: PixelDtype) -> NDArray[np.generic]:
         shapes = [self._family.patches_shape(image.layout) for image in images]
         bounds = list(accumulate((shape[0] for shape in shapes), initial=0))
         rest, frames, normalizer = shapes[0][2:], self._family.frames, self._normalizer(dtype)
@@ -78,7 +77,7 @@ class PatchJoiner:
             else:
                 normalizer.write(image.patches.reshape(end - start, 3, -1), out[start:end])
 
-        for _ in map_images(write, images, bounds[:-1], bounds[1:]):
+        for _ in self._map_images(write, images, bounds[:-1], bounds[1:]):
             pass  # raises what a thread raised
         return out.reshape((bounds[-1], -1) if frames > 1 else (bounds[-1], 3, *rest))
 

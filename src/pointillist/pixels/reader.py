@@ -28,8 +28,8 @@ from pointillist.config import MultimodalConfig
 from pointillist.errors import ImageError, LayoutError, MissingImageError, RefError
 from pointillist.families.base import Family, ImageLayout
 from pointillist.families.layout_record import first_difference
-from pointillist.images.decode import ImageLimits, decode_rgb, is_nearly_constant, read_header
-from pointillist.images.store import StoredImage, check_named, read_intact, resolve_roots, sha256_in, stored_name
+from pointillist.images.decode import ImageLimits, OpenedImage, is_nearly_constant, read_header
+from pointillist.images.store import StoredImage, read_intact, resolve_roots, stored_name
 from pointillist.pixels.cache import ImageCache, LoadedImage
 from pointillist.pixels.join import PatchJoiner
 from pointillist.pixels.levels import PixelDtype
@@ -90,7 +90,7 @@ class RawImageMaterializer:
         self._limits = limits
         self._fetched = fetched
         self._pool = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), thread_name_prefix="materialize")
-        self._joiner = PatchJoiner(family)
+        self.joiner = PatchJoiner(family, self._map)
         self._waits = [
             min(_FIRST_WAIT_SECONDS * 2**attempt, _LONGEST_WAIT_SECONDS) for attempt in range(missing_image_retries)
         ]
@@ -128,34 +128,25 @@ class RawImageMaterializer:
             MissingImageError: A file is not there.
         """
         batch = self.load(refs)
-        return self.tensors([batch.images[which] for which in batch.index], dtype)
+        return self.joiner.join([batch.images[which] for which in batch.index], dtype)
 
-    def load(self, refs: Sequence[MMImageRef]) -> ImageBatch:
-        """As `materialize_many`, for readers that want all or nothing.
-
-        Raises:
-            RefError, MissingImageError: As `materialize`.
-        """
-        batch = self.materialize_many(refs)
-        if batch.errors:
-            index = min(batch.errors)
-            ref = refs[index]
-            raise batch.errors[index].at(image_index=index, uri=ref.uri, sha256=ref.hash)
-        return batch
-
-    def materialize_many(self, refs: Sequence[MMImageRef]) -> ImageBatch:
-        """Loads a batch of references, each distinct image once; a faulty one does not stop the others.
+    def load(self, refs: Sequence[MMImageRef], *, keep_errors: bool = False) -> ImageBatch:
+        """Loads a batch of references, each distinct image once.
 
         Args:
             refs: Images, their forms checked (`refs.mm_refs.check_image`); what they say of file and layout is checked
                 here.
+            keep_errors: Whether a faulty image is part of the result, rather than an exception.
 
         Returns:
             Images, of which a faulty one has as many tokens as its placeholder, if the family has such an image at all.
 
+        Raises:
+            RefError, MissingImageError: As `materialize`, of the first faulty image; not with `keep_errors`.
+
         Example: the references `[a, b, a]` of two files give `images` of a and b and the `index` `[0, 1, 0]`.
         """
-        keys = [(ref.hash, ref.uri, ref.family, ref.item["layout_fingerprint"]) for ref in refs]
+        keys = [(ref.hash, ref.uri, ref.item["family"], ref.item["layout_fingerprint"]) for ref in refs]
         distinct = dict(zip(keys, refs, strict=True))
         loaded = self._load_all(distinct)
         images: list[LoadedImage] = []
@@ -164,10 +155,19 @@ class RawImageMaterializer:
         errors: dict[int, RefError | MissingImageError] = {}
         for number, (ref, key) in enumerate(zip(refs, keys, strict=True)):
             place: object = key
+            outcome = loaded[key]
             try:
-                image = self._fitting(ref, loaded[key])
-            except (RefError, MissingImageError) as error:
-                errors[number] = error
+                if not isinstance(outcome, LoadedImage):
+                    raise outcome
+                self.family.check_payload(ref.item["payload"], outcome.layout)
+                if ref.length != outcome.layout.num_tokens:
+                    raise RefError(f"placeholder has {ref.length} tokens, the image has {outcome.layout.num_tokens}")
+                image = outcome
+            except (LayoutError, RefError, MissingImageError) as error:
+                fault = RefError(str(error)) if isinstance(error, LayoutError) else error
+                if not keep_errors:
+                    raise fault.at(image_index=number, uri=ref.uri, sha256=ref.hash) from None
+                errors[number] = fault
                 place, image = number, LoadedImage(None, self._layout_in_place(ref.length))
             if place not in places:
                 places[place] = len(images)
@@ -191,14 +191,14 @@ class RawImageMaterializer:
             RefError: Not such a URL, or the file is not the image that its name says.
             MissingImageError: The file is not there, after all retries.
         """
-        root, name, sha256 = stored_name(uri, self._roots)
+        root, name = stored_name(uri, self._roots)
         data = self._read_patiently(root, name)
         try:
             header = read_header(data, self._limits)
             layout = self.family.layout(header.width, header.height)
         except (LayoutError, ImageError) as error:
             raise RefError(str(error)) from error
-        return StoredImage(sha256, uri, header, len(data)), layout
+        return StoredImage(Path(name).stem, uri, header, len(data)), layout
 
     def _read_patiently(self, root: Path, name: str) -> bytes:
         for seconds in self._waits:
@@ -215,7 +215,7 @@ class RawImageMaterializer:
         except MissingImageError:
             if self._fetched is None:
                 raise
-        return self._fetched.read(name, sha256_in(name))
+        return self._fetched.read(name, Path(name).stem)
 
     def num_bytes(self, refs: Sequence[MMImageRef]) -> int:
         """uint8 bytes of images with so many placeholder tokens, before any of them is read.
@@ -225,18 +225,6 @@ class RawImageMaterializer:
         """
         layouts = [self.family.placeholder_layout(ref.length) for ref in refs]
         return sum(math.prod(self.family.patches_shape(layout)) for layout in layouts)
-
-    def tensors(self, images: Sequence[LoadedImage], dtype: PixelDtype = "float32") -> dict[str, NDArray[np.generic]]:
-        """Tensors of loaded images, one after the other.
-
-        Args:
-            images: At least one.
-            dtype: Of `pixel_values`; see `PatchJoiner.join`.
-
-        Returns:
-            `pixel_values` and the family's other image inputs.
-        """
-        return self._joiner.join(images, dtype, self._map)
 
     def _map(self, function: Callable[..., _T], *arguments: Sequence[Any]) -> Iterable[_T]:
         """`map` by the pool's threads; a single call stays in this one."""
@@ -257,7 +245,15 @@ class RawImageMaterializer:
         """Runs in the pool: the image, or why there is none."""
         try:
             # Also for an image that is in the cache: a reference must be good by itself.
-            root, name = self._check_reader(ref)
+            family, item = self.family, ref.item
+            if item["family"] != family.name:
+                raise RefError(f"family is {item['family']!r}, this model is served by {family.name!r}")
+            if (fingerprint := item["layout_fingerprint"]) != family.layout_fingerprint:
+                raise RefError(
+                    f"layout_fingerprint is {fingerprint}, this model's is {family.layout_fingerprint}"
+                    + first_difference(fingerprint, family.layout_fields, self._roots)
+                )
+            root, name = stored_name(ref.uri, self._roots, ref.hash)
             return self.cache.get(ref.hash, partial(self._read, root, name))
         except (RefError, MissingImageError) as error:
             return error
@@ -265,33 +261,19 @@ class RawImageMaterializer:
             logger.exception("image %s cannot be materialised", ref.uri)
             return RefError(f"image {ref.hash} cannot be materialised ({type(error).__name__}: {error})")
 
-    def _check_reader(self, ref: MMImageRef) -> tuple[Path, str]:
-        """Family, fingerprint, root and name, without touching the file system; returns root and name of the file.
-
-        Raises:
-            RefError: It does not fit this reader.
-        """
-        family = self.family
-        if ref.family != family.name:
-            raise RefError(f"family is {ref.family!r}, this model is served by {family.name!r}")
-        if (fingerprint := ref.item["layout_fingerprint"]) != family.layout_fingerprint:
-            raise RefError(
-                f"layout_fingerprint is {fingerprint}, this model's is {family.layout_fingerprint}"
-                + first_difference(fingerprint, family.layout_fields, self._roots)
-            )
-        return check_named(ref.uri, ref.hash, self._roots)
-
     def _read(self, root: Path, name: str) -> LoadedImage:
         data = self._bytes(root, name)
         try:
-            pixels = decode_rgb(data, self._limits)
-            layout = self.family.layout(pixels.shape[1], pixels.shape[0])
+            opened = OpenedImage(data, self._limits)
+            layout = self.family.layout(opened.header.width, opened.header.height)
+            pixels = opened.decode()
             image = LoadedImage(self.family.patches(pixels, layout), layout, is_nearly_constant(pixels))
         except (LayoutError, ImageError) as error:
             raise RefError(str(error)) from error
         except MemoryError:  # it may go when other images are done
-            sha256 = sha256_in(name)
-            raise MissingImageError(f"image {sha256} cannot be decoded now: there is not enough memory") from None
+            raise MissingImageError(
+                f"image {Path(name).stem} cannot be decoded now: there is not enough memory"
+            ) from None
         if image.constant:
             self._warn_of_constant(root / name)
         return image
@@ -305,19 +287,3 @@ class RawImageMaterializer:
                 "black, white or grey where it should not be was made or read wrongly",
                 path, number,
             )  # fmt: skip
-
-    def _fitting(self, ref: MMImageRef, outcome: _Outcome) -> LoadedImage:
-        """The image, if the reference's payload and placeholder are its own.
-
-        Raises:
-            RefError, MissingImageError: What is wrong.
-        """
-        if not isinstance(outcome, LoadedImage):
-            raise outcome
-        try:
-            self.family.check_payload(ref.item["payload"], outcome.layout)
-        except LayoutError as error:
-            raise RefError(str(error)) from error
-        if ref.length != outcome.layout.num_tokens:
-            raise RefError(f"placeholder has {ref.length} tokens, the image has {outcome.layout.num_tokens}")
-        return outcome

@@ -33,19 +33,6 @@ class MMImageRef(msgspec.Struct, array_like=True, frozen=True):
     length: int
     """Number of its placeholder tokens."""
 
-    @property
-    def family(self) -> str:
-        """Name of the adapter that the image was laid out for."""
-        return str(self.item["family"])
-
-    def moved(self, by: int) -> "MMImageRef":
-        """The same image, `by` tokens further on.
-
-        Example: of two samples that are packed into one row, the first has 9 tokens; an image at offset 2 of the second
-        moves by 9 and has the offset 11 in the row.
-        """
-        return MMImageRef(self.item, self.hash, self.uri, self.offset + by, self.length)
-
 
 class MMRefs(msgspec.Struct, array_like=True, frozen=True):
     """All images of a sample or micro batch, in token order."""
@@ -126,18 +113,9 @@ def build_mm_refs(
             raise RefError(f"placeholder is {place!r}, expected {{'offset': int, 'length': int}}", image_index=index)
         uri = item.get("raw_image_uri") if isinstance(item, dict) else None
         images.append(MMImageRef(item, sha256, uri, place["offset"], place["length"]))  # type: ignore[arg-type]
-    return checked_refs(images, token_type_ids)
-
-
-def checked_refs(images: Sequence[MMImageRef], token_type_ids: Sequence[int]) -> MMRefs | None:
-    """The images of a sample that comes from outside, checked; None for a sample without images.
-
-    Raises:
-        RefError: As `build_mm_refs`.
-    """
     check_images(images)
     check_spans(images, token_type_ids)
-    return MMRefs(list(images)) if images else None
+    return MMRefs(images) if images else None
 
 
 def check_spans(images: Sequence[MMImageRef], token_type_ids: Sequence[int]) -> None:

@@ -66,17 +66,7 @@ def decode_ref(text: object, offset: int, length: int) -> MMImageRef:
         raise RefError(f"reference is {what}, expected an mmraw: string")
     if len(text) > MAX_CHARACTERS:
         raise RefError(f"reference has {len(text)} characters, at most {MAX_CHARACTERS} are accepted")
-    value = _decode_json(text[len(PREFIX) :])
-    if value.keys() != _KEYS:
-        raise RefError(f"reference has keys {sorted(value)[:12]}, expected {sorted(_KEYS)}")
-    if value["modality"] != "image":
-        raise RefError(f"reference has modality {str(value['modality'])[:32]!r}, expected 'image'")
-    uri = value["raw_image_uri"]
-    item = make_descriptor(value["family"], uri, value["layout_fingerprint"], value["payload"])
-    return check_image(MMImageRef(item, value["hash"], uri, offset, length))
-
-
-def _decode_json(encoded: str) -> dict[str, Any]:
+    encoded = text[len(PREFIX) :]
     try:
         raw = base64.b64decode(encoded + "=" * (-len(encoded) % 4), altchars=b"-_", validate=True)
         value = json.loads(raw)
@@ -84,4 +74,10 @@ def _decode_json(encoded: str) -> dict[str, Any]:
         raise RefError("reference does not hold base64url of JSON after mmraw:") from None
     if not isinstance(value, dict):
         raise RefError(f"reference holds a JSON {type(value).__name__}, expected an object")
-    return value
+    if value.keys() != _KEYS:
+        raise RefError(f"reference has keys {sorted(value)[:12]}, expected {sorted(_KEYS)}")
+    if value["modality"] != "image":
+        raise RefError(f"reference has modality {str(value['modality'])[:32]!r}, expected 'image'")
+    uri = value["raw_image_uri"]
+    item = make_descriptor(value["family"], uri, value["layout_fingerprint"], value["payload"])
+    return check_image(MMImageRef(item, value["hash"], uri, offset, length))

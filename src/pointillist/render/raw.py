@@ -154,9 +154,14 @@ class RawRenderer:
             raise RenderError(f"messages can not be rendered: {error}") from error
         return None if rendered is None else self._expand(rendered, images)
 
-    def parse(self, completion_ids: Sequence[int], prompt: RenderedPrompt) -> ParsedResponse:
-        """The assistant message in a completion."""
-        return self._renderer.parse_response(list(completion_ids), prompt_ids=prompt.logical_ids)
+    def parse(self, completion_ids: Sequence[int], logical_ids: Sequence[int]) -> ParsedResponse:
+        """The assistant message in a completion: as the template reads it.
+
+        Args:
+            completion_ids: What was sampled.
+            logical_ids: What it was sampled from, one placeholder an image.
+        """
+        return self._renderer.parse_response(list(completion_ids), prompt_ids=list(logical_ids))
 
     def _expand(self, rendered: RenderedTokens, images: Sequence[StoredImage]) -> RenderedPrompt:
         layouts = [self.family.layout(image.header.width, image.header.height) for image in images]

@@ -29,7 +29,7 @@ import msgspec
 from pointillist.base.files import open_regular, write_atomically
 from pointillist.base.jsonl import JsonObject, append_line, complete_lines
 from pointillist.errors import RecordError, RefError
-from pointillist.images.store import STORED_NAME, local_path, sha256_in
+from pointillist.images.store import STORED_NAME, local_path
 from pointillist.runs.paths import RunPaths, evals_in, number_of, steps_in
 
 logger = logging.getLogger(__name__)
@@ -262,7 +262,7 @@ def hashes_in(value: object) -> Iterator[str]:
     if isinstance(value, dict):
         if value.get("type") == "image_url" and isinstance(value.get("image_url"), dict):
             if (name := name_in_store(value["image_url"].get("url"))) is not None:
-                yield sha256_in(name)
+                yield Path(name).stem
             return
         value = list(value.values())
     if isinstance(value, list):

@@ -47,7 +47,8 @@ class Completion:
 class Expected:
     """What an answer must fit."""
 
-    prompt: RenderedPrompt
+    prompt_tokens: int
+    """Tokens that are read."""
     count: int
     """Completions."""
     max_tokens: int | None
@@ -56,14 +57,14 @@ class Expected:
     """Token ids are below it; 0 if it is not known."""
     unsampleable: frozenset[int]
     """Tokens that no policy may sample."""
-    check_layout: bool
-    """Whether the server expanded the prompt itself, so that what it read must be compared."""
+    layout: RenderedPrompt | None
+    """What must have been read, where the server expands the prompt itself; None where it is sent expanded."""
 
     @property
     def max_bytes(self) -> int:
         """Bytes that the answer may have."""
         sampled = self.count * (self.max_tokens or _MAX_TOKENS)
-        return _BASE_BYTES + sampled * _BYTES_A_SAMPLED_TOKEN + len(self.prompt.token_ids) * _BYTES_A_READ_TOKEN
+        return _BASE_BYTES + sampled * _BYTES_A_SAMPLED_TOKEN + self.prompt_tokens * _BYTES_A_READ_TOKEN
 
 
 class _LogProb(msgspec.Struct):
@@ -114,8 +115,8 @@ def completions_of(data: bytes, expected: Expected) -> list[Completion]:
         answer = _decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InferenceError(f"unexpected answer of the inference server: {error}") from None
-    if expected.check_layout:
-        _check_layout(answer, expected.prompt)
+    if expected.layout is not None:
+        _check_layout(answer, expected.layout)
     choices = sorted(answer.choices, key=lambda choice: choice.index)
     if [choice.index for choice in choices] != list(range(expected.count)):
         raise InferenceError(f"asked for {expected.count} completions, got {len(choices)} or with other numbers")

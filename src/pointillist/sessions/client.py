@@ -8,6 +8,7 @@ other and whose seeds follow one another are sent as one request with `n` comple
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Literal
 
 import msgspec
@@ -24,6 +25,7 @@ from pointillist.sessions.servers import InferenceServer, InferenceServers
 Wire = Literal["mmraw", "content_parts"]
 """How images are named to the server: by references that say everything, or by URLs whose layout it computes."""
 
+_PATH: Final = "/inference/v1/generate"
 _GATHER_SECONDS: Final = 0.001
 _SMALL_BYTES: Final = 256 * 1024
 """Answers up to this size are decoded on the event loop: a few milliseconds at most."""
@@ -138,27 +140,24 @@ class InferenceClient:
             InferenceError: It failed the request, can not be reached, reads other tokens than were rendered, or its
                 answer is malformed.
         """
-        body, key = self._body(prompt, dict(sampling_params))
+        params = dict(sampling_params)
+        if self._last is None or self._last[0] is not prompt or self._last[1] != params:
+            # Made once for the answers of one turn: the body without its seed, and what requests are gathered by.
+            if self._wire == "mmraw":
+                named: dict[str, Any] = {"token_ids": prompt.token_ids, "features": encode_features(prompt.images)}
+                body = {**named, "sampling_params": params}
+            else:
+                parts = [{"type": "image_url", "url": image.uri} for image in prompt.images]
+                named = {"token_ids": prompt.logical_ids, "content_parts": parts or None, "return_token_ids": True}
+                body = {**named, "sampling_params": {**params, "logit_bias": self._bias}}
+            self._last = (prompt, params, body, msgspec.json.encode(body))
+        body, key = self._last[2:]
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         if key not in self._waiting:
             self._waiting[key] = _Waiting(prompt, body, affinity)
             self._start(self._send_gathered(key, _GATHER_SECONDS if wait else 0))
         self._waiting[key].requests.append((seed, future))
         return await future
-
-    def _body(self, prompt: RenderedPrompt, params: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
-        """The body of a request without its seed, and what it is gathered by; made once for the answers of one turn."""
-        if self._last is None or self._last[0] is not prompt or self._last[1] != params:
-            sampling = params if self._wire == "mmraw" else {**params, "logit_bias": self._bias}
-            body = {**self._prompt_fields(prompt), "sampling_params": sampling}
-            self._last = (prompt, params, body, msgspec.json.encode(body))
-        return self._last[2:]
-
-    def _prompt_fields(self, prompt: RenderedPrompt) -> dict[str, Any]:
-        if self._wire == "mmraw":
-            return {"token_ids": prompt.token_ids, "features": encode_features(prompt.images)}
-        parts = [{"type": "image_url", "url": image.uri} for image in prompt.images]
-        return {"token_ids": prompt.logical_ids, "content_parts": parts or None, "return_token_ids": True}
 
     async def aclose(self) -> None:
         """Closes all connections."""
@@ -184,28 +183,35 @@ class InferenceClient:
         await self._send(waiting, run)
 
     async def _send(self, waiting: _Waiting, run: list[tuple[int, asyncio.Future[Completion]]]) -> None:
-        body = waiting.body
+        """Sends one request and hands out its answers; once nothing waits for any of them it is given up.
+
+        Args:
+            waiting: What is sent.
+            run: Its seeds, one after the other, and where each answer goes.
+        """
+        task, body = asyncio.current_task(), waiting.body
+
+        def give_up(_: object) -> None:
+            if task is not None and all(future.cancelled() for _, future in run):
+                task.cancel()
+
+        for _, future in run:
+            future.add_done_callback(give_up)
         sampling = {**body["sampling_params"], "seed": run[0][0], "n": len(run)}
         expected = Expected(
-            prompt=waiting.prompt,
+            prompt_tokens=len(waiting.prompt.token_ids),
             count=len(run),
             max_tokens=sampling.get("max_tokens"),
             vocab_size=self._vocab_size,
             unsampleable=self._unsampleable,
-            check_layout=self._wire == "content_parts",
+            layout=waiting.prompt if self._wire == "content_parts" else None,
         )
-        request = asyncio.ensure_future(
-            self._generate({**body, "sampling_params": sampling}, waiting.affinity, expected)
-        )
-
-        def nobody_waits(_: object) -> None:
-            if all(future.cancelled() for _, future in run):
-                request.cancel()
-
-        for _, future in run:
-            future.add_done_callback(nobody_waits)
         try:
-            completions = await request
+            data = msgspec.json.encode({**body, "sampling_params": sampling})
+            status, answer = await self._servers.post(_PATH, data, waiting.affinity, max_bytes=expected.max_bytes)
+            check_status(_PATH, status, answer)
+            read = partial(completions_of, answer, expected)
+            completions = read() if len(answer) <= _SMALL_BYTES else await READING.run(read)
         except Exception as error:  # whatever it was, these requests must hear of it
             failure = error if isinstance(error, InferenceError) else InferenceError(f"unexpected answer: {error!r}")
             for _, future in run:
@@ -213,19 +219,9 @@ class InferenceClient:
                     future.set_exception(failure)
             return
         except asyncio.CancelledError:
-            request.cancel()
             for _, future in run:
                 future.cancel()
             raise
         for (_, future), completion in zip(run, completions, strict=True):
             if not future.done():  # the rollout may have been cancelled meanwhile
                 future.set_result(completion)
-
-    async def _generate(self, body: Mapping[str, Any], affinity: str, expected: Expected) -> list[Completion]:
-        path = "/inference/v1/generate"
-        data = msgspec.json.encode(body)
-        status, answer = await self._servers.post(path, data, affinity, max_bytes=expected.max_bytes)
-        check_status(path, status, answer)
-        if len(answer) <= _SMALL_BYTES:
-            return completions_of(answer, expected)
-        return await READING.run(completions_of, answer, expected)

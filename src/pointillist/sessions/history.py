@@ -2,7 +2,8 @@
 
 Clients send the whole conversation at every turn, and send it back slightly changed: text as a string or as a list of
 parts, `null` or an empty string for no content, arguments of a tool call with other white space, an image again as
-base64. `canonical` removes those differences; `History` gives every prefix of a conversation a key to be found by.
+base64. `canonical` removes those differences; `first_key` and `next_key` give every prefix of a conversation a key to
+be found by.
 """
 
 import hashlib
@@ -83,34 +84,27 @@ def call_key(call: Mapping[str, Any]) -> str:
     return json.dumps([call["function"]["name"], _parsed(call["function"]["arguments"])], sort_keys=True)
 
 
-class History:
-    """Keys of the prefixes of a conversation: equal keys are equal conversations, tools included."""
+def first_key(tools: Sequence[Mapping[str, object]] | None) -> bytes:
+    """Key of a conversation without messages.
 
-    def __init__(self, tools: Sequence[Mapping[str, object]] | None) -> None:
-        """Starts an empty conversation.
-
-        Args:
-            tools: OpenAI tool specifications; they are part of the first tokens.
-        """
-        self._digest = hashlib.sha256(json.dumps(list(tools or []), sort_keys=True).encode())
-
-    def add(self, message: Message) -> bytes:
-        """Key of the conversation after one more canonical message."""
-        self._digest.update(_key(message))
-        return self._digest.digest()
-
-    def key_after(self, message: Message) -> bytes:
-        """The key that `add` would give, without adding."""
-        digest = self._digest.copy()
-        digest.update(_key(message))
-        return digest.digest()
+    Args:
+        tools: OpenAI tool specifications; they are part of the first tokens.
+    """
+    return hashlib.sha256(json.dumps(list(tools or []), sort_keys=True).encode()).digest()
 
 
-def _key(message: Message) -> bytes:
-    """Reasoning is left out: most clients do not send it back."""
-    what = {key: value for key, value in message.items() if key not in ("reasoning_content", "tool_calls")}
+def next_key(key: bytes, message: Message) -> bytes:
+    """Key of a conversation after one more canonical message: equal keys are equal conversations, tools included.
+
+    Reasoning is left out: most clients do not send it back.
+
+    Args:
+        key: Of the conversation before the message, 32 bytes.
+        message: Canonical.
+    """
+    what = {name: value for name, value in message.items() if name not in ("reasoning_content", "tool_calls")}
     calls = [[call["id"], call_key(call)] for call in message.get("tool_calls", [])]
-    return json.dumps([what, calls], sort_keys=True).encode()
+    return hashlib.sha256(key + json.dumps([what, calls], sort_keys=True).encode()).digest()
 
 
 def _content(content: object, where: str) -> str | list[Message]:

@@ -15,11 +15,14 @@ training sample.
 import asyncio
 import dataclasses
 import json
+import math
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, TypeVar, TypeVarTuple
+from functools import partial
+from itertools import accumulate
+from typing import Final
 
 import msgspec
 
@@ -31,7 +34,7 @@ from pointillist.render.chat_template import ParsedResponse, ParsedToolCall
 from pointillist.render.raw import Message, RawRenderer, RenderedPrompt
 from pointillist.sessions.answers import Completion
 from pointillist.sessions.client import InferenceClient
-from pointillist.sessions.history import History, call_key, canonical, check_tool_results
+from pointillist.sessions.history import call_key, canonical, check_tool_results, first_key, next_key
 from pointillist.sessions.trace import Branch, Node, Trace
 
 # Turns of one session draw from seeds this far apart, so that they never meet those of a neighbouring rollout.
@@ -51,8 +54,6 @@ _MORE_CHARACTERS: Final = 16_384
 """What the text of a conversation may have besides, however short `seq_len` is."""
 _LONG_ANSWER: Final = 2_000
 """Tokens of a turn's answers from which on they are read in a thread."""
-T = TypeVar("T")
-Ts = TypeVarTuple("Ts")
 Tools = Sequence[Mapping[str, object]]
 """OpenAI tool specifications."""
 
@@ -76,10 +77,6 @@ class Conversation:
     """Canonical; images are `file://` URLs of the store."""
     images: list[StoredImage]
     """In the order in which they stand in `messages`."""
-
-    def followed_by(self, other: "Conversation") -> "Conversation":
-        """This one and then the other."""
-        return Conversation([*self.messages, *other.messages], [*self.images, *other.images])
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +103,8 @@ class _Prepared:
 
     parent: Node | None
     """The turn that it continues."""
-    prefixes: History
+    key: bytes
+    """Of the conversation (`next_key`)."""
     prompt: RenderedPrompt
 
 
@@ -206,27 +204,19 @@ class Session:
             RenderError: The messages do not fit the template, or the conversation has outgrown `seq_len`.
             InferenceError: The server refused or failed the request.
         """
-        conversation = self._own.followed_by(await self.read(messages, first=len(self.messages)))
-        # The rollouts of a group ask the same at about the same time; agents behind the gateway hardly ever do.
-        (turn,) = await self._sample(conversation, self.tools, self.sampling, 1, (), wait=True)
-        self._own = conversation.followed_by(Conversation([turn.message], []))
+        own = self._own
+        new = await self.read(messages, first=len(own.messages))
+        conversation = Conversation([*own.messages, *new.messages], [*own.images, *new.images])
+        (turn,) = await self._sample(conversation, self.tools, self.sampling, 1, (), from_client=False)
+        self._own = Conversation([*conversation.messages, turn.message], conversation.images)
         return turn
 
     async def read(
         self, messages: Sequence[Mapping[str, object]], *, first: int = 0, from_client: bool = False
     ) -> Conversation:
         """`read_now` in a thread: what it does would hold up every other rollout of the event loop."""
-        messages = await self.fetch_remote(messages)
+        messages = await self._sources.fetch_remote(messages)  # first: fetching would hold a thread that reads
         return await READING.run(self.read_now, messages, first=first, from_client=from_client)
-
-    async def fetch_remote(self, messages: Sequence[Mapping[str, object]]) -> Sequence[Mapping[str, object]]:
-        """Messages whose remote images are in the store; for callers of `read_now`, which would hold a thread for them.
-
-        Raises:
-            SourceError, ImageError: As `read_now`.
-        """
-        stored: Sequence[Mapping[str, object]] = await self._sources.fetch_remote(messages)
-        return stored
 
     def read_now(
         self, messages: Sequence[Mapping[str, object]], *, first: int = 0, from_client: bool = False
@@ -280,9 +270,7 @@ class Session:
             RenderError: The messages do not fit the template, or the conversation has outgrown `seq_len`.
             InferenceError: The server refused or failed the request.
         """
-        long = _is_long(conversation, tools)
-        await _in_thread_if(long, check_tool_results, conversation.messages, self._issued_calls)
-        return await self._sample(conversation, tools, sampling or self.sampling, n, stop, wait=False)
+        return await self._sample(conversation, tools, sampling or self.sampling, n, stop, from_client=True)
 
     def compact_images(self, keep_last: int, replacement: str = "[image removed]") -> int:
         """Drops old pictures from the session's own conversation, for agents on long tasks.
@@ -313,12 +301,12 @@ class Session:
         n: int,
         stop: Sequence[str],
         *,
-        wait: bool,
+        from_client: bool,
     ) -> list[Turn]:
-        history = conversation.messages
-        if not history or history[-1]["role"] == "assistant":
-            raise HistoryError("messages must end with a user or tool message for the policy to answer")
-        prepared = await _in_thread_if(_is_long(conversation, tools), self._prepare, conversation, tools)
+        more = _MESSAGE_CHARACTERS * len(conversation.messages) + _IMAGE_CHARACTERS * len(conversation.images)
+        long = more + _characters(conversation.messages, tools, _LONG_CHARACTERS - more) > _LONG_CHARACTERS
+        prepare = partial(self._prepare, conversation, tools, from_client=from_client)
+        prepared = await WRITING.run(prepare) if long else prepare()
         prompt = prepared.prompt
         room = self._seq_len - len(prompt.token_ids)
         self.outgrown = room < 1
@@ -327,31 +315,44 @@ class Session:
         parameters = self._sampling_params(sampling, room)
         seed = self._seed + _SEEDS_PER_TURN * self._requests
         self._requests += 1
-        completions = await asyncio.gather(
-            *(
-                self._client.generate(prompt, parameters, seed + index, affinity=self._affinity, wait=wait)
-                for index in range(n)
-            )
-        )
+        # The rollouts of a group ask the same at about the same time; agents behind the gateway hardly ever do.
+        generate = partial(self._client.generate, affinity=self._affinity, wait=not from_client)
+        completions = await asyncio.gather(*(generate(prompt, parameters, seed + index) for index in range(n)))
         long = (
             sum(len(sampled.token_ids) for sampled in completions) > _LONG_ANSWER
             or n * len(prompt.token_ids) > _LONG_READ
         )
-        return await _in_thread_if(
-            long or self._recording.locked(), self._record, history, prepared, completions, sampling, stop
-        )
+        record = partial(self._record, conversation.messages, prepared, completions, sampling, stop)
+        return await WRITING.run(record) if long or self._recording.locked() else record()
 
-    def _prepare(self, conversation: Conversation, tools: Tools | None) -> "_Prepared":
+    def _prepare(self, conversation: Conversation, tools: Tools | None, *, from_client: bool) -> "_Prepared":
         """Finds a conversation in the record and renders it; long ones in a thread.
 
         Raises:
+            HistoryError: There is nothing to answer, or the conversation contradicts itself or the record.
             RenderError: The messages do not fit the template, or are far longer than `seq_len`.
         """
-        self._refuse_hopeless(conversation.messages, tools)
-        prefixes = History(tools)
-        keys = [prefixes.add(message) for message in conversation.messages]
+        messages, images = conversation.messages, conversation.images
+        if from_client:
+            check_tool_results(messages, self._issued_calls)
+        if not messages or messages[-1]["role"] == "assistant":
+            raise HistoryError("messages must end with a user or tool message for the policy to answer")
+        # What is far too long is refused before it is turned into tokens: that takes 200 bytes for each byte of text.
+        characters = _characters(messages, tools)
+        if characters > self._seq_len * _LONG_TOKEN + _MORE_CHARACTERS:
+            self.outgrown = True
+            raise ContextLengthError(
+                f"conversation has {characters} characters, more text than seq_len = {self._seq_len} tokens can hold"
+            )
+        _, *keys = accumulate(messages, next_key, initial=first_key(tools))
         parent, seen = self._trace.find(keys)
-        return _Prepared(parent, prefixes, self._prompt(parent, conversation, seen, tools))
+        prompt: RenderedPrompt | None = None
+        if parent is not None:
+            read, sampled = parent.logical_prompt(), parent.completion.token_ids
+            prompt = self._renderer.bridge(read, sampled, messages[seen:], images, tools=tools)
+        if prompt is None:
+            prompt = self._renderer.render(messages, images, tools=tools)
+        return _Prepared(parent, keys[-1], prompt)
 
     def _record(
         self,
@@ -366,9 +367,14 @@ class Session:
         Raises:
             RenderError: The policy sampled what it must not, or what can not be read.
         """
-        prompt = prepared.prompt
-        read = [self._read_answer(each, stop, prompt) for each in completions]
-        turns = []
+        prompt, read, turns = prepared.prompt, [], []
+        for sampled in completions:
+            self._refuse_sampled_media(sampled)
+            completion, stopped_by = self._cut(sampled, stop)
+            try:
+                read.append((completion, stopped_by, self._renderer.parse(completion.token_ids, prompt.logical_ids)))
+            except RecursionError:
+                raise RenderError("the policy's answer is nested too deeply to be read") from None
         with self._recording:
             for completion, stopped_by, parsed in read:
                 message = self._message(parsed, stopped_by)
@@ -377,38 +383,12 @@ class Session:
                     prompt,
                     completion,
                     temperature=sampling.temperature,
-                    key=prepared.prefixes.key_after(message),
+                    key=next_key(prepared.key, message),
                     messages=[*history, message],
                 )
                 turns.append(Turn(message, completion, len(prompt.token_ids), stopped_by))
             self.turns += turns
         return turns
-
-    def _read_answer(
-        self, sampled: Completion, stop: Sequence[str], prompt: RenderedPrompt
-    ) -> tuple[Completion, str | None, ParsedResponse]:
-        """What was sampled, cut at a stop text, that text, and what `renderers` reads in it."""
-        self._refuse_sampled_media(sampled)
-        completion, stopped_by = self._cut(sampled, stop)
-        try:
-            return completion, stopped_by, self._renderer.parse(completion.token_ids, prompt)
-        except RecursionError:
-            raise RenderError("the policy's answer is nested too deeply to be read") from None
-
-    def _prompt(
-        self,
-        parent: Node | None,
-        conversation: Conversation,
-        seen: int,
-        tools: Tools | None,
-    ) -> RenderedPrompt:
-        if parent is not None:
-            read, sampled = parent.logical_prompt(), parent.completion.token_ids
-            new = conversation.messages[seen:]
-            bridged = self._renderer.bridge(read, sampled, new, conversation.images, tools=tools)
-            if bridged is not None:
-                return bridged
-        return self._renderer.render(conversation.messages, conversation.images, tools=tools)
 
     def _sampling_params(self, sampling: Sampling, room: int) -> dict[str, object]:
         return {
@@ -419,19 +399,6 @@ class Session:
             "stop_token_ids": self._renderer.stop_token_ids,
             "logprobs": 0,
         }
-
-    def _refuse_hopeless(self, messages: Sequence[Message], tools: Tools | None) -> None:
-        """Refuses what is far too long before it is turned into tokens: that takes 200 bytes for each byte of text.
-
-        Raises:
-            ContextLengthError: `seq_len` tokens would have to be unusually long ones.
-        """
-        characters = sum(map(_characters, messages)) + (len(msgspec.json.encode(list(tools))) if tools else 0)
-        if characters > self._seq_len * _LONG_TOKEN + _MORE_CHARACTERS:
-            self.outgrown = True
-            raise ContextLengthError(
-                f"conversation has {characters} characters, more text than seq_len = {self._seq_len} tokens can hold"
-            )
 
     def _refuse_sampled_media(self, completion: Completion) -> None:
         forbidden = self._renderer.family.vision_token_ids
@@ -486,27 +453,20 @@ class Session:
         return made
 
 
-def _is_long(conversation: Conversation, tools: Tools | None) -> bool:
-    """Whether rendering takes so long that other rollouts of the event loop would notice."""
-    characters = _IMAGE_CHARACTERS * len(conversation.images) + (len(msgspec.json.encode(list(tools))) if tools else 0)
-    for message in conversation.messages:
-        characters += _MESSAGE_CHARACTERS + _characters(message)
-        if characters > _LONG_CHARACTERS:
-            return True
-    return False
+def _characters(messages: Sequence[Message], tools: Tools | None, enough: float = math.inf) -> int:
+    """Text of canonical messages and tools; what lies behind the message at which it is more than `enough` is left out.
 
-
-def _characters(message: Message) -> int:
-    """Text of a canonical message."""
-    content = message["content"]
-    texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
-    texts += [call["function"]["arguments"] for call in message.get("tool_calls", [])]
-    return sum(map(len, texts)) + len(message.get("reasoning_content", ""))
-
-
-async def _in_thread_if(long: bool, function: Callable[[*Ts], T], *args: *Ts) -> T:
-    """Calls a function, in a thread if it takes long."""
-    return await WRITING.run(function, *args) if long else function(*args)
+    Example: messages of 30, 40 and 50 characters without tools have 120; with `enough=60` the first two are counted.
+    """
+    characters = len(msgspec.json.encode(list(tools))) if tools else 0
+    for message in messages:
+        if characters > enough:
+            break
+        content = message["content"]
+        texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
+        texts += [call["function"]["arguments"] for call in message.get("tool_calls", [])]
+        characters += sum(map(len, texts)) + len(message.get("reasoning_content", ""))
+    return characters
 
 
 def _without_images(message: Message, drop: Iterator[bool], replacement: str) -> Message:

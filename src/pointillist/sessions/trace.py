@@ -90,7 +90,7 @@ class Trace:
         """The latest turn that a conversation continues.
 
         Args:
-            keys: Of every prefix of the conversation (`History.add`), shortest first.
+            keys: Of every prefix of the conversation (`next_key`), shortest first.
 
         Returns:
             The turn and the number of messages up to its answer; None and 0 for a conversation that begins.
@@ -148,30 +148,25 @@ class Trace:
         branches = []
         for leaf in self.nodes:
             if leaf.children == 0:
-                path = leaf.path()
-                branches.append(_branch(path, trained))
-                trained |= {id(node) for node in path}
+                branch = Branch(
+                    token_ids=[],
+                    loss_mask=[],
+                    logprobs_sampled=[],
+                    weight_versions=[],
+                    temperatures=[],
+                    images=[],
+                    messages=leaf.messages,
+                )
+                for node in leaf.path():
+                    read, completion = len(node.effective), node.completion
+                    count = len(completion.token_ids)
+                    fresh = id(node) not in trained
+                    branch.token_ids += [*node.effective, *completion.token_ids]
+                    branch.loss_mask += [False] * read + [fresh] * count
+                    branch.logprobs_sampled += [0.0] * read + (completion.logprobs if fresh else [0.0] * count)
+                    branch.weight_versions += [-1] * read + (completion.weight_versions if fresh else [-1] * count)
+                    branch.temperatures += [1.0] * read + [node.temperature if fresh else 1.0] * count
+                    branch.images += node.images
+                    trained.add(id(node))
+                branches.append(branch)
         return branches
-
-
-def _branch(path: Sequence[Node], trained: set[int]) -> Branch:
-    branch = Branch(
-        token_ids=[],
-        loss_mask=[],
-        logprobs_sampled=[],
-        weight_versions=[],
-        temperatures=[],
-        images=[],
-        messages=path[-1].messages,
-    )
-    for node in path:
-        read, completion = len(node.effective), node.completion
-        count = len(completion.token_ids)
-        fresh = id(node) not in trained
-        branch.token_ids += [*node.effective, *completion.token_ids]
-        branch.loss_mask += [False] * read + [fresh] * count
-        branch.logprobs_sampled += [0.0] * read + (completion.logprobs if fresh else [0.0] * count)
-        branch.weight_versions += [-1] * read + (completion.weight_versions if fresh else [-1] * count)
-        branch.temperatures += [1.0] * read + [node.temperature if fresh else 1.0] * count
-        branch.images += node.images
-    return branch

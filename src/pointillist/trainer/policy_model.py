@@ -44,9 +44,9 @@ class PolicyModel(nn.Module):
             `[1, 3]`, so of `(5, hidden)` only `(2, hidden)` goes through the output layer, to logits `(2, V)`.
         """
         image_arguments: dict[str, torch.Tensor | dict[str, ImageFeatures]] = {}
-        nothing = self._run_vision_for_nothing(row) if row.images and not row.image_index else None
-        if row.image_index:
-            image_arguments["mm_encoder_outputs"] = {"image": self._encode_images(row)}
+        features = self._encode_images(row) if row.images else None
+        if features is not None and row.image_index:
+            image_arguments["mm_encoder_outputs"] = {"image": features}
             if self.forward_args.requires_mm_token_type_ids:
                 image_arguments[self.forward_args.token_types_argument] = row.mm_token_type_ids
         output = self.model.model(
@@ -61,28 +61,20 @@ class PolicyModel(nn.Module):
         # The lowest finite number, not minus infinity: 0 * -inf would make the entropy NaN.
         logprobs = logits.index_fill(1, self.unsampleable, torch.finfo(torch.float32).min).log_softmax(-1)
         chosen = logprobs.gather(1, row.targets[:, None])[:, 0]
-        return TokenStats(
-            logprobs=chosen if nothing is None else chosen + nothing,
-            entropy=-(logprobs.exp() * logprobs).sum(-1),
-        )
-
-    def _features(self, row: RowTensors) -> ImageFeatures:
-        images = {**row.images, "pixel_values": self.normalize(row.images["pixel_values"])}
-        return self.model.model.get_image_features(**images, return_dict=True)
-
-    def _run_vision_for_nothing(self, row: RowTensors) -> torch.Tensor:
-        """A zero that depends on all of the vision tower, so that its collectives run forwards and backwards."""
-        features = self._features(row)
-        layers = [features.pooler_output, *(getattr(features, "deepstack_features", None) or [])]
-        return torch.stack([image.float().sum() for layer in layers for image in layer]).sum() * 0.0
+        if features is not None and not row.image_index:
+            chosen = chosen + _zero_of(features)
+        return TokenStats(logprobs=chosen, entropy=-(logprobs.exp() * logprobs).sum(-1))
 
     def _encode_images(self, row: RowTensors) -> ImageFeatures:
-        """Features of the row's spans; each distinct image goes through the vision tower once.
+        """Features of the row's spans, or of images without any; each distinct one passes the vision tower once.
 
         Example:
             Distinct images A and B with `image_index` `[0, 0, 1]`: features of A, A, B.
         """
-        features = self._features(row)
+        images = {**row.images, "pixel_values": self.normalize(row.images["pixel_values"])}
+        features = self.model.model.get_image_features(**images, return_dict=True)
+        if not row.image_index:
+            return features
         distinct = features.pooler_output  # a tensor where all images have equally many tokens, else one each
         by_span = [distinct[index] for index in row.image_index]
         features.pooler_output = torch.stack(by_span) if isinstance(distinct, torch.Tensor) else by_span
@@ -90,3 +82,9 @@ class PolicyModel(nn.Module):
         if deepstack is not None:
             features.deepstack_features = [[layer[index] for index in row.image_index] for layer in deepstack]
         return features
+
+
+def _zero_of(features: ImageFeatures) -> torch.Tensor:
+    """A zero that depends on all of the vision tower, so that its collectives run forwards and backwards."""
+    layers = [features.pooler_output, *(getattr(features, "deepstack_features", None) or [])]
+    return torch.stack([image.float().sum() for layer in layers for image in layer]).sum() * 0.0

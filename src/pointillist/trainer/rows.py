@@ -156,12 +156,12 @@ class RowLoader:
         started = time.perf_counter()
         spans = micro_batch.mm_refs.images
         decoded_before = self._materializer.cache.counts.misses
-        batch = self._materializer.materialize_many(spans)
+        batch = self._materializer.load(spans, keep_errors=True)
         if self._missing_image_policy == "error":
             for error in batch.errors.values():
                 if isinstance(error, MissingImageError):
                     raise error
-        arrays = self._materializer.tensors(batch.images, "uint8")
+        arrays = self._materializer.joiner.join(batch.images, "uint8")
         self._counts.images_total += len(spans)
         self._counts.images_materialized += len(batch.images) - len(batch.errors)
         self._counts.images_constant += sum(image.constant for image in batch.images)
@@ -180,7 +180,7 @@ class RowLoader:
         if not self._always_images:
             return {}
         layout = self._loaded.family.placeholder_layout(1)
-        return as_tensors(self._materializer.tensors([LoadedImage(None, layout)], "uint8"))
+        return as_tensors(self._materializer.joiner.join([LoadedImage(None, layout)], "uint8"))
 
     def _without_loss(
         self, micro_batch: MicroBatch, images: list[MMImageRef], errors: Mapping[int, RefError | MissingImageError]

@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 
 from pointillist.errors import RefError, TransportError
-from pointillist.refs.mm_refs import IMAGE, VIDEO, MMImageRef, MMRefs, check_images, check_spans
+from pointillist.refs.mm_refs import IMAGE, VIDEO, MMRefs, check_images, check_spans
 
 FORMAT: Final = "pointillist.rank_batch.2"
 
@@ -85,7 +85,11 @@ def encode_rank_batch(batch: RankBatch) -> bytes:
         TransportError: A batch that the trainer would refuse.
     """
     _check_rank_batch(batch)
-    return _encoder.encode(msgspec.structs.replace(batch, micro_batches=[_to_wire(m) for m in batch.micro_batches]))
+    micro_batches = [
+        row if row.mm_refs is None else msgspec.structs.replace(row, mm_refs=_without_urls(row.mm_refs))
+        for row in batch.micro_batches
+    ]
+    return _encoder.encode(msgspec.structs.replace(batch, micro_batches=micro_batches))
 
 
 def decode_rank_batch(data: bytes) -> RankBatch:
@@ -102,116 +106,86 @@ def decode_rank_batch(data: bytes) -> RankBatch:
         raise TransportError(f"training batch is malformed ({error})") from None
     if batch.format != FORMAT:
         raise TransportError(f"training batch has format {batch.format!r}, expected {FORMAT!r}")
-    try:
-        batch = msgspec.structs.replace(batch, micro_batches=[_from_wire(m) for m in batch.micro_batches])
-    except RefError as error:
-        raise TransportError(f"training batch of step {batch.step}: {error}") from None
+    for row in batch.micro_batches:
+        if row.mm_refs is None:
+            continue
+        images = [
+            msgspec.structs.replace(image, item={**image.item, "raw_image_uri": image.uri})
+            for image in row.mm_refs.images
+        ]
+        try:
+            check_images(images)
+        except RefError as error:
+            raise TransportError(f"training batch of step {batch.step}: {error}") from None
+        row.mm_refs = MMRefs(images)
     _check_rank_batch(batch)
     return batch
 
 
 def encoded_image_bytes(refs: MMRefs) -> int:
     """Bytes that the images of a sample take on the wire."""
-    return len(_encoder.encode(MMRefs([_strip(image) for image in refs.images])))
+    return len(_encoder.encode(_without_urls(refs)))
 
 
-def check_sample(sample: TrainingSample) -> None:
-    """Checks the lists of a training sample before it is packed; its images were checked when they became `MMRefs`.
+def check_lists(batch: TrainingSample | MicroBatch, token_ids: list[int], where: str) -> None:
+    """Checks the lists of a sample or of a row against its tokens.
+
+    Args:
+        batch: A sample, whose images were checked when they became `MMRefs`, or a row.
+        token_ids: Its tokens.
+        where: Names it in errors.
 
     Raises:
         TransportError: Processed tensors, lists of differing lengths, or image tokens without any reference.
     """
-    per_token = (
-        sample.loss_mask,
-        sample.logprobs_sampled,
-        sample.advantages,
-        sample.weight_versions,
-        sample.temperatures,
-        sample.mm_token_type_ids,
+    if batch.mm_kwargs is not None:
+        raise TransportError(f"{where}: mm_kwargs is set: processed tensors do not travel, send mm_refs")
+    per_token: tuple[list[int] | list[float] | list[bool], ...] = (
+        batch.loss_mask,
+        batch.advantages,
+        batch.logprobs_sampled,
+        batch.weight_versions,
+        batch.temperatures,
+        batch.mm_token_type_ids,
     )
-    _check_lists(
-        sample.token_ids,
-        per_token,
-        sample.mm_kwargs,
-        sample.mm_refs,
-        sample.mm_token_type_ids,
-        sample.sample_id,
-    )
+    if lengths := {len(values) for values in per_token} - {len(token_ids)}:
+        raise TransportError(f"{where}: per-token lists have lengths {sorted(lengths)}, expected {len(token_ids)}")
+    if batch.mm_refs is None and (IMAGE in batch.mm_token_type_ids or VIDEO in batch.mm_token_type_ids):
+        raise TransportError(f"{where}: image tokens but no mm_refs: no image token without an image")
 
 
-def check_micro_batch(micro_batch: MicroBatch) -> None:
-    """Checks a micro batch on either side of the wire.
+def _check_rank_batch(batch: RankBatch) -> None:
+    """Checks a batch on either side of the wire, but for the form of its images.
 
     Raises:
         TransportError: As `decode_rank_batch`.
     """
-    m = micro_batch
-    per_token = (
-        m.loss_mask,
-        m.advantages,
-        m.logprobs_sampled,
-        m.weight_versions,
-        m.temperatures,
-        m.mm_token_type_ids,
-    )
-    where = f"micro batch of {', '.join(m.sample_ids[:4])}"
-    _check_lists(m.input_ids, per_token, m.mm_kwargs, m.mm_refs, m.mm_token_type_ids, where)
-    if sum(m.seq_lens) != len(m.input_ids) or min(m.seq_lens, default=0) < 1:
-        raise TransportError(f"{where}: seq_lens add up to {sum(m.seq_lens)}, the row has {len(m.input_ids)} tokens")
-    if m.mm_refs is None:
-        return
-    try:
-        check_spans(m.mm_refs.images, m.mm_token_type_ids)
-    except RefError as error:
-        raise TransportError(f"{where}: {error}") from None
-    if len(families := {image.family for image in m.mm_refs.images}) > 1:
-        raise TransportError(f"{where}: families {sorted(families)} in one micro batch, expected one")
-
-
-def _check_rank_batch(batch: RankBatch) -> None:
-    for micro_batch in batch.micro_batches:
-        check_micro_batch(micro_batch)
+    for row in batch.micro_batches:
+        where, length = f"micro batch of {', '.join(row.sample_ids[:4])}", len(row.input_ids)
+        check_lists(row, row.input_ids, where)
+        if sum(row.seq_lens) != length or min(row.seq_lens, default=0) < 1:
+            raise TransportError(f"{where}: seq_lens add up to {sum(row.seq_lens)}, the row has {length} tokens")
+        if row.mm_refs is None:
+            continue
+        try:
+            check_spans(row.mm_refs.images, row.mm_token_type_ids)
+        except RefError as error:
+            raise TransportError(f"{where}: {error}") from None
+        if len(families := {str(image.item["family"]) for image in row.mm_refs.images}) > 1:
+            raise TransportError(f"{where}: families {sorted(families)} in one micro batch, expected one")
     # A sample that is trained twice weighs twice in its step. Samples need no name; those without one can not be told.
-    names = Counter(name for micro_batch in batch.micro_batches for name in micro_batch.sample_ids if name)
+    names = Counter(name for row in batch.micro_batches for name in row.sample_ids if name)
     for name, count in names.items():
         if count > 1:
             raise TransportError(f"step {batch.step}: sample {name} stands {count} times in one batch, expected once")
 
 
-def _check_lists(
-    token_ids: list[int],
-    per_token: tuple[list[int] | list[float] | list[bool], ...],
-    mm_kwargs: object,
-    mm_refs: MMRefs | None,
-    token_types: list[int],
-    where: str,
-) -> None:
-    if mm_kwargs is not None:
-        raise TransportError(f"{where}: mm_kwargs is set: processed tensors do not travel, send mm_refs")
-    if lengths := {len(values) for values in per_token} - {len(token_ids)}:
-        raise TransportError(f"{where}: per-token lists have lengths {sorted(lengths)}, expected {len(token_ids)}")
-    if mm_refs is None and (IMAGE in token_types or VIDEO in token_types):
-        raise TransportError(f"{where}: image tokens but no mm_refs: no image token without an image")
-
-
-def _strip(image: MMImageRef) -> MMImageRef:
-    if image.item.get("raw_image_uri") != image.uri:
-        raise TransportError("mm_refs: item.raw_image_uri and uri name different files")
-    return msgspec.structs.replace(image, item={k: v for k, v in image.item.items() if k != "raw_image_uri"})
-
-
-def _to_wire(micro_batch: MicroBatch) -> MicroBatch:
-    if micro_batch.mm_refs is None:
-        return micro_batch
-    return msgspec.structs.replace(micro_batch, mm_refs=MMRefs([_strip(image) for image in micro_batch.mm_refs.images]))
-
-
-def _from_wire(micro_batch: MicroBatch) -> MicroBatch:
-    if micro_batch.mm_refs is None:
-        return micro_batch
-    images = [
-        msgspec.structs.replace(image, item={**image.item, "raw_image_uri": image.uri})
-        for image in micro_batch.mm_refs.images
-    ]
-    check_images(images)
-    return msgspec.structs.replace(micro_batch, mm_refs=MMRefs(images))
+def _without_urls(refs: MMRefs) -> MMRefs:
+    """Images as they are on the wire, where `item` leaves out the URL that stands beside it."""
+    images = []
+    for image in refs.images:
+        if image.item.get("raw_image_uri") != image.uri:
+            raise TransportError("mm_refs: item.raw_image_uri and uri name different files")
+        item = {key: value for key, value in image.item.items() if key != "raw_image_uri"}
+        images.append(msgspec.structs.replace(image, item=item))
+    return MMRefs(images)

@@ -34,7 +34,7 @@ from pointillist.base.jsonl import MAX_LINE_BYTES, JsonObject
 from pointillist.errors import PointillistError
 from pointillist.images.decode import ImageLimits
 from pointillist.images.inventory import list_store
-from pointillist.images.store import STORED_NAME, ImageStore, file_uri, local_path
+from pointillist.images.store import STORED_NAME, ImageStore, local_path
 from pointillist.runs.image_dir import own_image_dir
 from pointillist.runs.paths import NUMBER, RunPaths
 from pointillist.upkeep.references import run_hashes
@@ -133,7 +133,7 @@ def export_run(paths: RunPaths, store_root: Path, archive: Path, *, checkpoints:
     if archive.exists():
         raise PointillistError(f"{archive} exists already")
     records, left_out = _records(paths.output_dir, checkpoints=checkpoints)
-    manifest = {"format": FORMAT, "image_root": file_uri(store_root), "images": len(present)}
+    manifest = {"format": FORMAT, "image_root": store_root.as_uri(), "images": len(present)}
     partial = archive.with_name(f".export.{secrets.token_hex(8)}.tmp")
     try:
         # GNU's format needs no extended header for names as short as ours, nor for a checkpoint of any size.
@@ -299,7 +299,7 @@ def _restore(
     store = ImageStore(own_image_dir(folder), limits)
     # Only where it is followed by a stored image's name: the text grows by little, whatever it says.
     reference = re.compile(re.escape(image_root.rstrip("/").encode()) + rb"(?=/[0-9a-f]{2}/[0-9a-f]{64}\.)")
-    new_root = file_uri(own_image_dir(output_dir)).encode()
+    new_root = own_image_dir(output_dir).as_uri().encode()
     images = records = left_out = 0
     for member in _members(file, archive, limits):
         if member.kind is _IMAGE:

@@ -146,7 +146,7 @@ def _check_all(
         checked += 1
         key = (image.hash, image.uri, image.length)
         if key not in verdicts:
-            verdicts[key] = reader.materialize_many([image]).errors.get(0)
+            verdicts[key] = reader.load([image], keep_errors=True).errors.get(0)
         if verdicts[key] is not None:
             problems.append(f"{where}: {verdicts[key]}")
     return problems, checked

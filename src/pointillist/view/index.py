@@ -26,7 +26,7 @@ from pointillist.base.jsonl import complete_lines
 from pointillist.errors import ConfigError, MissingImageError, RecordError, RefError
 from pointillist.images.decode import ImageLimits
 from pointillist.images.inventory import list_store
-from pointillist.images.store import has_hash, read_stored, sha256_in
+from pointillist.images.store import read_intact
 from pointillist.runs.paths import RunPaths
 from pointillist.runs.records import RolloutRecord, decode_rollout, file_of, rollout_files
 
@@ -321,13 +321,14 @@ def is_intact(root: Path, name: str, limits: ImageLimits) -> bool:
         MissingImageError: It is not there.
     """
     try:
-        return has_hash(read_stored(root, name, limits), sha256_in(name))
+        read_intact(root, name, limits)
     except RefError:
         return False
     except MissingImageError:
         if os.path.lexists(root / name):
             return False  # there, but unreadable
         raise
+    return True
 
 
 def _known(db: sqlite3.Connection, name: str) -> tuple[int, int, int, int, bytes] | None:

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from pointillist.base.jsonl import JsonObject
-from pointillist.images.store import sha256_in
 from pointillist.runs.records import BranchRecord, Fault, ImageSpan, RolloutRecord, SampledPiece, name_in_store
 
 
@@ -145,4 +145,5 @@ def _image(part: Mapping[str, object], spans: Iterator[ImageSpan]) -> ShownImage
     url = part.get("image_url")
     name = name_in_store(url.get("url") if isinstance(url, dict) else url)
     span = next(spans, None)
-    return ShownImage(name, span if span is not None and name is not None and span.hash == sha256_in(name) else None)
+    known = span is not None and name is not None and span.hash == Path(name).stem
+    return ShownImage(name, span if known else None)

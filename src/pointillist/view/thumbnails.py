@@ -15,7 +15,7 @@ from PIL import Image
 
 from pointillist.base.files import write_atomically
 from pointillist.images.decode import ImageLimits, decode_rgb, to_pillow
-from pointillist.images.store import read_intact, sha256_in
+from pointillist.images.store import read_intact
 
 SIZES: Final = (96, 640)
 """Longest sides that are offered: in a list, and in a conversation."""
@@ -40,7 +40,7 @@ def thumbnail(root: Path, name: str, limits: ImageLimits, size: int, cache: Path
         RefError: A link, or no regular file; a `CorruptImageError` if its bytes are not what its name says.
         ImageError: It cannot be decoded, or has too many pixels for this.
     """
-    data, sha256 = read_intact(root, name, limits), sha256_in(name)
+    data, sha256 = read_intact(root, name, limits), Path(name).stem
     kept = cache / sha256[:2] / f"{sha256}-{size}.png"
     with suppress(OSError):
         return kept.read_bytes()

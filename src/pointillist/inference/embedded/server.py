@@ -36,8 +36,7 @@ from pointillist.inference.door import Door, http_limits
 from pointillist.inference.embedded.batch import Prompt
 from pointillist.inference.embedded.engine import Engine, EngineRequest
 from pointillist.inference.embedded.metrics import EngineMetrics
-from pointillist.inference.features import request_error
-from pointillist.inference.prompt import CheckedPrompt, ServerBounds, check_prompt, check_sizes, pixel_bytes
+from pointillist.inference.prompt import CheckedPrompt, ServerBounds, check_prompt, check_sizes, request_error
 from pointillist.inference.protocol import Choice, GenerateRequest, GenerateResponse, Placeholders, Usage, decode_body
 from pointillist.models import LoadedModel, load_model
 from pointillist.pixels import RawImageMaterializer
@@ -89,7 +88,7 @@ class EmbeddedServer:
         release_body(http)
         request_id = request.request_id or uuid.uuid4().hex
         max_tokens = request.sampling_params.max_tokens or self.bounds.seq_len - len(prompt.token_ids)
-        share = await self.budget.take(pixel_bytes(prompt, self.materializer))
+        share = await self.budget.take(prompt.pixel_bytes)
         try:
             engine_request = await self._prepare(request, request_id, max_tokens, prompt, types)
             loop = asyncio.get_running_loop()

@@ -35,7 +35,7 @@ from pointillist.errors import RequestError
 from pointillist.families import load_family, resolve_model_dir
 from pointillist.inference.door import OWN_PATHS, Door, http_limits
 from pointillist.inference.metrics import ImageMetrics
-from pointillist.inference.prompt import CheckedPrompt, ServerBounds, check_prompt, check_sizes, pixel_bytes
+from pointillist.inference.prompt import CheckedPrompt, ServerBounds, check_prompt, check_sizes
 from pointillist.inference.protocol import Placeholders, PromptFields, check_params, decode_body, decode_open_body
 from pointillist.inference.vllm.serve import CONFIG_VARIABLE
 from pointillist.inference.vllm.serving import ItemMaker, RawServingTokens
@@ -168,7 +168,7 @@ async def _generate(body: bytes, raw_request: Request) -> Response:
     shared: _Shared = raw_request.app.state.pointillist
     request, prompt = await run_in_threadpool(_read, body, shared)
     release_body(raw_request)
-    share = await shared.budget.take(pixel_bytes(prompt, shared.materializer))
+    share = await shared.budget.take(prompt.pixel_bytes)
     try:
         started = time.perf_counter()
         items = await shared.items.items(prompt)

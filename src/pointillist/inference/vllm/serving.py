@@ -14,8 +14,7 @@ from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
 from vllm.multimodal.inputs import MultiModalKwargsItem, MultiModalKwargsItems
 
 from pointillist.errors import PointillistError
-from pointillist.inference.features import request_error
-from pointillist.inference.prompt import CheckedPrompt
+from pointillist.inference.prompt import CheckedPrompt, request_error
 from pointillist.pixels import LoadedImage, RawImageMaterializer
 from pointillist.pixels.levels import PixelDtype
 from pointillist.pixels.on_device import as_tensors
@@ -85,7 +84,7 @@ class ItemMaker:
         return [distinct[which] for which in batch.index]
 
     def _item(self, image: LoadedImage) -> MultiModalKwargsItem:
-        arrays = self.materializer.tensors([image], self.dtype)
+        arrays = self.materializer.joiner.join([image], self.dtype)
         if self.dtype == "uint8" and self.materializer.family.frames > 1:
             patches = arrays["pixel_values"]  # (patches, 3, values): one frame
             frames = np.repeat(patches[:, :, None], self.materializer.family.frames, axis=2)

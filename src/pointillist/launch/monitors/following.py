@@ -7,7 +7,7 @@ from pathlib import Path
 from pointillist.base.jsonl import Follower, JsonObject, is_number, parse_line
 from pointillist.errors import RefError
 from pointillist.images.decode import ImageLimits, read_header
-from pointillist.images.store import read_intact, sha256_in
+from pointillist.images.store import read_intact
 from pointillist.launch.monitors.interface import Row, RowImage
 from pointillist.launch.run_dir import METRIC_FILES
 from pointillist.runs.image_dir import image_dir_of, limits_of
@@ -95,4 +95,4 @@ def _image(name: str | None, root: Path, limits: ImageLimits) -> RowImage:
     if name is None:
         raise RefError("a message's image is not in the run's store")
     header = read_header(read_intact(root, name, limits), limits)
-    return RowImage(sha256_in(name), root / name, header.width, header.height)
+    return RowImage(Path(name).stem, root / name, header.width, header.height)

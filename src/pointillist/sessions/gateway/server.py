@@ -254,7 +254,9 @@ class Gateway:
         name, created = uuid.uuid4().hex, int(time.time())
         call.model = call.model or self._model_name
         if api is responses:
-            entry.remember(f"resp_{name}", conversation.followed_by(Conversation([turns[0].message], [])))
+            entry.remember(
+                f"resp_{name}", Conversation([*conversation.messages, turns[0].message], conversation.images)
+            )
 
         def written() -> list[bytes]:
             if call.stream:
@@ -333,10 +335,10 @@ def _joined(before: Conversation | None, new: Conversation) -> Conversation:
     """The conversation that a response follows, and what follows; new instructions take the place of the old."""
     if before is None:
         return new
-    if new.messages and new.messages[0]["role"] == "system" and before.messages[0]["role"] == "system":
-        before = Conversation(before.messages[1:], before.images)
-        return Conversation([new.messages[0], *before.messages, *new.messages[1:]], [*before.images, *new.images])
-    return before.followed_by(new)
+    earlier, later, images = before.messages, new.messages, [*before.images, *new.images]
+    if later and later[0]["role"] == "system" and earlier[0]["role"] == "system":
+        return Conversation([later[0], *earlier[1:], *later[1:]], images)
+    return Conversation([*earlier, *later], images)
 
 
 def _listen(host: str, port: int) -> socket.socket:
