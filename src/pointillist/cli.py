@@ -170,10 +170,9 @@ def rl(arguments: list[str]) -> int:
 @_command("slurm-node", "Run one node's part of a SLURM job, which `pointillist rl` submits.")
 def slurm_node(arguments: list[str]) -> int:
     """Runs one node's part."""
-    from pointillist.launch.rl import console
     from pointillist.launch.slurm import run_node
 
-    return run_node(parse_cli(RLConfig, arguments), console)
+    return run_node(parse_cli(RLConfig, arguments))
 
 
 @_process("inference", InferenceConfig, "Serve a model: tokens and image references in, tokens and logprobs out.")

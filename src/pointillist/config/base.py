@@ -8,7 +8,7 @@ import difflib
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -34,6 +34,31 @@ class Config(BaseConfig):
                     hint = f", did you mean {near[0]!r}?" if near else f"; known keys are {sorted(cls.model_fields)}"
                     raise ValueError(f"unknown key {key!r} in {cls.__name__}{hint}")
         return data
+
+    def with_values(self, values: Mapping[str, object]) -> Self:
+        """A copy with other values; the config itself stays as it is.
+
+        Args:
+            values: New values by dotted key; they are not validated again.
+
+        Raises:
+            KeyError: A key that the config does not have.
+
+        Example:
+            `config.with_values({"server.port": 8000}).server.port == 8000`
+        """
+        changed = self
+        for key, value in values.items():
+            changed = changed._with_value(key, value)
+        return changed
+
+    def _with_value(self, key: str, value: object) -> Self:
+        name, _, rest = key.partition(".")
+        if name not in type(self).model_fields:
+            raise KeyError(f"{type(self).__name__} has no key {name!r}")
+        new = getattr(self, name)._with_value(rest, value) if rest else value
+        copy: Self = self.model_copy(update={name: new})
+        return copy
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)

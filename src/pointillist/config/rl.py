@@ -89,6 +89,14 @@ class RLConfig(Config):
     """Validate, write the resolved configs to `<output_dir>/configs` (with `slurm`, print the job's script), and
     exit."""
 
+    def with_values(self, values: Mapping[str, object]) -> Self:
+        """As `Config.with_values`; a value that components share changes in each of them as well."""
+        everywhere = dict(values)
+        for key, value in values.items():
+            top, dot, rest = key.partition(".")
+            everywhere.update({f"{target}{dot}{rest}": value for target in SHARED.get(top, ())})
+        return super().with_values(everywhere)
+
     @model_validator(mode="before")
     @classmethod
     def _share(cls, data: Any) -> Any:

@@ -74,12 +74,12 @@ def config_changes(config: RLConfig, paths: RunPaths) -> list[str]:
     return changes
 
 
-def model_changes(config: RLConfig, paths: RunPaths) -> list[str]:
+def model_changes(model: Mapping[str, str], paths: RunPaths) -> list[str]:
     """Files of the model folder that are not what the run was begun with.
 
     Args:
-        config: Of the run.
-        paths: Its folder.
+        model: Its record, as `model_record` makes it.
+        paths: The run's folder.
     """
     try:
         old = json.loads(paths.model_record.read_bytes())
@@ -87,11 +87,10 @@ def model_changes(config: RLConfig, paths: RunPaths) -> list[str]:
         return []
     if not isinstance(old, dict):
         return []
-    new = model_record(config.model.name)
     return [
-        f"model {key}: {old.get(key)} -> {new.get(key)}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
+        f"model {key}: {old.get(key)} -> {model.get(key)}"
+        for key in sorted(old.keys() | model.keys())
+        if old.get(key) != model.get(key)
     ]
 
 
@@ -112,23 +111,29 @@ def model_record(name: str) -> dict[str, str]:
     return record
 
 
-def record_start(config: RLConfig, paths: RunPaths) -> None:
-    """Keeps this start's config beside those before it, what the model folder holds, and in the store who uses it."""
+def record_start(config: RLConfig, paths: RunPaths, model: Mapping[str, str]) -> None:
+    """Keeps this start's config beside those before it, what the model folder holds, and in the store who uses it.
+
+    Args:
+        config: Config of the run.
+        paths: Its folder, in which the config is written.
+        model: Record of its model, as `model_record` makes it.
+    """
     numbers = [number for path in paths.history.glob("*.toml") if (number := number_of(path.stem)) is not None]
     text = (paths.configs / "rl.toml").read_bytes()
     write_atomically(paths.history / f"{max(numbers, default=0) + 1}.toml", text, private=True)
-    record = json.dumps(model_record(config.model.name), indent=1).encode()
-    write_atomically(paths.model_record, record)
+    write_atomically(paths.model_record, json.dumps(model, indent=1).encode())
     add_user(resolve_image_dir(config.multimodal, paths.output_dir, {}), paths.output_dir)
 
 
-def refuse_changes(config: RLConfig, paths: RunPaths, step: int) -> None:
+def refuse_changes(config: RLConfig, paths: RunPaths, step: int, model: Mapping[str, str]) -> None:
     """Makes sure that a resumed run is the run that was begun.
 
     Args:
         config: As it is to go on.
         paths: The run's folder.
         step: The step that it goes on after.
+        model: Record of its model, as `model_record` makes it.
 
     Raises:
         ConfigError: It is another one, of which the message names every difference, or it is beyond `max_steps`.
@@ -139,7 +144,7 @@ def refuse_changes(config: RLConfig, paths: RunPaths, step: int) -> None:
         )
     if config.resume_with_changes:
         return
-    if changes := [*config_changes(config, paths), *model_changes(config, paths)]:
+    if changes := [*config_changes(config, paths), *model_changes(model, paths)]:
         raise ConfigError(
             "--resume with a config that means another run:\n  "
             + "\n  ".join(changes)
