@@ -2,10 +2,12 @@ from pathlib import Path
 
 import pytest
 
-from pointillist.config import InferenceConfig, MultimodalConfig, RLConfig, load_toml, parse_cli, write_toml
+from pointillist.cli.options import parse_cli
+from pointillist.config import InferenceConfig, MultimodalConfig, RLConfig
 from pointillist.config.shared import CARRIER, LIMITS_CARRIER, LimitsConfig
 from pointillist.errors import ConfigError
 from pointillist.images import ImageLimits
+from pointillist.runs.config_files import load_toml, write_toml
 from pointillist.runs.image_dir import resolve_image_dir, writer_image_dir, writer_limits
 
 TOML = """

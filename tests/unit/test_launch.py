@@ -17,15 +17,8 @@ from pydantic import ValidationError
 
 from pointillist.base.digests import seal_folder
 from pointillist.base.jsonl import read_jsonl
-from pointillist.config import (
-    RLConfig,
-    SlurmConfig,
-    SupervisionConfig,
-    TrainerConfig,
-    load_toml,
-    parse_cli,
-    write_toml,
-)
+from pointillist.cli.options import parse_cli
+from pointillist.config import RLConfig, SlurmConfig, SupervisionConfig, TrainerConfig
 from pointillist.config.shared import ServerConfig
 from pointillist.errors import ConfigError, LaunchError
 from pointillist.launch.devices import gpu_shares
@@ -37,6 +30,7 @@ from pointillist.launch.run_dir import resume_step, rewind
 from pointillist.launch.slurm import render
 from pointillist.launch.supervise import Part, interruptible, supervise, where_it_goes_on
 from pointillist.launch.supervisor import Spec, Supervisor
+from pointillist.runs.config_files import load_toml, write_toml
 from pointillist.runs.image_dir import resolve_image_dir
 from pointillist.runs.paths import RunPaths, latest_checkpoint, steps_in
 

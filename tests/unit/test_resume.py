@@ -342,7 +342,8 @@ def test_a_dollar_in_the_folder_is_a_dollar(model_dir: Path, tmp_path: Path) -> 
         cli, ["rl", "--model.name", str(model_dir), "--env.id", "digits", "--output-dir", str(folder), "--dry-run"]
     )
     assert result.exit_code == 0, result.output
-    from pointillist.config import OrchestratorConfig, load_toml
+    from pointillist.config import OrchestratorConfig
+    from pointillist.runs.config_files import load_toml
     from pointillist.runs.image_dir import resolve_image_dir
 
     config = load_toml(OrchestratorConfig, folder / "configs/orchestrator.toml")

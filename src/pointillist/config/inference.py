@@ -1,12 +1,11 @@
 """Config of the inference server."""
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from pointillist.config.base import Config
-from pointillist.config.shared import LogLevel, ModelConfig, MultimodalConfig, ServerConfig
+from pointillist.config.shared import ModelConfig, ProcessConfig, ServerConfig
 
 
 class EngineConfig(Config):
@@ -36,7 +35,7 @@ class VLLMConfig(Config):
     `--name` and `--no-name`. They win over what Pointillist sets."""
 
 
-class InferenceConfig(Config):
+class InferenceConfig(ProcessConfig):
     """The inference server: `pointillist inference @ inference.toml`."""
 
     backend: Literal["embedded", "vllm"] = "embedded"
@@ -53,16 +52,11 @@ class InferenceConfig(Config):
     """Whether what a request gets is the same bit for bit whatever else is in flight: each sequence is decoded by
     itself (vLLM: its batch-invariant kernels)."""
 
-    output_dir: Path = Path("outputs/run")
-    """The run's folder; weights are taken from below it only."""
-
-    multimodal: MultimodalConfig = MultimodalConfig()
     server: ServerConfig = ServerConfig()
     engine: EngineConfig = EngineConfig()
     """`dtype`, `num_threads` and `max_batch_size` hold for both backends."""
 
     vllm: VLLMConfig = VLLMConfig()
-    log_level: LogLevel = "info"
 
     @model_validator(mode="after")
     def _key_beyond_loopback(self) -> "InferenceConfig":

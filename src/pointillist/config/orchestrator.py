@@ -1,13 +1,12 @@
 """Config of the environment side: sessions, gateway, environments, and the orchestrator over them."""
 
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pointillist.config.base import Config
 from pointillist.config.sampling import MAX_CHOICES, check_sampling_number
-from pointillist.config.shared import LogLevel, ModelConfig, MultimodalConfig, ServerConfig, TransportConfig
+from pointillist.config.shared import ModelConfig, ProcessConfig, ServerConfig, TransportConfig
 
 
 class EnvConfig(Config):
@@ -112,18 +111,15 @@ class GatewayConfig(ServerConfig):
     what the others need."""
 
 
-class PolicyConfig(Config):
+class PolicyConfig(ProcessConfig):
     """What every process that holds sessions needs: the model, the store, and where the policy is served."""
 
     model: ModelConfig
     seq_len: int = Field(2048, gt=0)
     """Longest sample and length of a packed row, in tokens."""
 
-    output_dir: Path = Path("outputs/run")
-    multimodal: MultimodalConfig = MultimodalConfig()
     client: ClientConfig = ClientConfig()
     gateway: GatewayConfig = GatewayConfig()
-    log_level: LogLevel = "info"
 
     @model_validator(mode="after")
     def _key_beyond_loopback(self) -> Self:

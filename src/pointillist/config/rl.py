@@ -6,7 +6,7 @@ another value is one error that names both keys.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 from pydantic import Field, ValidationInfo, field_serializer, field_validator, model_validator
 
@@ -21,23 +21,23 @@ from pointillist.config.trainer import TrainerConfig
 NOT_RECORDED: Final = "<not recorded>"
 """What a written config has for the value of an environment variable."""
 
-# Key at the top -> the components' keys that hold the same value.
-SHARED: Final[Mapping[str, tuple[str, ...]]] = {
-    "model": ("trainer.model", "orchestrator.model", "inference.model"),
-    "env": ("orchestrator.env",),
-    "seq_len": ("trainer.seq_len", "orchestrator.seq_len", "inference.seq_len"),
-    "max_steps": ("trainer.max_steps", "orchestrator.max_steps"),
-    "seed": ("trainer.seed", "orchestrator.seed", "inference.seed"),
-    "output_dir": ("trainer.output_dir", "orchestrator.output_dir", "inference.output_dir"),
-    "multimodal": ("trainer.multimodal", "orchestrator.multimodal", "inference.multimodal"),
-    "transport": ("trainer.transport", "orchestrator.transport"),
-    "deterministic": ("trainer.deterministic", "inference.deterministic"),
-    "log_level": ("trainer.log_level", "orchestrator.log_level", "inference.log_level"),
-}
-
 
 class RLConfig(Config):
     """A run: environment, inference server, orchestrator and trainer."""
+
+    shared: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "model": ("trainer.model", "orchestrator.model", "inference.model"),
+        "env": ("orchestrator.env",),
+        "seq_len": ("trainer.seq_len", "orchestrator.seq_len", "inference.seq_len"),
+        "max_steps": ("trainer.max_steps", "orchestrator.max_steps"),
+        "seed": ("trainer.seed", "orchestrator.seed", "inference.seed"),
+        "output_dir": ("trainer.output_dir", "orchestrator.output_dir", "inference.output_dir"),
+        "multimodal": ("trainer.multimodal", "orchestrator.multimodal", "inference.multimodal"),
+        "transport": ("trainer.transport", "orchestrator.transport"),
+        "deterministic": ("trainer.deterministic", "inference.deterministic"),
+        "log_level": ("trainer.log_level", "orchestrator.log_level", "inference.log_level"),
+        "trainer.num_workers": ("orchestrator.num_train_workers",),
+    }
 
     model: ModelConfig
     env: EnvConfig
@@ -89,14 +89,6 @@ class RLConfig(Config):
     """Validate, write the resolved configs to `<output_dir>/configs` (with `slurm`, print the job's script), and
     exit."""
 
-    def with_values(self, values: Mapping[str, object]) -> Self:
-        """As `Config.with_values`; a value that components share changes in each of them as well."""
-        everywhere = dict(values)
-        for key, value in values.items():
-            top, dot, rest = key.partition(".")
-            everywhere.update({f"{target}{dot}{rest}": value for target in SHARED.get(top, ())})
-        return super().with_values(everywhere)
-
     @model_validator(mode="before")
     @classmethod
     def _share(cls, data: Any) -> Any:
@@ -109,12 +101,7 @@ class RLConfig(Config):
         data = {**defaults, **data}
         for component in ("trainer", "orchestrator", "inference"):
             data.setdefault(component, {})
-        data = share(data, SHARED)
-        workers = data["trainer"].get("num_workers") if isinstance(data["trainer"], dict) else None
-        if workers is not None and isinstance(data["orchestrator"], dict):
-            data = share({**data, "_": workers}, {"_": ("orchestrator.num_train_workers",)})
-            del data["_"]
-        return data
+        return share(data, cls.shared)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

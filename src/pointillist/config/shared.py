@@ -18,6 +18,9 @@ RUN_KEY: Final = "POINTILLIST_RUN_KEY"
 """Environment variable with the word that the processes of one run know each other by; the launcher makes it up."""
 
 
+LogLevel = Literal["debug", "info", "warning"]
+
+
 class ModelConfig(Config):
     """Which model."""
 
@@ -163,4 +166,14 @@ class TransportConfig(Config):
     """Where the orchestrator listens with `zmq`; port 0 lets the launcher choose a free one."""
 
 
-LogLevel = Literal["debug", "info", "warning"]
+class ProcessConfig(Config):
+    """What every process of a run has in its config."""
+
+    output_dir: Path = Path("outputs/run")
+    """The run's folder."""
+
+    multimodal: MultimodalConfig = MultimodalConfig()
+    """Images: folder, limits and where else to look for them."""
+
+    log_level: LogLevel = "info"
+    """Least important messages that are logged."""

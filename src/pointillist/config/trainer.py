@@ -1,12 +1,11 @@
 """Config of the trainer."""
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from pointillist.config.base import Config
-from pointillist.config.shared import LogLevel, ModelConfig, MultimodalConfig, TransportConfig
+from pointillist.config.shared import ModelConfig, ProcessConfig, TransportConfig
 
 
 class SchedulerConfig(Config):
@@ -82,7 +81,7 @@ class CheckpointConfig(Config):
     """Checkpoints kept."""
 
 
-class TrainerConfig(Config):
+class TrainerConfig(ProcessConfig):
     """The trainer: `pointillist trainer @ trainer.toml`, under torchrun for several ranks."""
 
     model: ModelConfig
@@ -93,8 +92,6 @@ class TrainerConfig(Config):
     """Optimiser steps."""
 
     seed: int = 0
-    output_dir: Path = Path("outputs/run")
-    multimodal: MultimodalConfig = MultimodalConfig()
     transport: TransportConfig = TransportConfig()
     num_workers: int = Field(1, gt=0)
     """Data-parallel ranks; above 1 the model is sharded by FSDP2."""
@@ -128,7 +125,6 @@ class TrainerConfig(Config):
     optim: OptimConfig = OptimConfig()
     loss: LossConfig = LossConfig()
     ckpt: CheckpointConfig = CheckpointConfig()
-    log_level: LogLevel = "info"
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> "TrainerConfig":

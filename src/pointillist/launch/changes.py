@@ -14,10 +14,10 @@ from typing import Any, Final
 
 from pointillist.base.files import write_atomically
 from pointillist.config import RLConfig
-from pointillist.config.base import dump_toml
 from pointillist.errors import ConfigError, LaunchError
 from pointillist.families import load_family
 from pointillist.images.inventory import add_user
+from pointillist.runs.config_files import dump_toml
 from pointillist.runs.image_dir import resolve_image_dir
 from pointillist.runs.paths import RunPaths, number_of
 

@@ -14,10 +14,11 @@ from typing import Final
 import msgspec
 
 from pointillist.base.net import free_port, http_url
-from pointillist.config import RUN_KEY, AssetServerConfig, RLConfig, write_toml
+from pointillist.config import RUN_KEY, AssetServerConfig, RLConfig
 from pointillist.errors import LaunchError
 from pointillist.launch.devices import gpu_shares
 from pointillist.launch.supervisor import Spec
+from pointillist.runs.config_files import write_toml
 from pointillist.runs.paths import RunPaths
 
 _HERE: Final = "127.0.0.1"

@@ -20,7 +20,7 @@ from typing import Final
 import jinja2
 
 from pointillist.base.files import write_atomically
-from pointillist.config import RLConfig, SlurmConfig, write_toml
+from pointillist.config import RLConfig, SlurmConfig
 from pointillist.errors import LaunchError
 from pointillist.launch.changes import model_record, refuse_changes
 from pointillist.launch.console import console, say
@@ -30,6 +30,7 @@ from pointillist.launch.prepare import begin, check_model, environment
 from pointillist.launch.rendezvous import Rendezvous
 from pointillist.launch.run_dir import make_fresh, resume_step
 from pointillist.launch.supervise import Interrupted, Part, interruptible, supervise
+from pointillist.runs.config_files import write_toml
 from pointillist.runs.lock import Job, RunLock, refuse_if_held
 from pointillist.runs.paths import RunPaths
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pointillist.config import OrchestratorConfig, load_toml
+from pointillist.config import OrchestratorConfig
 from pointillist.errors import ConfigError, PointillistError, RefError
 from pointillist.images.store import STORED_NAME, local_path
 from pointillist.refs.descriptor import parse_descriptor
 from pointillist.refs.wire import ImageRef
+from pointillist.runs.config_files import load_toml
 from pointillist.runs.image_dir import own_image_dir, resolve_image_dir
 from pointillist.runs.paths import RunPaths, evals_in, number_of, steps_in
 from pointillist.transport.types import decode_rank_batch

@@ -27,7 +27,7 @@ from vllm.sampling_params import SamplingParams
 from pointillist.base.budget import ByteBudget
 from pointillist.base.http_guard import Guard, HttpRefusal, RequestError, answer_json, guarded_protocol, release_body
 from pointillist.base.net import api_key, is_loopback
-from pointillist.config import RUN_KEY, InferenceConfig, MultimodalConfig, load_toml
+from pointillist.config import RUN_KEY, InferenceConfig, MultimodalConfig
 from pointillist.config.shared import CARRIER, ModelConfig
 from pointillist.families import load_family, resolve_model_dir
 from pointillist.inference.door import OWN_PATHS, Door, http_limits
@@ -38,6 +38,7 @@ from pointillist.inference.vllm.serve import CONFIG_VARIABLE
 from pointillist.inference.vllm.serving import ItemMaker, RawServingTokens
 from pointillist.inference.vllm.versions import check_vllm
 from pointillist.pixels import RawImageMaterializer
+from pointillist.runs.config_files import load_toml
 from pointillist.weights.fetch import WeightFolders
 from pointillist.weights.vllm import WeightUpdates
 from pointillist.weights.wire import UpdateWeightsRequest
