@@ -79,7 +79,7 @@ FREE = [
     {"orchestrator": {"max_concurrent": 8, "workers": {"count": 2}, "eval": {"interval": 7}}},
     {"trainer": {"ckpt": {"interval": 3}, "num_threads": 2}},
     {"transport": {"type": "zmq"}},
-    {"multimodal": {"cache_bytes": 1000}},
+    {"trainer": {"reader": {"cache_bytes": 1000}}, "inference": {"reader": {"threads": 1}}},
     {"env_vars": {"TOKEN": "secret"}},
 ]
 

@@ -131,7 +131,7 @@ class GatewayServerConfig(PolicyConfig):
     """A gateway by itself: `pointillist gateway @ gateway.toml`. Sessions are opened and closed over HTTP."""
 
     sampling: SamplingConfig = SamplingConfig()
-    """Of requests that ask for nothing else."""
+    """How requests are sampled that ask for nothing else."""
 
 
 class RolloutsConfig(PolicyConfig):

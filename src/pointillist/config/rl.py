@@ -48,12 +48,16 @@ class RLConfig(Config):
     """Optimiser steps."""
 
     seed: int = 0
+    """Seed of the order of tasks, of sampling and of the trainer."""
+
     output_dir: Path = Path("outputs/run")
     """The run's folder; must not hold another run unless `resume` is set."""
 
     multimodal: MultimodalConfig = MultimodalConfig()
     transport: TransportConfig = TransportConfig()
     log_level: LogLevel = "info"
+    """Least important messages that are logged, by every process."""
+
     env_vars: dict[str, str] = {}
     """Environment variables of every process. Configs that a run writes keep their names, not their values: these come
     anew from the config that is given to `--resume`."""

@@ -36,7 +36,7 @@ _FREE: Final = (
 # Of the run as of every component: its log and folder, how batches travel, and how images are read.
 _FREE_ANYWHERE: Final = (
     "log_level", "max_steps", "multimodal.assets", "multimodal.cache_bytes", "multimodal.inflight_bytes",
-    "multimodal.materialize_threads", "multimodal.missing_image_retries", "output_dir", "transport",
+    "multimodal.materialize_threads", "multimodal.missing_image_retries", "output_dir", "reader", "transport",
 )  # fmt: skip
 _COMPONENTS: Final = ("trainer", "orchestrator", "inference")
 _SMALL_BYTES: Final = 64 * 1024 * 1024

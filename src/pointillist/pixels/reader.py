@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from pointillist.assets.cache import FetchedImages
 from pointillist.assets.configured import fetched_images
-from pointillist.config import MultimodalConfig
+from pointillist.config.shared import ReadingConfig
 from pointillist.errors import ImageError, LayoutError, MissingImageError, RefError
 from pointillist.families.base import Family, ImageLayout, describe_image
 from pointillist.families.layout_record import first_difference
@@ -95,14 +95,14 @@ class RawImageMaterializer:
         ]
 
     @classmethod
-    def for_run(cls, family: Family, multimodal: MultimodalConfig, output_dir: Path) -> "RawImageMaterializer":
+    def for_run(cls, family: Family, config: ReadingConfig) -> "RawImageMaterializer":
         """The reader of a run's images: its own store and the configured roots.
 
         Args:
             family: The model's adapter.
-            multimodal: The run's settings.
-            output_dir: The run's folder.
+            config: Config of the process that reads.
         """
+        multimodal, output_dir = config.multimodal, config.output_dir
         own = resolve_image_dir(multimodal, output_dir, os.environ)
         return cls(
             family,
@@ -110,8 +110,8 @@ class RawImageMaterializer:
             multimodal.limits.image_limits(),
             fetched=fetched_images(multimodal, output_dir),
             missing_image_retries=multimodal.missing_image_retries,
-            threads=multimodal.materialize_threads,
-            cache_bytes=multimodal.cache_bytes,
+            threads=config.reader.threads,
+            cache_bytes=config.reader.cache_bytes,
         )
 
     def materialize(

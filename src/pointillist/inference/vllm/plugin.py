@@ -80,7 +80,7 @@ class _Shared:
         self.config = _config(args)
         self.engine = engine
         family = load_family(self.config.model.name)
-        self.materializer = RawImageMaterializer.for_run(family, self.config.multimodal, self.config.output_dir)
+        self.materializer = RawImageMaterializer.for_run(family, self.config)
         self.serving = RawServingTokens(
             engine,
             state.openai_serving_models,
@@ -97,7 +97,7 @@ class _Shared:
         self.metrics = ImageMetrics(REGISTRY)
         scheduler, model = engine.vllm_config.scheduler_config, engine.vllm_config.model_config
         self.bounds = ServerBounds(model.max_model_len, model.get_vocab_size(), scheduler.max_num_seqs)
-        self.budget = ByteBudget(self.config.multimodal.inflight_bytes)
+        self.budget = ByteBudget(self.config.reader.inflight_bytes)
         self.limits = http_limits(model.max_model_len, self.config.multimodal.limits.max_images_per_request)
         self.door = Door(
             loopback=is_loopback(args.host or ""),
