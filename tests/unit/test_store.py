@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pointillist.base.image_limits import STORED_LIMITS
 from pointillist.environments import executor
 from pointillist.errors import ConfigError, ImageError, MissingImageError, RefError, StorageError
 from pointillist.images import ImageLimits, ImageStore, inventory, read_verified
-from pointillist.images.decode import STORED_LIMITS
 from pointillist.images.inventory import StoreEntry, list_store, verify_store
 from pointillist.images.store import file_uri, local_path, write_image
 from pointillist.sessions.gateway.errors import api_error

@@ -6,10 +6,9 @@ from typing import Any, Final, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
+from pointillist.base.image_limits import ImageFormat, ImageLimits
 from pointillist.base.net import LOOPBACK
 from pointillist.config.base import Config
-from pointillist.images.decode import ImageLimits
-from pointillist.images.sniff import ImageFormat
 
 CARRIER: Final = "VF_RENDERER_IMAGE_OFFLOAD_DIR"
 """Environment variable with the image folder, which the launcher sets for the processes that write images."""

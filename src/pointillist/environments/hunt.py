@@ -14,9 +14,10 @@ from typing import Any, Final
 
 from PIL import Image
 
+from pointillist.base.image_limits import STORED_LIMITS
 from pointillist.environments import Task
 from pointillist.environments.tasks import read_tasks
-from pointillist.images.decode import STORED_LIMITS, decode_rgb, to_pillow
+from pointillist.images.decode import decode_rgb, to_pillow
 from pointillist.sessions import Session
 
 QUESTION = "Find it and name it."

@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pointillist.base.image_limits import STORED_LIMITS
 from pointillist.environments import Task
 from pointillist.errors import EnvironmentLoadError, ImageError
-from pointillist.images.decode import STORED_LIMITS, decode_rgb
+from pointillist.images.decode import decode_rgb
 
 T = TypeVar("T")
 

@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 
 from pointillist.assets.cache import FetchedImages
 from pointillist.assets.configured import fetched_images
+from pointillist.base.image_limits import ImageLimits
 from pointillist.config.shared import ReadingConfig
 from pointillist.errors import ImageError, LayoutError, MissingImageError, RefError
 from pointillist.families.base import Family, ImageLayout, describe_image
 from pointillist.families.layout_record import first_difference
-from pointillist.images.decode import ImageLimits, decode_rgb, is_nearly_constant, read_header
+from pointillist.images.decode import decode_rgb, is_nearly_constant, read_header
 from pointillist.images.store import check_named, read_verified, resolve_roots, stored_name
 from pointillist.pixels.cache import ImageCache, LoadedImage
 from pointillist.pixels.join import PatchJoiner

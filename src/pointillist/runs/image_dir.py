@@ -17,9 +17,9 @@ from typing import Final
 
 from pydantic import ValidationError
 
+from pointillist.base.image_limits import ImageLimits
 from pointillist.config.shared import CARRIER, LIMITS_CARRIER, LimitsConfig, MultimodalConfig
 from pointillist.errors import ConfigError
-from pointillist.images.decode import ImageLimits
 
 _VARIABLE: Final = re.compile(r"\$(?:(?P<dollar>\$)|\{(?P<braced>\w+)\}|(?P<plain>\w+))")
 

@@ -24,9 +24,9 @@ from typing import Any, Final
 import msgspec
 
 from pointillist.base.files import open_regular
+from pointillist.base.image_limits import STORED_LIMITS
 from pointillist.base.jsonl import complete_lines
 from pointillist.errors import ConfigError, MissingImageError, RefError
-from pointillist.images.decode import STORED_LIMITS
 from pointillist.images.inventory import list_store
 from pointillist.images.store import read_stored
 from pointillist.runs.paths import RunPaths

@@ -15,8 +15,9 @@ from typing import Final
 from PIL import Image
 
 from pointillist.base.files import write_atomically
+from pointillist.base.image_limits import STORED_LIMITS
 from pointillist.errors import RefError
-from pointillist.images.decode import STORED_LIMITS, decode_rgb, to_pillow
+from pointillist.images.decode import decode_rgb, to_pillow
 from pointillist.images.store import read_stored
 
 SIZES: Final = (96, 640)

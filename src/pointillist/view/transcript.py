@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from pointillist.base.image_limits import STORED_LIMITS
 from pointillist.base.jsonl import read_jsonl
 from pointillist.base.logs import plain
 from pointillist.errors import PointillistError
-from pointillist.images.decode import STORED_LIMITS
 from pointillist.images.store import read_verified, stored_name
 from pointillist.runs.paths import RunPaths
 from pointillist.upkeep.references import file_of, image_dir_of

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pointillist.base.files import open_regular
+from pointillist.base.image_limits import STORED_LIMITS
 from pointillist.base.jsonl import complete_lines, is_number, read_jsonl
 from pointillist.errors import PointillistError
 from pointillist.images import read_verified
-from pointillist.images.decode import STORED_LIMITS
 from pointillist.images.store import stored_name
 from pointillist.launch.monitors.interface import Picture, Row
 from pointillist.launch.run_dir import METRIC_FILES

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from pointillist.base.image_limits import STORED_LIMITS
 from pointillist.base.logs import plain
 from pointillist.images import read_header
-from pointillist.images.decode import STORED_LIMITS
 from pointillist.launch.monitors.interface import Picture, Row
 
 _MARKUP: Final = {ord(character): f"&#{ord(character)};" for character in "\\`*_{}[]()<>#!|~&\"'"}
