@@ -15,7 +15,7 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
-from pointillist.base.digests import seal_folder
+from pointillist.base.digests import seal_folder, take_note
 from pointillist.base.jsonl import read_jsonl
 from pointillist.cli.options import parse_cli
 from pointillist.config import RLConfig, SlurmConfig, SupervisionConfig, TrainerConfig
@@ -522,6 +522,28 @@ def test_a_node_of_a_job_serves_metrics_as_a_machine_alone_does(
 def _until(done: Callable[[], bool]) -> None:
     while not done():
         time.sleep(0.01)
+
+
+def test_a_checkpoint_is_read_once_on_resume_unless_it_was_written_since(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    paths.configs.mkdir()
+    (paths.configs / "rl.toml").touch()
+    folder = _checkpoint(paths, 6)
+    note = paths.checkpoint_note(6)
+    assert resume_step(paths) == 6
+    assert not take_note(note, folder)
+    assert resume_step(paths, for_trainer=True) == 6
+    assert steps_in(paths.checkpoints) == [6]
+    assert take_note(note, folder)
+    assert not take_note(note, folder)  # a later start reads the bytes itself
+    for act, _ in DAMAGE.values():
+        shutil.rmtree(folder)
+        _checkpoint(paths, 6)
+        assert resume_step(paths, for_trainer=True) == 6
+        act(folder)
+        assert not take_note(note, folder)
+    note.write_bytes(b"[1")
+    assert not take_note(note, folder)
 
 
 def test_what_is_said_after_a_signal_reads_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

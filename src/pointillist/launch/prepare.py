@@ -103,7 +103,7 @@ def begin(placement: Placement, hurry: Callable[[], bool], *, is_job: bool) -> P
     wait_for_survivors(paths, config.supervision.stop_grace, say, hurry)
     model = model_record(config.model.name)
     if config.resume:
-        step = resume_step(paths)
+        step = resume_step(paths, for_trainer=True)
         refuse_changes(config, paths, step, model)
         placement = go_back(placement, step)
     else:

@@ -28,7 +28,7 @@ from pointillist.launch.local import run_on_one_machine
 from pointillist.launch.placement import Placement, Roles, choose_ports
 from pointillist.launch.prepare import begin, check_model, environment
 from pointillist.launch.rendezvous import Rendezvous
-from pointillist.launch.run_dir import make_fresh, resume_step
+from pointillist.launch.run_dir import make_fresh, newest_step
 from pointillist.launch.supervise import Interrupted, Part, interruptible, supervise
 from pointillist.runs.config_files import write_toml
 from pointillist.runs.lock import Job, RunLock, refuse_if_held
@@ -88,7 +88,7 @@ def submit(config: RLConfig, slurm: SlurmConfig) -> int:
     refuse_if_held(paths.output_dir)
     _refuse_waiting_job(paths.output_dir / _JOB_FILE)
     if config.resume:
-        refuse_changes(config, paths, resume_step(paths), model_record(config.model.name))
+        refuse_changes(config, paths, newest_step(paths), model_record(config.model.name))
     else:
         make_fresh(paths, say)
     write_toml(config, paths.configs / "rl.toml")

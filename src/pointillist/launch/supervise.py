@@ -121,10 +121,8 @@ class Part:
 
 def where_it_goes_on(paths: RunPaths) -> str:
     """What `--resume` will do, by the names of the checkpoints: a job has no time to read their bytes."""
-    steps = steps_in(paths.checkpoints)
-    return (
-        f"--resume goes on after step {steps[-1]}" if steps else "there is no checkpoint yet: --resume begins at step 1"
-    )
+    step = max(steps_in(paths.checkpoints), default=0)
+    return f"--resume goes on after step {step}" if step else "there is no checkpoint yet: --resume begins at step 1"
 
 
 def supervise(part: Part, *, is_over: Callable[[], bool] = lambda: True, max_resumes: int = 0, resumes: int = 0) -> int:
@@ -166,7 +164,7 @@ def supervise(part: Part, *, is_over: Callable[[], bool] = lambda: True, max_res
                 max_resumes, resumes = max_resumes - 1, resumes + 1
                 say(f"{dead.cause()}; going back ({resumes} of {config.supervision.max_resumes}, max_resumes)")
                 supervisor.end(_WORK, part.hurry)
-                go_back(placement, resume_step(paths))
+                go_back(placement, resume_step(paths, for_trainer=True))
                 supervisor.start_again(_WORK)
     except Interrupted as interrupt:
         if part.trains:

@@ -17,7 +17,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from pointillist.base.digests import fault_in, move_sealed, seal_folder
+from pointillist.base.digests import fault_in, move_sealed, seal_folder, take_note
 from pointillist.errors import TrainingError
 from pointillist.runs.paths import ORCHESTRATOR_STATE, RunPaths, remove, steps_in
 from pointillist.trainer.parallel import Ranks
@@ -72,7 +72,9 @@ class Checkpoints:
             TrainingError: No such checkpoint, a damaged one, or one of another model.
         """
         folder = self._paths.checkpoint_step(step)
-        fault = fault_in(folder) if self._ranks.is_main else None
+        fault = None
+        if self._ranks.is_main and not take_note(self._paths.checkpoint_note(step), folder):
+            fault = fault_in(folder)  # all of it is read: the launcher has not just done so
         if self._ranks.max({"fault": float(fault is not None)})["fault"]:  # all ranks end together
             raise TrainingError(f"no whole checkpoint at {folder}: {fault or 'the main rank says why'}")
         model_state, optimizer_state = get_state_dict(policy, optimizer)
