@@ -30,7 +30,7 @@ _FIRST_SENTENCE: Final = re.compile(r"(?<=[^.])\.\s|; ")
 _LONGEST_DEFAULT: Final = 40
 _LONGEST_NUMBER: Final = 300
 
-Tree = dict[str, Any]
+Tree = dict[str, object]
 """Raw config: values and tables by key."""
 
 
@@ -164,7 +164,7 @@ def _below(option: Option, keys: set[str]) -> bool:
     return any(option.key.startswith(f"{key}.") for key in keys)
 
 
-def _override(key: str, known: Mapping[str, Option], rest: list[str], *, has_value: bool) -> tuple[str, Any]:
+def _override(key: str, known: Mapping[str, Option], rest: list[str], *, has_value: bool) -> tuple[str, object]:
     """Takes an option's value from the words that follow it; returns its key and the value."""
     option = known.get(key)
     denied = known.get(key.removeprefix("no_")) if option is None and key.startswith("no_") else None
@@ -212,25 +212,28 @@ def _guessed(text: str, key: str, known: Mapping[str, Option]) -> str | int | fl
     return float(text) if re.fullmatch(r"-?(0|[1-9][0-9]*)(\.[0-9]*)?(e[-+]?[0-9]+)?", text, re.IGNORECASE) else text
 
 
-def _json(key: str, text: str) -> Any:
+def _json(key: str, text: str) -> object:
     try:
         return json.loads(text)
     except (RecursionError, ValueError) as error:
         raise ConfigError(f"--{key} {text[:80]!r} is not JSON ({error})") from None
 
 
-def _put(tree: Tree, key: str, value: Any) -> None:
+def _put(tree: Tree, key: str, value: object) -> None:
     """Sets a value by its dotted key; a table is merged into what is there."""
-    for name in reversed(key.split(".")):
-        value = {name: value}
-    _merge(tree, value)
+    *above, last = key.split(".")
+    branch: Tree = {last: value}
+    for name in reversed(above):
+        branch = {name: branch}
+    _merge(tree, branch)
 
 
-def _merge(below: Tree, above: Mapping[str, Any]) -> Tree:
+def _merge(below: Tree, above: Mapping[str, object]) -> Tree:
     """Puts one tree over another, table by table, and returns the latter."""
     for key, value in above.items():
-        if isinstance(value, Mapping) and isinstance(below.get(key), dict):
-            _merge(below[key], value)
+        present = below.get(key)
+        if isinstance(value, Mapping) and isinstance(present, dict):
+            _merge(present, value)
         else:
             below[key] = value
     return below
@@ -262,7 +265,7 @@ def _kind(annotation: Any) -> str:
         return "|".join(map(str, arguments))
     if origin in (list, tuple):
         return f"{_kind(arguments[0])}..."
-    names = {bool: "", int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH"}
+    names: dict[object, str] = {bool: "", int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH"}
     return names.get(annotation, "JSON")
 
 

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Final, Self, TypeVar
+from typing import ClassVar, Final, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -21,7 +21,7 @@ class Config(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _name_the_nearest_key(cls, data: Any) -> Any:
+    def _name_the_nearest_key(cls, data: object) -> object:
         if not isinstance(data, Mapping):
             return data
         for key in data:
@@ -93,7 +93,7 @@ def _fault(key: str, message: str, value: object) -> str:
     return f"{key}: {message}{came}" if key else message
 
 
-def share(data: dict[str, Any], shared: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+def share(data: dict[str, object], shared: Mapping[str, tuple[str, ...]]) -> dict[str, object]:
     """Copies values that are set at the top into the components that have the same key and leave it unset.
 
     Args:
@@ -106,7 +106,7 @@ def share(data: dict[str, Any], shared: Mapping[str, tuple[str, ...]]) -> dict[s
     Raises:
         ValueError: A component sets another value; the message names both keys.
     """
-    result: dict[str, Any] = _copy_tables(data)
+    result = {key: _copy_tables(value) for key, value in data.items()}
     conflicts = []
     for key, targets in shared.items():
         set_at_top = _get(data, key)
@@ -126,7 +126,7 @@ def share(data: dict[str, Any], shared: Mapping[str, tuple[str, ...]]) -> dict[s
     return result
 
 
-def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _leaves(value: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], object]]:
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _leaves(item, (*path, str(key)))
@@ -134,8 +134,8 @@ def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...]
         yield path, value
 
 
-def _get(data: Mapping[str, Any], dotted: str) -> Any:
-    node: Any = data
+def _get(data: Mapping[str, object], dotted: str) -> object:
+    node: object = data
     for key in dotted.split("."):
         node = node.get(key) if isinstance(node, Mapping) else None
     return node
@@ -145,7 +145,7 @@ def _dotted(key: str, path: tuple[str, ...]) -> str:
     return ".".join((key, *path))
 
 
-def _fill(data: dict[str, Any], path: tuple[str, ...], value: Any) -> tuple[Any] | None:
+def _fill(data: dict[str, object], path: tuple[str, ...], value: object) -> tuple[object] | None:
     """Sets a value where none is; returns the value that is there if it is another one."""
     node = data
     for key in path[:-1]:
@@ -157,5 +157,5 @@ def _fill(data: dict[str, Any], path: tuple[str, ...], value: Any) -> tuple[Any]
     return None if str(present) == str(value) else (present,)
 
 
-def _copy_tables(value: Any) -> Any:
+def _copy_tables(value: object) -> object:
     return {key: _copy_tables(item) for key, item in value.items()} if isinstance(value, Mapping) else value

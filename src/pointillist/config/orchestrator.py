@@ -1,6 +1,6 @@
 """Config of the environment side: sessions, gateway, environments, and the orchestrator over them."""
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -15,7 +15,7 @@ class EnvConfig(Config):
     id: str
     """Name of an entry point in group `pointillist.environments`, or an import path `module:Class`."""
 
-    args: dict[str, Any] = {}
+    args: dict[str, object] = {}
     """Keyword arguments of the environment's class."""
 
     blank_images: bool = False
@@ -86,7 +86,7 @@ class ClientConfig(Config):
 
     @field_validator("base_url", mode="before")
     @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
+    def _one_is_a_list(cls, value: object) -> object:
         return [value] if isinstance(value, str) and not value.startswith("[") else value
 
 

@@ -6,7 +6,7 @@ another value is one error that names both keys.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Final, Self
+from typing import ClassVar, Final, Self
 
 from pydantic import Field, ValidationInfo, field_serializer, field_validator, model_validator
 
@@ -95,7 +95,7 @@ class RLConfig(Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _share(cls, data: Any) -> Any:
+    def _share(cls, data: object) -> object:
         if not isinstance(data, Mapping):
             return data
         defaults = {

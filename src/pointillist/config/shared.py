@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Final, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -157,7 +157,7 @@ class MultimodalConfig(Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _name_the_new_place(cls, data: Any) -> Any:
+    def _name_the_new_place(cls, data: object) -> object:
         for key in _MOVED.keys() & set(data if isinstance(data, Mapping) else ()):
             raise ValueError(
                 f"multimodal.{key} belongs to each reader now: set inference.reader.{_MOVED[key]} and "

@@ -10,7 +10,7 @@ import json
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from pointillist.base.files import write_atomically
 from pointillist.config import RLConfig
@@ -158,7 +158,7 @@ def _with_defaults(config: RLConfig) -> RLConfig:
     return made
 
 
-def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(table: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, value in table.items():
         if isinstance(value, dict) and value:
             yield from _leaves(value, f"{prefix}{key}.")
@@ -175,7 +175,7 @@ def _is_free(key: str) -> bool:
 
 
 def _is_same_place(
-    key: str, before: Any, after: Any, old: Mapping[str, Any], config: RLConfig, paths: RunPaths
+    key: str, before: object, after: object, old: Mapping[str, object], config: RLConfig, paths: RunPaths
 ) -> bool:
     """Whether a path differs only since the run's folder, or the model's, was moved."""
     if key.endswith("model.name"):
@@ -185,6 +185,6 @@ def _is_same_place(
     return False
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = "not set" if value is None else repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -7,7 +7,6 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from pointillist.base.digests import files_state, note_whole
 from pointillist.base.files import write_atomically
@@ -166,7 +165,7 @@ def _keep_until(path: Path, step: int) -> None:
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
-def _step_of(record: dict[str, Any]) -> float:
+def _step_of(record: dict[str, object]) -> float:
     """Of a record that has none, infinity: it is not kept."""
     step = record.get("step")
     return step if isinstance(step, int | float) else math.inf
