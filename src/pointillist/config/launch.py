@@ -95,7 +95,7 @@ class SlurmConfig(Config):
     """Whether a preempted job goes back to the queue; it resumes from its last checkpoint."""
 
     grace: int = Field(60, ge=0)
-    """Seconds before a time limit or preemption at which the processes are told to stop."""
+    """Seconds before a time limit or preemption at which the processes get SIGTERM."""
 
     startup_timeout: float = Field(600.0, gt=0)
     """Seconds that nodes wait for each other."""

@@ -130,7 +130,7 @@ class RLConfig(Config):
             )
         if self.slurm and self.slurm.trainer_nodes and self.trainer.num_workers % self.slurm.trainer_nodes:
             raise ValueError(
-                f"trainer.num_workers = {self.trainer.num_workers} can not be spread evenly over slurm.trainer_nodes = "
+                f"trainer.num_workers = {self.trainer.num_workers} cannot be spread evenly over slurm.trainer_nodes = "
                 f"{self.slurm.trainer_nodes}"
             )
         return self

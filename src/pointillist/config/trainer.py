@@ -77,7 +77,7 @@ class CheckpointConfig(Config):
     """Checkpoints to resume from."""
 
     interval: int | None = Field(None, gt=0)
-    """Steps between checkpoints, beside those by time; the last step, and a trainer that is told to stop, always make
+    """Steps between checkpoints, beside those by time; the last step, and a trainer that is stopped, always make
     one."""
 
     interval_minutes: float | None = Field(10.0, gt=0)

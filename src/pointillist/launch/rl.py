@@ -12,7 +12,7 @@ def run_rl(config: RLConfig) -> int:
     """Runs to the end, or submits the job that will.
 
     Returns:
-        Exit code: 0, 1 if a process died, 128 + signal if the launcher was told to stop.
+        Exit code: 0, 1 if a process died, 128 + signal if one stopped the launcher.
 
     Raises:
         ConfigError: The config cannot work.

@@ -135,7 +135,7 @@ def supervise(part: Part, *, is_over: Callable[[], bool] = lambda: True, max_res
         resumes: How often it did so in earlier starts, for the summary.
 
     Returns:
-        Exit code: 0, 1 if a process died, 128 + signal if the launcher was told to stop.
+        Exit code: 0, 1 if a process died, 128 + signal if one stopped the launcher.
 
     Raises:
         LaunchError: Another run has the folder.
