@@ -12,7 +12,7 @@ DOCS := .venv-docs
 HUNT := outputs/hunt
 
 .PHONY: setup demo demo-hunt docs test test-vllm test-verifiers test-slurm test-view test-unit lint format fuzz hostile \
-	faults faults-run mutants bench lock lock-vllm lock-verifiers lock-docs clean
+	faults faults-run walk mutants bench lock lock-vllm lock-verifiers lock-docs clean
 
 setup: $(VENV)/.ready
 
@@ -130,6 +130,10 @@ faults-run: setup
 # Faults put into a copy of the source, one at a time: a test must notice each. Minutes.
 mutants: setup
 	$(BIN)/python -m tests.mutants
+
+# Every function that one image passes, from an environment's message to the trainer's forward.
+walk: setup
+	$(BIN)/python -m tests.walk
 
 # All claims about speed and memory, each a ratio measured side by side: a quarter of an hour.
 bench: setup $(VENV)/torchvision-reference

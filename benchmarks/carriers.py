@@ -92,7 +92,7 @@ def _train(carrier: str, folder: Path) -> dict[str, float]:
         if carrier == "base64":
             joiner.join_pixels([decode_rgb(base64.b64decode(url), LIMITS) for url in rollout.data_urls])
         elif carrier == "refs":
-            reader.materialize([ref.image_ref() for ref in rollout.refs], [ref.length for ref in rollout.refs])
+            reader.materialize(rollout.refs)
     return measured.numbers()
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pointillist.families import Family, ModelFiles, describe_image
+from pointillist.families import Family, ModelFiles, place_image
 from pointillist.families.qwen_vl import QwenVLFamily
 from pointillist.images import ImageStore
-from pointillist.refs import ImageRef, MMImageRef
+from pointillist.refs import MMImageRef
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SETTINGS: Mapping[str, Any] = {"patch_size": 16, "size": {"shortest_edge": 65_536, "longest_edge": 16_777_216}}
@@ -49,17 +49,10 @@ def picture(width: int, height: int, file_format: str, seed: int = 0) -> bytes:
 
 
 def stored_image(family: Family, store: ImageStore, data: bytes, offset: int = 0) -> MMImageRef:
-    """Stores an image; what a training sample carries of it."""
+    """Stores an image; what travels of it."""
     stored = store.put(data)
     layout = family.layout(stored.header.width, stored.header.height)
-    item = describe_image(family, stored.uri, layout).to_dict()
-    return MMImageRef(item, stored.sha256, stored.uri, offset, layout.num_tokens)
-
-
-def stored_ref(family: Family, store: ImageStore, data: bytes) -> tuple[ImageRef, int]:
-    """Stores an image; its reference and its number of tokens."""
-    image = stored_image(family, store, data)
-    return image.image_ref(), image.length
+    return place_image(family, stored, layout, offset)
 
 
 def medians(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:

@@ -30,6 +30,7 @@ from pointillist.base.net import free_port
 from pointillist.config import PolicyConfig
 from pointillist.config.shared import ModelConfig
 from pointillist.images import normalize_images
+from pointillist.refs import encode_features
 from pointillist.sessions.factory import SessionFactory
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +93,7 @@ async def _overhead(folder: Path) -> dict[str, Any]:
             normalize_images(messages, processes.sessions.sources, images), images
         )
         params = {"max_tokens": 8, "n": 1, "seed": 0, "logprobs": 0}
-        direct = {"token_ids": prompt.token_ids, "features": prompt.features(), "sampling_params": params}
+        direct = {"token_ids": prompt.token_ids, "features": encode_features(prompt.images), "sampling_params": params}
         keys = [(await http.post(f"{processes.url}/sessions")).json()["id"] for _ in range(OVERHEAD_SESSIONS)]
         chat = {"model": "policy", "messages": messages, "max_tokens": 8}
 

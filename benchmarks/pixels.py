@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from benchmarks.common import SETTINGS, medians, picture, qwen3_vl, scratch, stored_ref
+from benchmarks.common import SETTINGS, medians, picture, qwen3_vl, scratch, stored_image
 from pointillist.images import ImageLimits, ImageStore, read_header
 from pointillist.images.store import local_path
 from pointillist.pixels import RawImageMaterializer
@@ -60,8 +60,8 @@ def _measure(store: ImageStore, width: int, height: int, kind: str) -> dict[str,
     """Milliseconds of each way for one picture."""
     family, limits = qwen3_vl(), ImageLimits()
     data = picture(width, height, kind)
-    ref, length = stored_ref(family, store, data)
-    path = local_path(ref.raw_image_uri)
+    ref = stored_image(family, store, data)
+    path = local_path(ref.uri)
     reader = RawImageMaterializer(family, [store.root], limits, threads=1, cache_bytes=0)
 
     def layouts() -> None:
@@ -70,7 +70,7 @@ def _measure(store: ImageStore, width: int, height: int, kind: str) -> dict[str,
             family.layout(header.width, header.height)
 
     def ours(dtype: PixelDtype) -> Callable[[], object]:
-        return lambda: reader.materialize([ref], [length], dtype)
+        return lambda: reader.materialize([ref], dtype)
 
     def theirs(processor: Callable[..., object]) -> Callable[[], object]:
         return lambda: processor(images=[Image.open(path).convert("RGB")], return_tensors="pt")
@@ -107,12 +107,11 @@ def _ratios(pictures: dict[str, dict[str, float]]) -> dict[str, float]:
 
 def _threads(store: ImageStore) -> dict[str, float]:
     family = qwen3_vl()
-    batch = [stored_ref(family, store, picture(1024, 1024, "JPEG", seed)) for seed in range(BATCH)]
-    refs, lengths = [ref for ref, _ in batch], [length for _, length in batch]
+    refs = [stored_image(family, store, picture(1024, 1024, "JPEG", seed)) for seed in range(BATCH)]
 
     def load(threads: int) -> Callable[[], object]:
         reader = RawImageMaterializer(family, [store.root], ImageLimits(), threads=threads, cache_bytes=0)
-        return lambda: reader.materialize_many(refs, lengths)
+        return lambda: reader.materialize_many(refs)
 
     seconds = medians({"one": load(1), "two": load(2)}, repeats=9)
     return {
@@ -125,16 +124,16 @@ def _threads(store: ImageStore) -> dict[str, float]:
 def _group(store: ImageStore) -> dict[str, float]:
     """16 rollouts share one prompt: float32 tensors of the group, each distinct image once or one copy a rollout."""
     family = qwen3_vl()
-    ref, length = stored_ref(family, store, picture(1024, 1024, "JPEG"))
+    ref = stored_image(family, store, picture(1024, 1024, "JPEG"))
 
     def reader() -> RawImageMaterializer:
         return RawImageMaterializer(family, [store.root], ImageLimits(), threads=1, cache_bytes=0)
 
     def shared(mine: RawImageMaterializer) -> Any:
-        return mine.tensors(mine.materialize_many([ref] * GROUP, [length] * GROUP).images)
+        return mine.tensors(mine.materialize_many([ref] * GROUP).images)
 
     def each(mine: RawImageMaterializer) -> Any:
-        return [mine.materialize([ref], [length]) for _ in range(GROUP)]
+        return [mine.materialize([ref]) for _ in range(GROUP)]
 
     def peak(function: Callable[[RawImageMaterializer], Any]) -> int:
         tracemalloc.start()

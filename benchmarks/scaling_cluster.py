@@ -13,11 +13,12 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from benchmarks.common import medians, qwen3_vl
-from pointillist.families import ImageLayout, describe_image
+from pointillist.families import ImageLayout, place_image
+from pointillist.images import ImageHeader, StoredImage
 from pointillist.orchestrator.packing import pack
 from pointillist.pixels import LoadedImage
 from pointillist.pixels.cache import ImageCache
-from pointillist.refs import ImageRef, MMImageRef, MMRefs, encode_ref
+from pointillist.refs import MMImageRef, MMRefs, encode_ref
 from pointillist.transport import MicroBatch, RankBatch, TrainingSample
 from pointillist.transport.types import decode_rank_batch, encode_rank_batch, encoded_image_bytes
 
@@ -203,7 +204,7 @@ def _sample(tokens: list[int], images: list[MMImageRef]) -> TrainingSample:
     return TrainingSample(
         token_ids=tokens,
         loss_mask=[False] * len(tokens),
-        logprobs=zeros,
+        logprobs_sampled=zeros,
         advantages=zeros,
         weight_versions=tokens,
         temperatures=zeros,
@@ -218,8 +219,8 @@ def references(scenario: Scenario) -> dict[str, float]:
     layout = family.layout(scenario.width, scenario.height)
     sha256 = "3a" * 32
     uri = f"file:///data/outputs/run_0123456789abcdef/assets/images/3a/{sha256}.jpg"
-    descriptor = describe_image(family, uri, layout)
-    image = MMImageRef(descriptor.to_dict(), sha256, uri, 0, layout.num_tokens)
+    stored = StoredImage(sha256, uri, ImageHeader("jpg", scenario.width, scenario.height), 0)
+    image = place_image(family, stored, layout, 0)
     rollouts = 16
     batch = RankBatch(
         step=1, micro_batches=[_row(scenario, image) for _ in range(rollouts)], num_tokens=1, orchestrator_state=b""
@@ -235,7 +236,7 @@ def references(scenario: Scenario) -> dict[str, float]:
     tokens = rollouts * scenario.tokens
     return {
         "image_tokens": layout.num_tokens,
-        "wire_bytes_per_image": len(encode_ref(ImageRef.of(descriptor, sha256))),
+        "wire_bytes_per_image": len(encode_ref(image)),
         "sample_bytes_per_image": image_bytes,
         "sample_bytes_per_token": (len(data) - rollouts * scenario.turns * image_bytes) / tokens,
         "held_bytes_per_token": held_bytes / tokens,
@@ -257,7 +258,7 @@ def _row(scenario: Scenario, image: MMImageRef) -> MicroBatch:
         input_ids=[151_655 if kind else word for kind, word in zip(kinds, words, strict=True)],
         loss_mask=mask,
         advantages=[0.5 if trained else 0.0 for trained in mask],
-        inference_logprobs=[value if trained else 0.0 for value, trained in zip(logprobs, mask, strict=True)],
+        logprobs_sampled=[value if trained else 0.0 for value, trained in zip(logprobs, mask, strict=True)],
         weight_versions=[1000 if trained else -1 for trained in mask],
         temperatures=[1.0] * len(kinds),
         mm_token_type_ids=kinds,

@@ -40,7 +40,7 @@ def main() -> None:
         image = stored_image(family, store, picture(1024, 1024, "JPEG"), offset=TEXT // 2)
         length = image.length
         reader = RawImageMaterializer(family, [store.root], ImageLimits())
-        pixels = reader.materialize([image.image_ref()], [length])["pixel_values"].tobytes()
+        pixels = reader.materialize([image])["pixel_values"].tobytes()
         url = "data:image/jpeg;base64," + base64.b64encode(local_path(image.uri).read_bytes()).decode()
     with_refs = _batch([_row(length, MMRefs([image]))] * SAMPLES)
     bare = _batch([_row(length, None)] * SAMPLES)
@@ -74,7 +74,7 @@ def _row(length: int, refs: MMRefs | None) -> MicroBatch:
         input_ids=ids,
         loss_mask=[index >= size - 20 for index in range(size)],
         advantages=[0.5] * size,
-        inference_logprobs=[-0.25] * size,
+        logprobs_sampled=[-0.25] * size,
         weight_versions=[3] * size,
         temperatures=[1.0] * size,
         mm_token_type_ids=[int(token == 6) for token in ids],

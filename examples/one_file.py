@@ -45,7 +45,6 @@ from pointillist.models import load_model
 from pointillist.orchestrator.advantages import group_advantages
 from pointillist.pixels import RawImageMaterializer
 from pointillist.pixels.on_device import PixelNormalizer, as_tensors
-from pointillist.refs.wire import ImageRef
 from pointillist.render import RawRenderer
 from pointillist.render.raw import RenderedPrompt
 from pointillist.trainer.loss import policy_gradient_loss
@@ -95,8 +94,7 @@ class Policy:
 
     def logits(self, prompt: RenderedPrompt, ids: torch.Tensor) -> torch.Tensor:
         """Logits, float32 `(G, T, V)`, of sequences `ids`, int64 `(G, T)`, that begin with one prompt."""
-        refs = [ImageRef.of(image.descriptor, image.sha256) for image in prompt.images]
-        inputs = as_tensors(self.reader.materialize(refs, [image.length for image in prompt.images], "uint8"))
+        inputs = as_tensors(self.reader.materialize(prompt.images, "uint8"))
         inputs["pixel_values"] = self.normalize(inputs["pixel_values"])
         # The model wants the images of every sequence, though here all sequences show the same ones.
         repeated = {name: torch.cat([tensor] * len(ids)) for name, tensor in inputs.items()}

@@ -32,6 +32,7 @@ import mcp
 import verifiers.v1 as vf
 from verifiers.v1.serve import EnvClient, env_config_data
 
+from pointillist.base.jsonl import JsonObject
 from pointillist.config.shared import CARRIER
 from pointillist.environments import Task
 from pointillist.errors import EnvironmentLoadError, PointillistError
@@ -66,11 +67,11 @@ class VerifiersEnvironment:
     def __init__(
         self,
         taskset: str,
-        args: Mapping[str, Any] | None = None,
+        args: Mapping[str, object] | None = None,
         *,
-        eval_args: Mapping[str, Any] | None = None,
-        env: Mapping[str, Any] | None = None,
-        harness: Mapping[str, Any] | None = None,
+        eval_args: Mapping[str, object] | None = None,
+        env: Mapping[str, object] | None = None,
+        harness: Mapping[str, object] | None = None,
         max_tasks: int = 100_000,
         max_eval_tasks: int = 200,
         server_workers: int = 0,
@@ -89,7 +90,7 @@ class VerifiersEnvironment:
             server_workers: Processes of verifiers' ZMQ environment server; 0 runs rollouts in this process.
 
         Raises:
-            EnvironmentLoadError: verifiers can not load the environment.
+            EnvironmentLoadError: verifiers cannot load the environment.
         """
         chosen = {"id": _PLUGIN} if harness is None else dict(harness)
         try:
@@ -202,7 +203,7 @@ class PointillistHarness(vf.Harness[_HarnessConfig]):
     ) -> vf.ProgramResult:
         """Holds one conversation; verifiers calls this."""
         system, prompt = self.resolve_prompt(data)
-        messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
+        messages: list[JsonObject] = [] if system is None else [{"role": "system", "content": system}]
         messages += [{"role": "user", "content": prompt}] if isinstance(prompt, str) else map(_wire, prompt or [])
         async with AsyncExitStack() as stack:
             headers = {"Authorization": f"Bearer {secret}"}
@@ -232,7 +233,7 @@ class _Tools:
         self._http = http
         self._gate = gate
         self._owners: dict[str, tuple[Any, str]] = {}
-        self.specifications: list[dict[str, Any]] = []
+        self.specifications: list[JsonObject] = []
 
     @classmethod
     async def connect(
@@ -249,8 +250,8 @@ class _Tools:
                 tools.specifications.append({"type": "function", "function": function})
         return tools
 
-    async def call(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        """The message with the result of one call; a call that can not be made has that for a result."""
+    async def call(self, call: JsonObject) -> JsonObject:
+        """The message with the result of one call; a call that cannot be made has that for a result."""
         function = call["function"]
         result = {"role": "tool", "tool_call_id": call["id"], "name": function["name"]}
         try:
@@ -319,7 +320,7 @@ def _offload_typed(messages: list[Any]) -> list[Any]:
     ]
 
 
-def _offload(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _offload(messages: list[JsonObject]) -> list[JsonObject]:
     """Messages whose pictures are in the run's store."""
     return list(normalize_images(messages, _sources(os.environ[CARRIER]), []))
 
@@ -329,7 +330,7 @@ def _sources(root: str) -> Sources:
     return Sources(ImageStore(Path(root), writer_limits(os.environ)))
 
 
-def _config(taskset: str, args: dict[str, Any], env: dict[str, Any], harness: dict[str, Any]) -> vf.EnvConfig:
+def _config(taskset: str, args: JsonObject, env: JsonObject, harness: JsonObject) -> vf.EnvConfig:
     """Verifiers' config, every role of which runs on this machine, in the harness."""
     base = vf.env_config_type(taskset, env.get("id", ""))
     roles = [name for name, field in base.model_fields.items() if isinstance(field.default, vf.AgentConfig)]
@@ -350,9 +351,9 @@ def _reward(episode: Any) -> float:
     return float(sum(trace.reward for trace in traces) / len(traces))
 
 
-def _wire(message: Any) -> dict[str, Any]:
+def _wire(message: Any) -> JsonObject:
     """OpenAI's shape of a message of verifiers."""
-    shaped: dict[str, Any] = message.model_dump(exclude_none=True, exclude={"provider_state"})
+    shaped: JsonObject = message.model_dump(exclude_none=True, exclude={"provider_state"})
     if shaped.get("tool_calls"):
         shaped["tool_calls"] = [
             {"id": call["id"], "type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}}
@@ -361,14 +362,14 @@ def _wire(message: Any) -> dict[str, Any]:
     return shaped
 
 
-def _content(blocks: Sequence[Any]) -> str | list[dict[str, Any]]:
+def _content(blocks: Sequence[Any]) -> str | list[JsonObject]:
     """OpenAI's shape of an MCP tool's result."""
     if all(block.type == "text" for block in blocks):
         return "\n".join(block.text for block in blocks)
     return [_part(block) for block in blocks]
 
 
-def _part(block: Any) -> dict[str, Any]:
+def _part(block: Any) -> JsonObject:
     if block.type == "image":
         return {"type": "image_url", "image_url": {"url": f"data:{block.mime_type};base64,{block.data}"}}
     return {"type": "text", "text": getattr(block, "text", str(block))}

@@ -7,16 +7,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from pointillist.families import Family, describe_image, load_family
+from pointillist.families import Family, load_family, place_image
 from pointillist.images import ImageLimits, ImageStore, Sources
 from pointillist.pixels import PatchJoiner
 from pointillist.pixels.levels import PixelDtype
-from pointillist.refs import ImageRef
+from pointillist.refs import MMImageRef
 from pointillist.render import FolderTokenizer, RawRenderer
 
 ROOT = Path(__file__).parent.parent
@@ -41,11 +42,15 @@ def encoded(image: Image.Image, file_format: str = "PNG", **options: object) -> 
     return buffer.getvalue()
 
 
-def stored_ref(family: Family, store: ImageStore, image: Image.Image) -> tuple[ImageRef, int]:
-    """The picture in the store: its reference and its number of tokens."""
-    stored = store.put(encoded(image))
-    layout = family.layout(*image.size)
-    return ImageRef.of(describe_image(family, stored.uri, layout), stored.sha256), layout.num_tokens
+def stored_ref(family: Family, store: ImageStore, image: Image.Image) -> MMImageRef:
+    """The picture in the store, at the beginning of some tokens."""
+    return place_image(family, store.put(encoded(image)), family.layout(*image.size), 0)
+
+
+def with_item(image: MMImageRef, **change: object) -> MMImageRef:
+    """An image with other fields in its descriptor; its URL follows."""
+    item = {**image.item, **change}
+    return msgspec.structs.replace(image, item=item, uri=item["raw_image_uri"])
 
 
 def open_files(folder: Path) -> list[str]:

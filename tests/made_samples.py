@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from pointillist.families import Family, describe_image
+from pointillist.families import Family, place_image
 from pointillist.images import ImageStore
-from pointillist.refs import MMImageRef, MMRefs, mm_token_type_ids
+from pointillist.refs import MMRefs, mm_token_type_ids
 from pointillist.transport import TrainingSample
 from tests.conftest import encoded, picture
 
@@ -17,15 +17,14 @@ def trained_sample(family: Family, store: ImageStore, sizes: list[tuple[int, int
     for index, (width, height) in enumerate(sizes):
         stored = store.put(encoded(picture(width, height, seed + index)))
         layout = family.layout(width, height)
-        item = describe_image(family, stored.uri, layout).to_dict()
-        refs.append(MMImageRef(item, stored.sha256, stored.uri, len(ids) + 1, layout.num_tokens))
+        refs.append(place_image(family, stored, layout, len(ids) + 1))
         ids += [3, *[family.image_token_id] * layout.num_tokens, 4]
     ids += random.integers(8, 280, 9).tolist()
     trained = [index >= len(ids) - 5 for index in range(len(ids))]
     return TrainingSample(
         token_ids=ids,
         loss_mask=trained,
-        logprobs=[-6.0 if on else 0.0 for on in trained],  # about what the model of these tests gives
+        logprobs_sampled=[-6.0 if on else 0.0 for on in trained],  # about what the model of these tests gives
         advantages=[1.0 if on else 0.0 for on in trained],
         weight_versions=[0 if on else -1 for on in trained],
         temperatures=[0.7 if on else 1.0 for on in trained],

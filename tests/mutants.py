@@ -148,10 +148,24 @@ MUTANTS = [
         "test_client.py",
     ),
     Mutant(
+        "a malformed reference enters the trainer",
+        "transport/types.py",
+        "    check_images(images)\n",
+        "",
+        "test_transport.py",
+    ),
+    Mutant(
+        "an image does not move with its sample",
+        "orchestrator/packing.py",
+        "image.moved(start)",
+        "image.moved(0)",
+        "test_transport.py",
+    ),
+    Mutant(
         "a key of a record is renamed",
-        "orchestrator/records.py",
-        '"outcome": "failed" if failed',
-        '"result": "failed" if failed',
+        "runs/records.py",
+        "return msgspec.structs.asdict(value)",
+        'return {key.replace("outcome", "result"): each for key, each in msgspec.structs.asdict(value).items()}',
         "test_records.py",
     ),
 ]

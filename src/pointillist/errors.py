@@ -33,6 +33,10 @@ class MissingImageError(PointillistError):
     """A well-formed reference whose file is not there, or cannot be read now."""
 
 
+class RecordError(PointillistError):
+    """A line of a run's folder that is not the record it should be."""
+
+
 class LayoutError(PointillistError):
     """An image whose size has no layout in the model's family, or a layout that does not fit the tokens."""
 

@@ -31,8 +31,8 @@ from pointillist.inference.embedded.sampling import draw_noise, sample
 from pointillist.inference.prompt import ServerBounds, check_prompt, check_sizes
 from pointillist.inference.protocol import GenerateRequest, SamplingParams, decode_body
 from pointillist.pixels import RawImageMaterializer
-from pointillist.refs import ImageRef, build_mm_refs, decode_ref, encode_ref, parse_descriptor
-from tests.conftest import encoded, picture
+from pointillist.refs import build_mm_refs, decode_ref, encode_ref, parse_descriptor
+from tests.conftest import encoded, picture, stored_ref
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "300"))
 fuzzed = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
@@ -100,23 +100,11 @@ def mangled(text: str) -> st.SearchStrategy[str]:
     )
 
 
-def _good_ref(store: ImageStore, family: Family) -> ImageRef:
-    stored, layout = store.put(encoded(picture(64, 64))), family.layout(64, 64)
-    return ImageRef(
-        family=family.name,
-        layout_fingerprint=family.layout_fingerprint,
-        modality="image",
-        hash=stored.sha256,
-        raw_image_uri=stored.uri,
-        payload=family.payload(layout),
-    )
-
-
 def test_reference_strings(
     store: ImageStore, reader: RawImageMaterializer, family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    good = _good_ref(store, family)
-    value = {field: getattr(good, field) for field in good.__struct_fields__}
+    good = stored_ref(family, store, picture(64, 64))
+    value = {**{key: item for key, item in good.item.items() if key != "kind"}, "modality": "image", "hash": good.hash}
     opened = _Opened(monkeypatch)
     fields = st.dictionaries(st.sampled_from([*value, "extra"]), json_values | uris, max_size=3)
     as_text = fields.map(lambda change: json.dumps({**value, **change}, default=str)).map(
@@ -128,7 +116,7 @@ def test_reference_strings(
     def check(text: object, length: int) -> None:
         opened.paths.clear()
         try:
-            reader.materialize([decode_ref(text)], [length])
+            reader.materialize([decode_ref(text, 0, length)])
         except PointillistError as error:
             assert "root:" not in str(error)
         assert all(Path(path).is_relative_to(store.root) for path in opened.paths), opened.paths
@@ -271,8 +259,8 @@ def test_data_urls_and_addresses(store: ImageStore, monkeypatch: pytest.MonkeyPa
 
 def test_request_bodies(store: ImageStore, reader: RawImageMaterializer, family: Family) -> None:
     """Whatever bytes come, they are a request that the server can serve or an error that names what was wrong."""
-    ref = _good_ref(store, family)
-    length = family.layout(64, 64).num_tokens
+    ref = stored_ref(family, store, picture(64, 64))
+    length = ref.length
     good = {
         "token_ids": [20, *[family.image_token_id] * length, 21],
         "features": {

@@ -15,7 +15,7 @@ def batch(step: int) -> RankBatch:
     """A batch of two rows of eight tokens."""
     tokens = list(range(8))
     row = MicroBatch(
-        input_ids=tokens, loss_mask=[True] * 8, advantages=[0.5] * 8, inference_logprobs=[-1.0] * 8,
+        input_ids=tokens, loss_mask=[True] * 8, advantages=[0.5] * 8, logprobs_sampled=[-1.0] * 8,
         weight_versions=[0] * 8, temperatures=[1.0] * 8, mm_token_type_ids=[0] * 8, seq_lens=[8],
     )  # fmt: skip
     return RankBatch(step=step, micro_batches=[row, row], num_tokens=16, orchestrator_state=b"{}")

@@ -13,6 +13,7 @@ from typing import Any
 from pointillist.config import RUN_KEY
 from pointillist.families import load_family
 from pointillist.images import ImageLimits, ImageStore, Sources, normalize_images
+from pointillist.refs import encode_features
 from pointillist.render import FolderTokenizer, RawRenderer
 from pointillist.runs.paths import WEIGHTS_FILE, RunPaths
 from tests.conftest import encoded, picture
@@ -38,7 +39,11 @@ class Prompts:
             message = {"role": "user", "content": [*parts, {"type": "text", "text": "What digit?"}]}
             prompt = renderer.render([normalize_images(message, sources, images)], images)
             sampling = {"max_tokens": 2, "logprobs": 0, "seed": 1, "temperature": 1.0, "top_p": 1.0, **sampling}
-            return {"token_ids": prompt.token_ids, "features": prompt.features(), "sampling_params": sampling}
+            return {
+                "token_ids": prompt.token_ids,
+                "features": encode_features(prompt.images),
+                "sampling_params": sampling,
+            }
 
         self.good = body(1)
         self.pictured = [self.good, body(2, 3), body(4, 5, 6)]

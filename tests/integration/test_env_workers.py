@@ -96,7 +96,7 @@ async def test_rollouts_come_back_whole_and_groups_stay_together(config: Orchest
             (branch,) = result.branches
             assert len(branch.images) == 1
             assert branch.images[0].uri.startswith(f"file://{config.output_dir}/assets/images/")
-            assert sum(branch.sampled) <= 3
+            assert sum(branch.loss_mask) <= 3
         raised, late = await asyncio.gather(pool.run(request(4)), pool.run(request(3)))
         assert raised.failure is not None
         assert (raised.failure.kind, raised.failure.message) == ("RuntimeError", "on purpose")

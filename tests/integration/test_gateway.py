@@ -259,8 +259,8 @@ def check_stream(stage: Stage, images: int) -> None:
         assert later["token_ids"][: len(earlier["token_ids"])] == earlier["token_ids"]
     assert branch.token_ids[: len(stage.policy.requests[-1]["token_ids"])] == stage.policy.requests[-1]["token_ids"]
     assert len(branch.images) == images
-    assert sum(branch.sampled) == sum(len(turn.completion.token_ids) for turn in stage.session.turns)
-    assert {version for version, on in zip(branch.weight_versions, branch.sampled, strict=True) if on} == {4}
+    assert sum(branch.loss_mask) == sum(len(turn.completion.token_ids) for turn in stage.session.turns)
+    assert {version for version, on in zip(branch.weight_versions, branch.loss_mask, strict=True) if on} == {4}
 
 
 async def test_anthropics_client_with_tools_that_return_pictures(stage: Stage) -> None:

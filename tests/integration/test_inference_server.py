@@ -18,6 +18,7 @@ from pointillist.errors import InferenceError
 from pointillist.images import normalize_images
 from pointillist.images.store import local_path
 from pointillist.models import load_model
+from pointillist.refs import encode_features
 from pointillist.render import RenderedPrompt
 from pointillist.runs.paths import WEIGHTS_FILE
 from pointillist.sessions import InferenceClient, Sampling, Session
@@ -47,7 +48,7 @@ def _body(server: RunningServer, *seeds: int, **sampling: Any) -> dict[str, Any]
     """A request with one picture a seed."""
     prompt = _prompt(server, *seeds)
     params = {"max_tokens": 5, "logprobs": 0, "seed": 1, "ignore_eos": True, **sampling}
-    return {"token_ids": prompt.token_ids, "features": prompt.features(), "sampling_params": params}
+    return {"token_ids": prompt.token_ids, "features": encode_features(prompt.images), "sampling_params": params}
 
 
 def _post(server: RunningServer, body: dict[str, Any]) -> httpx.Response:
@@ -461,15 +462,15 @@ async def test_sessions_record_what_was_read_and_sampled(server: RunningServer, 
     await client.aclose()
     (branch,) = session.branches
     assert len(branch.images) == 3
-    assert sum(branch.sampled) == sum(len(turn.completion.token_ids) for turn in session.turns)
+    assert sum(branch.loss_mask) == sum(len(turn.completion.token_ids) for turn in session.turns)
     # One forward over the whole record gives every turn's logprobs again: nothing was re-tokenised or moved.
-    first = branch.sampled.index(True)
+    first = branch.loss_mask.index(True)
     hashes = {"mm_hashes": {"image": [image.hash for image in branch.images]}}
     body = {"token_ids": branch.token_ids[:first], "features": hashes}
     for blank in (False, True):
         again = _huggingface(server, model_dir, body, branch.token_ids[first:], blank=blank)
-        sampled = torch.tensor(branch.sampled[first:])
-        difference = (again - torch.tensor(branch.logprobs[first:]))[sampled].abs().max()
+        sampled = torch.tensor(branch.loss_mask[first:])
+        difference = (again - torch.tensor(branch.logprobs_sampled[first:]))[sampled].abs().max()
         assert difference > 0.01 if blank else difference < 1e-5
     for image in session.branches[0].images:
         assert local_path(image.uri).is_file()

@@ -30,7 +30,6 @@ from pointillist.errors import InferenceError
 from pointillist.families import load_family
 from pointillist.images import ImageLimits, ImageStore, Sources
 from pointillist.inference.prompt import CheckedPrompt
-from pointillist.inference.protocol import PlaceholderRange
 from pointillist.inference.vllm.versions import check_vllm
 from pointillist.pixels import RawImageMaterializer
 from pointillist.render import FolderTokenizer, RawRenderer
@@ -89,9 +88,8 @@ async def test_items_are_vllms_own_and_the_trainers_pixels(vllm_config: Any, mod
     assert maker.dtype == "uint8"
     for size in ((64, 96), (128, 32), (100, 70), (333, 200)):
         image = picture(*size, seed=size[0])
-        ref, length = stored_ref(family, store, image)
-        placeholder = PlaceholderRange(offset=0, length=length)
-        (ours,) = await maker.items(CheckedPrompt([family.image_token_id] * length, [ref], [placeholder]))
+        ref = stored_ref(family, store, image)
+        (ours,) = await maker.items(CheckedPrompt([family.image_token_id] * ref.length, [ref]))
         prompt = TokensPrompt(prompt_token_ids=[3, family.image_token_id, 4], multi_modal_data={"image": [image]})
         (theirs,) = await renderer.render_cmpl_async([prompt])
         (expected,) = theirs["mm_kwargs"]["image"]
@@ -102,7 +100,7 @@ async def test_items_are_vllms_own_and_the_trainers_pixels(vllm_config: Any, mod
             assert levels.max() <= (0 if size[0] % 32 == 0 else 2)
             assert type(ours[name].field) is type(element.field)
         # And what the trainer puts on its device: the same bytes, one frame of them.
-        trainers = reader.tensors(reader.load([ref], [length]).images, "uint8")["pixel_values"]
+        trainers = reader.tensors(reader.load([ref]).images, "uint8")["pixel_values"]
         frames = ours["pixel_values"].data.numpy().reshape(len(trainers), 3, family.frames, -1)
         assert all(np.array_equal(frames[:, :, frame], trainers) for frame in range(family.frames))
 
@@ -339,12 +337,12 @@ async def test_sessions_talk_to_a_vllm_without_the_plugin(
     first = policy.open(Sampling(max_tokens=6), seed=1)
     await first.generate([{"role": "user", "content": [{"type": "image", "image": picture(64, 64, 0)}]}])
     (alone,) = first.branches
-    begin = alone.sampled.index(True)
+    begin = alone.loss_mask.index(True)
     body = {"token_ids": alone.token_ids[:begin], "features": {"mm_hashes": {"image": [alone.images[0].hash]}}}
     server.store.put(encoded(picture(64, 64, 0)))
     for blank in (False, True):
         again = Reference(server, model_dir).logprobs(body, alone.token_ids[begin:], blank=blank)
-        difference = float((again - torch.tensor(alone.logprobs[begin:])).abs().max())
+        difference = float((again - torch.tensor(alone.logprobs_sampled[begin:])).abs().max())
         assert difference > 0.01 if blank else difference < 1e-4
 
     other = Path(shutil.copytree(model_dir, tmp_path / "other"))

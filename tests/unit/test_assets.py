@@ -22,11 +22,9 @@ from pointillist.assets.client import AssetClient
 from pointillist.assets.server import create_app
 from pointillist.config import InferenceConfig
 from pointillist.errors import ConfigError, MissingImageError, RefError
-from pointillist.families import Family
-from pointillist.families.base import describe_image
+from pointillist.families import Family, place_image
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.pixels import RawImageMaterializer
-from pointillist.refs import ImageRef
 from pointillist.runs.paths import WEIGHTS_FILE, RunPaths
 from pointillist.weights.fetch import WeightFolders
 from tests.conftest import encoded, picture
@@ -72,25 +70,23 @@ def _name(store: ImageStore, uri: str) -> str:
 def test_a_reader_without_the_folder_has_the_same_pixels(endpoint: Endpoint, family: Family, tmp_path: Path) -> None:
     stored = endpoint.store.put(encoded(picture(64, 96)))
     layout = family.layout(64, 96)
-    ref = ImageRef.of(describe_image(family, stored.uri, layout), stored.sha256)
+    ref = place_image(family, stored, layout, 0)
     local = RawImageMaterializer(family, [endpoint.store.root], LIMITS)
-    expected = local.materialize([ref], [layout.num_tokens])
+    expected = local.materialize([ref])
     # As on another machine: the reference's folder is not there.
     endpoint.store.root.rename(tmp_path / "elsewhere")
     fetched = FetchedImages(tmp_path / "mine", 10**6, endpoint.client(), LIMITS)
     with pytest.raises(MissingImageError):
-        RawImageMaterializer(family, [endpoint.store.root], LIMITS, fetched=fetched).materialize(
-            [ref], [layout.num_tokens]
-        )
+        RawImageMaterializer(family, [endpoint.store.root], LIMITS, fetched=fetched).materialize([ref])
     (tmp_path / "elsewhere").rename(endpoint.store.root)
     reader = RawImageMaterializer(family, [tmp_path / "not" / "here"], LIMITS, fetched=fetched)
     with pytest.raises(RefError, match="not an image under an allowed root"):
-        reader.materialize([ref], [layout.num_tokens])
+        reader.materialize([ref])
     data = fetched.read(_name(endpoint.store, stored.uri), stored.sha256)
     assert hashlib.sha256(data).hexdigest() == stored.sha256
     (endpoint.store.root / _name(endpoint.store, stored.uri)).unlink()  # from now on it is in the reader's store only
     again = RawImageMaterializer(family, [endpoint.store.root], LIMITS, fetched=fetched)
-    tensors = again.materialize([ref], [layout.num_tokens])
+    tensors = again.materialize([ref])
     assert np.array_equal(tensors["pixel_values"], expected["pixel_values"])
 
 

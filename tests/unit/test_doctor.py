@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 from packaging.specifiers import SpecifierSet
 
+from pointillist.base.files import write_atomically
 from pointillist.cli import cli
 from pointillist.launch.doctor import Finding, folder, libraries, machine, probe
 from pointillist.launch.doctor.folder import check_folder
@@ -74,21 +75,21 @@ def test_a_file_system_that_fails_to_sync(tmp_path: Path, monkeypatch: pytest.Mo
 def test_writing_in_place_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a file system without atomic renames would show: the real reader sees a file that is empty or half there."""
 
-    def in_place(path: Path, data: bytes) -> None:
+    def in_place(path: Path, data: bytes, *, durable: bool) -> None:
         with path.open("wb", buffering=0) as file:
             for start in range(0, len(data), 4096):
                 file.write(data[start : start + 4096])
 
-    monkeypatch.setattr(folder, "_replace", in_place)
+    monkeypatch.setattr(folder, "write_atomically", in_place)
     monkeypatch.setattr(folder, "_SWAPS", 2000)
     assert _by_name(check_folder(tmp_path))["rename"].state == "problem"
 
 
 def test_other_bytes_in_another_process_are_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    atomic = folder._replace
-    monkeypatch.setattr(
-        folder, "_replace", lambda path, data: atomic(path, data[1:] if path.name == probe.FROM_DOCTOR else data)
-    )
+    def cut(path: Path, data: bytes, *, durable: bool) -> None:
+        write_atomically(path, data[1:] if path.name == probe.FROM_DOCTOR else data, durable=durable)
+
+    monkeypatch.setattr(folder, "write_atomically", cut)
     monkeypatch.setattr(probe, "PATIENCE_SECONDS", 1.0)
     assert _by_name(check_folder(tmp_path))["coherence"].state == "problem"
 

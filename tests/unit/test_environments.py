@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from pointillist.config.shared import LIMITS_CARRIER
 from pointillist.environments.dataset import DatasetEnvironment, exact, math_verify, numeric, regex
 from pointillist.environments.hunt import HuntEnvironment
 from pointillist.environments.tasks import read_tasks
@@ -193,7 +194,11 @@ def test_dataset_takes_urls_as_they_are(tmp_path: Path, url: str) -> None:
     assert environment.train_tasks()[0].data["images"] == [url]
 
 
-def test_task_lists_take_pictures_over_the_default_limits(tmp_path: Path) -> None:
+def test_task_lists_take_the_pictures_that_the_run_accepts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "wide.jpg").write_bytes(encoded(picture(20_000, 2), "JPEG"))
     (tmp_path / "train.jsonl").write_text(json.dumps({"image": "wide.jpg", "answer": "x"}) + "\n")
+    monkeypatch.setenv(LIMITS_CARRIER, '{"max_side": 20000}')
     assert len(read_tasks(tmp_path / "train.jsonl", "")) == 1
+    monkeypatch.setenv(LIMITS_CARRIER, '{"max_side": 19999}')
+    with pytest.raises(EnvironmentLoadError, match="no side may exceed 19999 pixels"):
+        read_tasks(tmp_path / "train.jsonl", "")

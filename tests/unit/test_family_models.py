@@ -22,14 +22,14 @@ from transformers import (
     Qwen3_5ForConditionalGeneration,
 )
 
-from pointillist.families import describe_image
+from pointillist.families import place_image
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.inference.embedded.batch import Prompt, prefill
 from pointillist.models import LoadedModel, load_model, sample_positions
 from pointillist.orchestrator.packing import pack
 from pointillist.pixels import RawImageMaterializer
 from pointillist.pixels.on_device import PixelNormalizer, as_tensors
-from pointillist.refs import MMImageRef, MMRefs, mm_token_type_ids
+from pointillist.refs import MMRefs, mm_token_type_ids
 from pointillist.trainer.packing_check import PackingProof, check_packing
 from pointillist.trainer.policy_model import PolicyModel
 from pointillist.trainer.rows import RowLoader
@@ -126,13 +126,12 @@ def _sample(loaded: LoadedModel, store: ImageStore, sizes: list[tuple[int, int]]
     refs = []
     for index, (width, height) in enumerate(sizes):
         stored, layout = store.put(encoded(picture(width, height, seed + index))), family.layout(width, height)
-        item = describe_image(family, stored.uri, layout).to_dict()
-        refs.append(MMImageRef(item, stored.sha256, stored.uri, len(ids) + 1, layout.num_tokens))
+        refs.append(place_image(family, stored, layout, len(ids) + 1))
         ids += [3, *[family.image_token_id] * layout.num_tokens, 4]
     ids += random.integers(20, 280, 6).tolist()
     trained = [index >= len(ids) - 4 for index in range(len(ids))]
     return TrainingSample(
-        token_ids=ids, loss_mask=trained, logprobs=[0.0] * len(ids), advantages=[float(on) for on in trained],
+        token_ids=ids, loss_mask=trained, logprobs_sampled=[0.0] * len(ids), advantages=[float(on) for on in trained],
         weight_versions=[0] * len(ids), temperatures=[1.0] * len(ids),
             mm_refs=MMRefs(refs) if refs else None, sample_id=str(seed),
         mm_token_type_ids=mm_token_type_ids(ids, family.image_token_id),
@@ -201,7 +200,7 @@ def test_a_reference_of_a_wrong_length_costs_its_own_sample_only(loaded: LoadedM
     (image,) = bad.mm_refs.images
     cut = {
         name: [*getattr(bad, name)[: image.offset], *getattr(bad, name)[image.offset + 1 :]]
-        for name in ("token_ids", "loss_mask", "logprobs", "advantages", "weight_versions", "temperatures")
+        for name in ("token_ids", "loss_mask", "logprobs_sampled", "advantages", "weight_versions", "temperatures")
     }
     shorter = msgspec.structs.replace(image, length=image.length - 1)
     types = mm_token_type_ids(cut["token_ids"], loaded.family.image_token_id)
@@ -234,9 +233,9 @@ def _touching(loaded: LoadedModel, store: ImageStore, order: tuple[int, int]) ->
     second = msgspec.structs.replace(second, offset=start + first.length)
     trained = [index >= len(ids) - 4 for index in range(len(ids))]
     return msgspec.structs.replace(
-        both, token_ids=ids, loss_mask=trained, logprobs=[0.0] * len(ids), advantages=[float(on) for on in trained],
-        weight_versions=[0] * len(ids), temperatures=[1.0] * len(ids), mm_refs=MMRefs([first, second]),
-        mm_token_type_ids=mm_token_type_ids(ids, pad),
+        both, token_ids=ids, loss_mask=trained, logprobs_sampled=[0.0] * len(ids),
+        advantages=[float(on) for on in trained], weight_versions=[0] * len(ids),
+        temperatures=[1.0] * len(ids), mm_refs=MMRefs([first, second]), mm_token_type_ids=mm_token_type_ids(ids, pad),
     )  # fmt: skip
 
 
@@ -255,7 +254,7 @@ def test_images_that_touch_are_two_images(loaded: LoadedModel, store: ImageStore
         if linear:
             continue  # not served by the embedded engine
         refs, ids = sample.mm_refs.images, torch.tensor(sample.token_ids)
-        arrays = reader.materialize([ref.image_ref() for ref in refs], [ref.length for ref in refs], "uint8")
+        arrays = reader.materialize(refs, "uint8")
         prompt = Prompt(ids[:-1], torch.tensor(sample.mm_token_type_ids)[:-1], as_tensors(arrays))
         logits = prefill(loaded, PixelNormalizer(loaded.family), [prompt]).logits[0].clone()
         logits[loaded.unsampleable] = float("-inf")

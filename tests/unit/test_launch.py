@@ -175,14 +175,12 @@ def test_going_back_removes_what_came_after(tmp_path: Path) -> None:
     seal_folder(paths.checkpoint_step(2))
     paths.metrics.mkdir()
     (paths.metrics / "trainer.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    (paths.output_dir / "quarantine.jsonl").write_text('{"step": 2}\n{"step": 3}\n')
     (paths.output_dir / "faults.jsonl").write_text('{"step": 2}\n{"step": 3}\n')
     for version in (0, 2, 3):
         paths.eval_file(version).touch()
     assert resume_step(paths) == 2
     rewind(paths, 2)
     assert (paths.metrics / "trainer.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
-    assert (paths.output_dir / "quarantine.jsonl").read_text() == '{"step": 2}\n'
     assert (paths.output_dir / "faults.jsonl").read_text() == '{"step": 2}\n'
     assert [path.name for path in sorted(paths.rollouts.glob("eval_*"))] == ["eval_0.jsonl", "eval_2.jsonl"]
     assert not paths.rollout_step(3).exists()

@@ -19,11 +19,11 @@ from pointillist.images.store import local_path
 from pointillist.inference.features import request_error
 from pointillist.pixels import RawImageMaterializer
 from pointillist.pixels.levels import PixelDtype
-from pointillist.refs import ImageRef
-from tests.conftest import joined, open_files, picture, stored_ref
+from pointillist.refs import MMImageRef
+from tests.conftest import joined, open_files, picture, stored_ref, with_item
 
 
-def _ref(family: Family, store: ImageStore, width: int = 64, height: int = 96, seed: int = 0) -> tuple[ImageRef, int]:
+def _ref(family: Family, store: ImageStore, width: int = 64, height: int = 96, seed: int = 0) -> MMImageRef:
     return stored_ref(family, store, picture(width, height, seed))
 
 
@@ -36,8 +36,7 @@ def materializer(family: Family, store: ImageStore) -> RawImageMaterializer:
 def test_tensors_are_those_of_the_pictures(
     materializer: RawImageMaterializer, family: Family, store: ImageStore
 ) -> None:
-    refs, lengths = zip(_ref(family, store), _ref(family, store, 100, 70, 1), strict=True)
-    result = materializer.materialize(refs, lengths)
+    result = materializer.materialize([_ref(family, store), _ref(family, store, 100, 70, 1)])
     expected = joined(family, [picture(64, 96), picture(100, 70, 1)])
     np.testing.assert_array_equal(result["pixel_values"], expected["pixel_values"])
     np.testing.assert_array_equal(result["image_grid_thw"], expected["image_grid_thw"])
@@ -56,33 +55,33 @@ def test_tensors_are_those_of_the_pictures(
 def test_refusals_name_the_image(
     change: dict[str, Any], message: str, materializer: RawImageMaterializer, family: Family, store: ImageStore
 ) -> None:
-    good, length = _ref(family, store)
-    bad = msgspec.structs.replace(good, **change)
+    good = _ref(family, store)
+    bad = msgspec.structs.replace(good, **change) if "hash" in change else with_item(good, **change)
     with pytest.raises(RefError, match=rf"image\[1\]: .*{message}"):
-        materializer.materialize([good, bad], [length, length])
+        materializer.materialize([good, bad])
 
 
 def test_wrong_length_missing_and_corrupt_files(
     materializer: RawImageMaterializer, family: Family, store: ImageStore
 ) -> None:
-    ref, length = _ref(family, store)
+    ref = _ref(family, store)
     with pytest.raises(RefError, match="placeholder has 7 tokens, the image has 6"):
-        materializer.materialize([ref], [length + 1])
-    path = local_path(ref.raw_image_uri)
+        materializer.materialize([msgspec.structs.replace(ref, length=7)])
+    path = local_path(ref.uri)
     path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(RefError, match="corrupt"):
-        materializer.materialize([ref], [length])
+        materializer.materialize([ref])
     path.unlink()
     with pytest.raises(MissingImageError, match=ref.hash):
-        materializer.materialize([ref], [length])
+        materializer.materialize([ref])
 
 
 def test_messages_never_tell_the_actual_hash(
     materializer: RawImageMaterializer, family: Family, store: ImageStore, tmp_path: Path
 ) -> None:
-    ref, length = _ref(family, store)
+    ref = _ref(family, store)
     with pytest.raises(RefError) as error:
-        materializer.materialize([msgspec.structs.replace(ref, hash="0" * 64)], [length])
+        materializer.materialize([msgspec.structs.replace(ref, hash="0" * 64)])
     assert ref.hash not in str(error.value)
 
 
@@ -91,34 +90,36 @@ def test_a_fingerprint_mismatch_names_the_first_setting(family: Family, store: I
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_vl", **tokens}))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"patch_size": 16, "max_pixels": 4096}))
     other = QwenVLFamily(ModelFiles(tmp_path))
-    ref, length = _ref(family, store)
+    ref = _ref(family, store)
     reader = RawImageMaterializer(other, [store.root], ImageLimits())
     with pytest.raises(RefError, match="another image processor configuration"):
-        reader.materialize([ref], [length])
+        reader.materialize([ref])
     write_layout_record(family, store.root)
-    with pytest.raises(RefError, match=f"{ref.layout_fingerprint}.*{other.layout_fingerprint}.*differs is image_mean"):
-        reader.materialize([ref], [length])
+    with pytest.raises(
+        RefError, match=f"{ref.item['layout_fingerprint']}.*{other.layout_fingerprint}.*differs is image_mean"
+    ):
+        reader.materialize([ref])
 
 
 def test_a_file_that_comes_late_is_waited_for(family: Family, store: ImageStore) -> None:
-    ref, length = _ref(family, store)
-    path = local_path(ref.raw_image_uri)
+    ref = _ref(family, store)
+    path = local_path(ref.uri)
     data = path.read_bytes()
     path.unlink()
     timer = threading.Timer(0.1, lambda: path.write_bytes(data))
     timer.start()
     late = RawImageMaterializer(family, [store.root], ImageLimits(), missing_image_retries=5)
-    assert late.materialize([ref], [length])["pixel_values"].any()
+    assert late.materialize([ref])["pixel_values"].any()
     timer.join()
 
 
 def test_a_batch_loads_each_distinct_image_once_and_faults_stay_alone(family: Family, store: ImageStore) -> None:
     reader = RawImageMaterializer(family, [store.root], ImageLimits(), cache_bytes=0)
-    (one, length), (two, other_length) = _ref(family, store), _ref(family, store, 100, 70, 1)
-    wrong = msgspec.structs.replace(one, payload={"image_grid_thw": [1, 4, 4]})
-    gone = msgspec.structs.replace(one, raw_image_uri=one.raw_image_uri.replace(one.hash, two.hash))
+    one, two = _ref(family, store), _ref(family, store, 100, 70, 1)
+    wrong = with_item(one, payload={"image_grid_thw": [1, 4, 4]})
+    gone = with_item(one, raw_image_uri=one.uri.replace(one.hash, two.hash))
     refs = [one, two, one, wrong, gone, one]
-    batch = reader.materialize_many(refs, [length, other_length, length, length, length, length])
+    batch = reader.materialize_many(refs)
     assert batch.index == [0, 1, 0, 2, 3, 0]
     assert batch.errors.keys() == {3, 4}
     assert [image.patches is None for image in batch.images] == [False, False, True, True]
@@ -128,48 +129,48 @@ def test_a_batch_loads_each_distinct_image_once_and_faults_stay_alone(family: Fa
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8"])
 def test_every_type_comes_from_the_file(dtype: PixelDtype, family: Family, store: ImageStore) -> None:
     reader = RawImageMaterializer(family, [store.root], ImageLimits(), threads=3)
-    refs, lengths = zip(*(_ref(family, store, 64 + 32 * seed, 96, seed) for seed in range(5)), strict=True)
+    refs = [_ref(family, store, 64 + 32 * seed, 96, seed) for seed in range(5)]
     expected = joined(family, [picture(64 + 32 * seed, 96, seed) for seed in range(5)], dtype)
     for _ in range(2):  # the second time from the cache
-        ours = reader.materialize(refs, lengths, dtype)["pixel_values"]
+        ours = reader.materialize(refs, dtype)["pixel_values"]
         assert ours.dtype == expected["pixel_values"].dtype
         np.testing.assert_array_equal(ours, expected["pixel_values"])
     assert reader.cache.counts.misses == 5
     assert (
-        reader.num_bytes(lengths)
+        reader.num_bytes(refs)
         == joined(family, [picture(64 + 32 * n, 96) for n in range(5)], "uint8")["pixel_values"].nbytes
     )
 
 
 def test_a_reference_is_checked_even_if_its_image_is_in_the_cache(family: Family, store: ImageStore) -> None:
     reader = RawImageMaterializer(family, [store.root], ImageLimits())
-    ref, length = _ref(family, store)
-    reader.materialize([ref], [length])
-    outside = msgspec.structs.replace(ref, raw_image_uri=f"file:///elsewhere/{ref.hash[:2]}/{ref.hash}.png")
-    for bad, bad_length in ((outside, length), (ref, length + 1), (msgspec.structs.replace(ref, payload={}), length)):
+    ref = _ref(family, store)
+    reader.materialize([ref])
+    outside = with_item(ref, raw_image_uri=f"file:///elsewhere/{ref.hash[:2]}/{ref.hash}.png")
+    for bad in (outside, msgspec.structs.replace(ref, length=ref.length + 1), with_item(ref, payload={})):
         with pytest.raises(RefError):
-            reader.materialize([bad], [bad_length])
+            reader.materialize([bad])
 
 
 def test_tensors_that_somebody_holds_are_never_written_again(family: Family, store: ImageStore) -> None:
     reader = RawImageMaterializer(family, [store.root], ImageLimits())
-    batches = [([ref], [length]) for ref, length in (_ref(family, store, 64, 96, seed) for seed in range(4))]
-    held = [torch.from_numpy(reader.materialize(*batch)["pixel_values"])[1:] for batch in batches]
+    batches = [[_ref(family, store, 64, 96, seed)] for seed in range(4)]
+    held = [torch.from_numpy(reader.materialize(batch)["pixel_values"])[1:] for batch in batches]
     for seed, tensor in enumerate(held):
         expected = joined(family, [picture(64, 96, seed)])["pixel_values"][1:]
         np.testing.assert_array_equal(tensor.numpy(), expected)
-    address = reader.materialize(*batches[0])["pixel_values"].ctypes.data
-    assert reader.materialize(*batches[1])["pixel_values"].ctypes.data == address  # and what nobody holds, is
+    address = reader.materialize(batches[0])["pixel_values"].ctypes.data
+    assert reader.materialize(batches[1])["pixel_values"].ctypes.data == address  # and what nobody holds, is
 
 
 def test_an_unreadable_file_costs_its_image_only(
     materializer: RawImageMaterializer, family: Family, store: ImageStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (good, length), (folder, _), (failing, _) = (_ref(family, store, seed=seed) for seed in range(3))
-    path = local_path(folder.raw_image_uri)
+    good, folder, failing = (_ref(family, store, seed=seed) for seed in range(3))
+    path = local_path(folder.uri)
     path.unlink()
     path.mkdir()
-    bad = local_path(failing.raw_image_uri).stat().st_ino
+    bad = local_path(failing.uri).stat().st_ino
     read = os.read
 
     def reading(descriptor: int, count: int) -> bytes:
@@ -179,7 +180,7 @@ def test_an_unreadable_file_costs_its_image_only(
 
     monkeypatch.setattr(os, "read", reading)
     for _ in range(10):
-        batch = materializer.materialize_many([folder, good, failing], [length] * 3)
+        batch = materializer.materialize_many([folder, good, failing])
         assert {index: type(error) for index, error in batch.errors.items()} == {
             0: MissingImageError, 2: MissingImageError,
         }  # fmt: skip
@@ -192,16 +193,16 @@ def test_an_unreadable_file_costs_its_image_only(
 def test_no_memory_for_an_image_costs_that_image_only(
     materializer: RawImageMaterializer, family: Family, store: ImageStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (good, length), (large, more) = _ref(family, store), _ref(family, store, 128, 96, 1)
+    good, large = _ref(family, store), _ref(family, store, 128, 96, 1)
     patches = family.patches
 
     def limited(pixels: np.ndarray, layout: ImageLayout) -> np.ndarray:
-        if layout.num_tokens == more:
+        if layout.num_tokens == large.length:
             raise MemoryError
         return patches(pixels, layout)
 
     monkeypatch.setattr(family, "patches", limited)
-    batch = materializer.materialize_many([good, large], [length, more])
+    batch = materializer.materialize_many([good, large])
     assert batch.errors.keys() == {1}
     assert isinstance(batch.errors[1], MissingImageError)
 
@@ -211,8 +212,7 @@ def test_pictures_of_one_colour_are_counted_and_warned_about(
 ) -> None:
     reader = RawImageMaterializer(family, [store.root], ImageLimits(), threads=1)
     plain = [stored_ref(family, store, Image.new("RGB", (64, 64), (level, 0, 0))) for level in range(12)]
-    refs, lengths = zip(*plain, _ref(family, store), strict=True)
-    batch = reader.materialize_many(refs, lengths)
+    batch = reader.materialize_many([*plain, _ref(family, store)])
     assert [image.constant for image in batch.images] == [True] * 12 + [False]
     assert reader.cache.counts.constant == 12
     warned = [record.getMessage() for record in caplog.records if "one colour only" in record.getMessage()]

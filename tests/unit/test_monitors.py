@@ -127,7 +127,7 @@ def test_rows_have_the_conversation_and_its_pictures(run: Run) -> None:
     assert [row.id for row in rows] == ["1.0.0", "1.0.1", "1.0.2"]
     assert rows[2].prompt == "user: [image][image]what | is this?"
     assert rows[2].completion == 'assistant: \nlook({"x": 1})\n\ntool: nothing\n\nassistant: an <b>orange</b>'
-    assert [each.sha256 for each in rows[2].pictures] == [image.sha256 for image in run.images]
+    assert [each.sha256 for each in rows[2].images] == [image.sha256 for image in run.images]
     assert [row.id for row in rows_of(run.paths, 1, 2)] == ["1.0.0", "1.0.1"]
     assert rows_of(run.paths, 1, 0) == []
     # One that failed has its conversation and no reward.

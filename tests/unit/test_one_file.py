@@ -28,7 +28,6 @@ from pointillist.environments import Task
 from pointillist.inference.protocol import SamplingParams
 from pointillist.orchestrator.packing import pack
 from pointillist.orchestrator.samples import make_sample
-from pointillist.refs import MMImageRef
 from pointillist.runs.paths import WEIGHTS_FILE, RunPaths
 from pointillist.sessions import Branch
 from pointillist.trainer.train import train
@@ -153,21 +152,17 @@ def _branches(group: Any) -> list[Branch]:
     """The rollouts of a group as sessions record them."""
     prompt = group.prompt
     read = len(prompt.token_ids)
-    images = [
-        MMImageRef(image.descriptor.to_dict(), image.sha256, image.descriptor.raw_image_uri, image.offset, image.length)
-        for image in prompt.images
-    ]
     branches = []
     for tokens, on, logprobs in zip(group.completions, group.loss_mask, group.logprobs_sampled, strict=True):
         count = int(on.sum())
         branches.append(
             Branch(
                 token_ids=prompt.token_ids + tokens[on].tolist(),
-                sampled=[False] * read + [True] * count,
-                logprobs=[0.0] * read + logprobs[on].tolist(),
+                loss_mask=[False] * read + [True] * count,
+                logprobs_sampled=[0.0] * read + logprobs[on].tolist(),
                 weight_versions=[-1] * read + [0] * count,
                 temperatures=[1.0] * (read + count),
-                images=images,
+                images=prompt.images,
                 messages=[],
             )
         )

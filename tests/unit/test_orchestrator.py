@@ -22,6 +22,7 @@ from pointillist.orchestrator.runner import RolloutRunner
 from pointillist.orchestrator.samples import make_sample
 from pointillist.orchestrator.tasks import TaskOrder
 from pointillist.render import FolderTokenizer, RawRenderer
+from pointillist.runs.records import ErrorRecord
 from pointillist.sessions import Branch, Completion
 from pointillist.sessions.trace import Trace
 from tests.conftest import picture
@@ -56,8 +57,8 @@ class _Host:
         self.seeds.append(request.seed)
         version = self.versions.pop(0)
         branch = Branch(
-            token_ids=[1, 2, 3], sampled=[False, True, True], logprobs=[0, 0, 0], weight_versions=[-1, 9, version],
-            temperatures=[1, 1, 1], images=[], messages=[],
+            token_ids=[1, 2, 3], loss_mask=[False, True, True], logprobs_sampled=[0, 0, 0],
+            weight_versions=[-1, 9, version], temperatures=[1, 1, 1], images=[], messages=[],
         )  # fmt: skip
         return RolloutResult(id=request.id, task_id="t", branches=[branch])
 
@@ -137,8 +138,8 @@ def _rollouts(rewards: list[float]) -> list[RolloutResult]:
     assert made.mm_refs is not None
     branch = Branch(
         token_ids=[7, 7, 1, 1, 1, 1, 1, 1, 1],
-        sampled=made.loss_mask,
-        logprobs=made.logprobs,
+        loss_mask=made.loss_mask,
+        logprobs_sampled=made.logprobs_sampled,
         weight_versions=made.weight_versions,
         temperatures=made.temperatures,
         images=made.mm_refs.images,
@@ -168,7 +169,7 @@ def test_overlong_samples_are_dropped_and_counted_or_stop_the_run(recorder: Roll
     batch.add_group(_rollouts([0.0, 1.0]))
     assert batch.metrics()["mm/samples_overlong"] == (2 if seq_len == 8 else 0)
     assert len(batch.samples) == (0 if seq_len == 8 else 2)
-    assert [record["branches"][0]["overlong"] for record in batch.records] == [seq_len == 8] * 2
+    assert [record.branches[0].overlong for record in batch.records] == [seq_len == 8] * 2
     if seq_len == 8:
         with pytest.raises(OverlongMultimodalSample, match="9 tokens and 1 images, seq_len is 8"):
             _batch(recorder, seq_len, "error").add_group(_rollouts([0.0, 1.0]))
@@ -182,7 +183,7 @@ def test_groups_that_agree_train_nothing_but_count_in_the_denominator(recorder: 
     assert batch.metrics()["groups/dropped_zero_variance"] == 2
     assert len(batch.samples) == 2
     assert batch.num_tokens == 5 * 3
-    outcomes = [record["outcome"] for record in batch.records]
+    outcomes = [record.outcome for record in batch.records]
     assert outcomes == ["zero_variance", "zero_variance", "alone", "sent", "sent"]
 
 
@@ -191,22 +192,20 @@ def test_a_record_tells_what_was_sampled_and_what_failed(recorder: RolloutRecord
     said = FolderTokenizer(model_dir).encode("up 7")
     rollout = _rollouts([0.0])[0]
     rollout.branches[0].token_ids = [7, 7, *said, 1]
-    rollout.branches[0].sampled = [False, False] + [True] * len(said) + [False]
-    rollout.branches[0].logprobs = [0.0, 0.0] + [-0.123456] * len(said) + [0.0]
+    rollout.branches[0].loss_mask = [False, False] + [True] * len(said) + [False]
+    rollout.branches[0].logprobs_sampled = [0.0, 0.0] + [-0.123456] * len(said) + [0.0]
     failure = RolloutFailure(kind="ValueError", message="<b>", permanent=True)
     failed = RolloutResult(id="1.0.1", task_id="t", failure=failure)
     batch = _batch(recorder, 64, "drop")
     batch.add_group([failed])
     (record,) = batch.records
-    assert (record["outcome"], record["error"], record["reward"]) == (
-        "failed", {"kind": "ValueError", "message": "<b>", "traceback": ""}, None,
-    )  # fmt: skip
+    assert (record.outcome, record.error, record.reward) == ("failed", ErrorRecord("ValueError", "<b>"), None)
     record = recorder.record(rollout, group="eval.t")
-    assert (record["split"], record["env"], record["outcome"]) == ("eval", "oranges", "evaluated")
-    (piece,) = record["branches"][0]["sampled_pieces"]
-    assert piece["offset"] == 2
-    assert "".join(piece["texts"]) == "up 7"
-    assert piece["logprobs"] == [-0.1235] * len(said)
+    assert (record.split, record.env, record.outcome) == ("eval", "oranges", "evaluated")
+    (piece,) = record.branches[0].sampled_pieces
+    assert piece.offset == 2
+    assert "".join(piece.texts) == "up 7"
+    assert piece.logprobs == [-0.1235] * len(said)
 
 
 def test_token_texts_add_up_even_inside_a_character(model_dir: Path) -> None:
@@ -233,14 +232,14 @@ def test_a_rollout_that_fails_by_the_policys_doing_counts_and_is_trained(recorde
     assert (metrics["reward/mean"], metrics["rollouts/total"]) == (0.0, 2)
     assert (metrics["errors/dropped"], metrics["errors/by_policy"]) == (1, 1)
     assert (metrics["errors/ContextLengthError"], metrics["errors/WorkerDied"]) == (1, 1)
-    records = {record["id"]: record for record in batch.records}
-    assert [records[name]["outcome"] for name in "012"] == ["sent", "sent", "failed"]
-    assert [records[name]["reward"] for name in "012"] == [1.0, -1.0, None]
-    assert records["1"]["error"] == {"kind": "ContextLengthError", "message": "", "traceback": "trace"}
-    assert all(len(records[name]["branches"]) == 1 for name in "012")
+    records = {record.id: record for record in batch.records}
+    assert [records[name].outcome for name in "012"] == ["sent", "sent", "failed"]
+    assert [records[name].reward for name in "012"] == [1.0, -1.0, None]
+    assert records["1"].error == ErrorRecord("ContextLengthError", "", "trace")
+    assert all(len(records[name].branches) == 1 for name in "012")
     # In an evaluation nothing is compared: it is a failure.
     record = recorder.record(_failed(two, "ContextLengthError", by_policy=True), group="eval.t")
-    assert (record["outcome"], record["reward"]) == ("failed", None)
+    assert (record.outcome, record.reward) == ("failed", None)
 
 
 def test_kinds_of_failures_are_bounded_and_hide_no_total(recorder: RolloutRecorder) -> None:

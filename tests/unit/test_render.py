@@ -10,7 +10,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, Qwen3VLProcessor
 
 from pointillist.errors import ConfigError, RenderError
 from pointillist.images import Sources, StoredImage, normalize_images
-from pointillist.refs.mm_refs import mm_token_type_ids
+from pointillist.refs import encode_features, mm_token_type_ids
 from pointillist.render import FolderTokenizer, RawRenderer, unsampleable_token_ids
 from tests.conftest import picture
 
@@ -86,7 +86,7 @@ def test_tokens_equal_the_processors(
     assert (
         mm_token_type_ids(prompt.token_ids, renderer.family.image_token_id) == expected["mm_token_type_ids"][0].tolist()
     )
-    grids = [image.descriptor.payload["image_grid_thw"] for image in prompt.images]
+    grids = [image.item["payload"]["image_grid_thw"] for image in prompt.images]
     assert grids == (expected["image_grid_thw"].tolist() if pictures else [])
     pad = renderer.family.image_token_id
     covered = [i for image in prompt.images for i in range(image.offset, image.offset + image.length)]
@@ -137,12 +137,12 @@ def test_unknown_roles_are_refused(renderer: RawRenderer) -> None:
 def test_features_are_the_inference_wires(renderer: RawRenderer, sources: Sources) -> None:
     images: list[StoredImage] = []
     messages = normalize_images(CONVERSATIONS["one image"], sources, images)
-    features = renderer.render(messages, images).features()
+    features = encode_features(renderer.render(messages, images).images)
     assert features is not None
     assert features["mm_hashes"] == {"image": [images[0].sha256]}
     assert features["mm_placeholders"]["image"][0]["length"] == 4
     assert features["kwargs_data"]["image"][0].startswith("mmraw:")
-    assert renderer.render([{"role": "user", "content": "x"}], []).features() is None
+    assert encode_features(renderer.render([{"role": "user", "content": "x"}], []).images) is None
 
 
 @settings(max_examples=300, deadline=None)

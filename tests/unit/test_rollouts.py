@@ -25,10 +25,11 @@ from pointillist.environments.failures import answer_text, printable
 from pointillist.environments.loop import LoopWatch
 from pointillist.errors import ContextLengthError, EnvironmentLoadError, PointillistError
 from pointillist.orchestrator.advantages import group_advantages
-from pointillist.orchestrator.records import RolloutRecorder, write_records
+from pointillist.orchestrator.records import RolloutRecorder
 from pointillist.orchestrator.runner import RolloutRunner
 from pointillist.orchestrator.samples import make_sample
 from pointillist.render import FolderTokenizer
+from pointillist.runs.records import BranchRecord, RolloutRecord, write_rollouts
 from pointillist.sessions import Completion, Sampling, Session
 from tests.conftest import ROOT
 
@@ -83,8 +84,8 @@ def executor(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("VF_RENDERER_IMAGE_OFFLOAD_DIR", raising=False)
     made = Executor(config_of(model_dir, tmp_path))
     monkeypatch.delenv("VF_RENDERER_IMAGE_OFFLOAD_DIR")
-    stop = made._policy.renderer.stop_token_ids[0]
-    made._policy = dataclasses.replace(made._policy, client=Script(stop))  # type: ignore[arg-type]
+    stop = made._sessions.renderer.stop_token_ids[0]
+    made._sessions = dataclasses.replace(made._sessions, client=Script(stop))  # type: ignore[arg-type]
     return made
 
 
@@ -224,8 +225,8 @@ async def test_whatever_an_environment_does_fails_that_rollout_by_name(
     assert len(failure.traceback) < 50_000
     # It is fit for every wire and for the record.
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(result), type=RolloutResult) == result
-    recorder = RolloutRecorder("e", FolderTokenizer(Path(executor._policy.model_name)))
-    write_records(tmp_path / "r.jsonl", [recorder.record(result)])
+    recorder = RolloutRecorder("e", FolderTokenizer(Path(executor._sessions.model_name)))
+    write_rollouts(tmp_path / "r.jsonl", [recorder.record(result)])
     record = msgspec.json.decode((tmp_path / "r.jsonl").read_bytes())
     assert (record["task"], record["answer"], record["outcome"]) == ("7", "seven", "failed")
     assert record["error"]["kind"] == kind
@@ -383,7 +384,7 @@ async def test_a_conversation_that_outgrows_its_room_counts_as_the_policys_doing
         assert failure is not None
         assert (failure.kind, failure.by_policy, failure.permanent) == (kind, True, True)
     # Where the task itself is too long the policy has done nothing.
-    executor._policy = dataclasses.replace(executor._policy, seq_len=2)
+    executor._sessions = dataclasses.replace(executor._sessions, seq_len=2)
     failure = (await executor.run(request())).failure
     assert failure is not None
     assert (failure.kind, failure.by_policy, failure.permanent) == ("ContextLengthError", False, True)
@@ -502,13 +503,15 @@ def test_an_environment_that_can_not_be_had_says_why(
 
 
 def test_records_hold_what_json_can_not(tmp_path: Path) -> None:
-    good = {"id": "a", "error": None, "branches": [{"messages": ["\ud800é"]}]}
+    def record(name: str, said: Any) -> RolloutRecord:
+        return RolloutRecord(id=name, branches=[BranchRecord(messages=[{"role": "user", "content": said}])])
+
     for bad in (object(), float("nan"), {1, 2}):
-        write_records(tmp_path / "r", [{"id": "b", "error": None, "branches": [bad]}, good])
+        write_rollouts(tmp_path / "r", [record("b", bad), record("a", "\ud800é")])
         first, second = map(msgspec.json.decode, (tmp_path / "r").read_bytes().splitlines())
         assert first["branches"] == []
         assert first["error"]["kind"] in ("TypeError", "ValueError")
-        assert second["branches"] == [{"messages": ["?é"]}]
+        assert second["branches"][0]["messages"][0]["content"] == "?é"
 
 
 def test_a_process_survives_what_an_environment_leaves_on_its_loop() -> None:

@@ -10,6 +10,7 @@ import pytest
 from pointillist.errors import ContextLengthError, HistoryError, UnsupportedContentError
 from pointillist.images import Sources
 from pointillist.orchestrator.samples import make_sample
+from pointillist.refs import encode_features
 from pointillist.render import RawRenderer, RenderedPrompt
 from pointillist.sessions import Completion, Sampling, Session, Turn
 from tests.conftest import picture
@@ -32,7 +33,7 @@ class Script:
         tokens = self.answer(len(self.prompts))
         self.prompts.append(prompt.token_ids)
         self.completions.append(tokens)
-        self.features.append(prompt.features())
+        self.features.append(encode_features(prompt.images))
         return Completion(tokens, [-0.1 * (i + 1) for i in range(len(tokens))], [3] * len(tokens), "stop")
 
 
@@ -85,7 +86,7 @@ async def test_twenty_turns_with_a_picture_and_a_call_each_are_one_stream(opened
     for earlier, completion, later in zip(script.prompts, script.completions, script.prompts[1:], strict=False):
         assert later[: len(earlier) + len(completion)] == [*earlier, *completion]
     assert branch.token_ids == [*script.prompts[-1], *script.completions[-1]]
-    sampled = [token for token, on in zip(branch.token_ids, branch.sampled, strict=True) if on]
+    sampled = [token for token, on in zip(branch.token_ids, branch.loss_mask, strict=True) if on]
     assert sampled == [token for completion in script.completions for token in completion]
     assert [len(features["mm_hashes"]["image"]) for features in script.features] == list(range(1, 21))
     assert len({image.hash for image in branch.images}) == 20
@@ -99,11 +100,11 @@ async def test_an_edited_history_forks_and_both_branches_train(opened: Any, say:
     await chat(session, first, one.message, user("And this?", 2))  # the same past, another continuation
     await chat(session, user("What then?", 0), one.message, user("And?", 1))  # another past
     continued, other, edited = session.branches
-    fresh = [sum(branch.sampled) for branch in (continued, other, edited)]
+    fresh = [sum(branch.loss_mask) for branch in (continued, other, edited)]
     assert fresh == [len(script.completions[0]) + len(script.completions[1]), *map(len, script.completions[2:])]
     shared = len(script.prompts[0]) + len(script.completions[0])
     assert other.token_ids[:shared] == continued.token_ids[:shared]
-    assert not any(other.sampled[:shared])  # trained once, in the first branch
+    assert not any(other.loss_mask[:shared])  # trained once, in the first branch
     for number, branch in enumerate(session.branches):
         sample = make_sample(branch, 1.0, image_token_id=renderer.family.image_token_id, sample_id=str(number))
         assert sum(sample.loss_mask) == fresh[number]
@@ -122,7 +123,7 @@ async def test_several_answers_are_branches_and_each_can_go_on(opened: Any, say:
     assert script.prompts[3][: len(script.prompts[0]) + len(script.completions[1])] == [
         *script.prompts[0], *script.completions[1],
     ]  # fmt: skip
-    assert sum(sum(branch.sampled) for branch in branches) == sum(map(len, script.completions))
+    assert sum(sum(branch.loss_mask) for branch in branches) == sum(map(len, script.completions))
 
 
 async def test_a_sub_conversation_is_a_branch_of_the_same_rollout(opened: Any, say: Any) -> None:
@@ -140,7 +141,7 @@ async def test_stop_texts_cut_the_record_where_they_end(opened: Any, say: Any, r
     assert turn.text == "Thought: look\n"
     assert turn.stopped_by == "Observation:"
     (branch,) = session.branches
-    sampled = [token for token, on in zip(branch.token_ids, branch.sampled, strict=True) if on]
+    sampled = [token for token, on in zip(branch.token_ids, branch.loss_mask, strict=True) if on]
     assert sampled == script.completions[0][: len(sampled)]
     assert renderer.tokenizer.decode(sampled).endswith("Observation:")
     await chat(session, user("What?"), turn.message, user("It is red."))
@@ -165,7 +166,7 @@ async def test_old_pictures_are_dropped_and_every_turn_trains_on_what_it_saw(ope
     assert [len(branch.images) for branch in session.branches] == [3, 2]
     assert before.token_ids == [*script.prompts[2], *script.completions[2]]
     assert after.token_ids == [*script.prompts[3], *script.completions[3]]
-    assert sum(after.sampled) == len(script.completions[3])
+    assert sum(after.loss_mask) == len(script.completions[3])
     assert json.dumps(session.messages).count("[image removed]") == 2
     assert session.compact_images(keep_last=0, replacement="") == 2
     await session.generate([user("What was it?")])
@@ -267,6 +268,6 @@ async def test_random_conversations_are_never_re_tokenised(opened: Any, say: Any
         session, script = opened(answer)
         edits = await converse(session, script, say, random_)
         assert violations(session, script) == 0
-        assert sum(sum(branch.sampled) for branch in session.branches) == sum(map(len, script.completions))
+        assert sum(sum(branch.loss_mask) for branch in session.branches) == sum(map(len, script.completions))
         if not edits:
             assert len(session.branches) == 1

@@ -83,7 +83,7 @@ def test_a_past_that_is_rewritten_begins_another_branch() -> None:
     trace.record(parent, _prompt([1, 2, 5, 3]), second, temperature=1.0, key=b"2", messages=[])
     branches = trace.branches()
     assert [branch.token_ids for branch in branches] == [[1, 2, 7, 8], [1, 2, 5, 3, 9]]
-    assert [branch.sampled for branch in branches] == [[False] * 2 + [True] * 2, [False] * 4 + [True]]
+    assert [branch.loss_mask for branch in branches] == [[False] * 2 + [True] * 2, [False] * 4 + [True]]
     # The control: where the past is kept it is one branch.
     trace.record(parent, _prompt([1, 2, 7, 8, 3]), second, temperature=1.0, key=b"3", messages=[])
     assert [1, 2, 7, 8, 3, 9] in [branch.token_ids for branch in trace.branches()]

@@ -12,11 +12,12 @@ from click.testing import CliRunner, Result
 from pointillist.cli import cli
 from pointillist.config import OrchestratorConfig
 from pointillist.errors import PointillistError
-from pointillist.families import Family, describe_image
+from pointillist.families import Family, place_image
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.images.store import file_uri, local_path
 from pointillist.runs.config_files import write_toml
 from pointillist.runs.paths import RunPaths
+from pointillist.runs.records import Fault, append_fault
 from pointillist.upkeep.commands import store as commands
 from pointillist.upkeep.references import run_hashes
 from tests.conftest import encoded, picture
@@ -33,8 +34,8 @@ class Run:
         layout = family.layout(64, 64)
         spans = []
         for image in self.images[:2]:
-            item = describe_image(family, image.uri, layout).to_dict()
-            spans.append({"item": item, "hash": image.sha256, "offset": 0, "length": layout.num_tokens})
+            placed = place_image(family, image, layout, 0)
+            spans.append({"item": placed.item, "hash": placed.hash, "offset": 0, "length": placed.length})
         part = {"type": "image_url", "image_url": {"url": self.images[2].uri}}  # in a message only
         record = {"id": "1.0.0", "messages": [{"role": "user", "content": [part]}], "branches": [{"images": spans}]}
         self.rollouts = self.paths.rollout_step(1) / "rollouts.jsonl"
@@ -132,7 +133,7 @@ def test_evaluations_keep_their_images_and_travel(run: Run, tmp_path: Path) -> N
     odd = {"role": "assistant", "content": "file://host/x?y"}  # what a model says is no reference
     branch = {"images": [], "messages": [{"role": "user", "content": [part]}, odd]}
     run.paths.eval_file(3).write_text(json.dumps({"id": "eval_3.0", "branches": [branch]}) + "\n")
-    run.paths.faults.write_text('{"kind": "missing", "step": 1}\n')
+    append_fault(run.paths.faults, Fault("missing", 1, "1.0.0.0", "ab" * 32, "it is not there"))
     assert run.orphan.sha256 in run_hashes(run.paths)
     assert _store("export", run.paths.output_dir, archive).exit_code == 0
     assert _store("import", archive, elsewhere).exit_code == 0

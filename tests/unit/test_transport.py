@@ -13,7 +13,7 @@ from pointillist.base.channel import decompress, secure_client
 from pointillist.config import RUN_KEY, TransportConfig
 from pointillist.errors import TransportError
 from pointillist.orchestrator.packing import OverlongMultimodalSample, pack
-from pointillist.refs import MMImageRef, MMRefs, RawImageDescriptor
+from pointillist.refs import MMImageRef, MMRefs, make_descriptor
 from pointillist.runs.paths import RunPaths
 from pointillist.transport import (
     FilesystemReceiver,
@@ -36,9 +36,7 @@ from pointillist.transport.zmq import _batch_of
 
 SHA = "ab" * 32
 URI = f"file:///data/outputs/run_20261124/assets/images/ab/{SHA}.png"
-ITEM = RawImageDescriptor(
-    family="qwen_vl", raw_image_uri=URI, layout_fingerprint="0" * 32, payload={"image_grid_thw": [1, 4, 4]}
-).to_dict()
+ITEM = make_descriptor("qwen_vl", URI, "0" * 32, {"image_grid_thw": [1, 4, 4]})
 
 
 def sample(name: str = "s", text: int = 6, images: int = 1) -> TrainingSample:
@@ -49,7 +47,7 @@ def sample(name: str = "s", text: int = 6, images: int = 1) -> TrainingSample:
     return TrainingSample(
         token_ids=list(range(length)),
         loss_mask=trained,
-        logprobs=[-0.5 if on else 0.0 for on in trained],
+        logprobs_sampled=[-0.5 if on else 0.0 for on in trained],
         advantages=[1.0 if on else 0.0 for on in trained],
         weight_versions=[3 if on else -1 for on in trained],
         temperatures=[0.7 if on else 1.0 for on in trained],
@@ -69,6 +67,44 @@ def test_round_trip() -> None:
     assert decode_rank_batch(encode_rank_batch(original)) == original
     last = RankBatch(step=9, micro_batches=[], num_tokens=9, orchestrator_state=b"", is_last=True)
     assert decode_rank_batch(encode_rank_batch(last)) == last
+
+
+def test_the_wire_is_the_contracts() -> None:
+    """Positional, no pixels, and the URL of an image once."""
+    format_, step_, rows, *_ = msgspec.msgpack.decode(encode_rank_batch(batch(sample())))
+    assert (format_, step_) == ("pointillist.rank_batch.2", 4)
+    trained = [False] * 6 + [True] * 3
+    item = {"kind": "raw_mm_item", "family": "qwen_vl", "layout_fingerprint": "0" * 32, "payload": ITEM["payload"]}
+    image = [item, SHA, URI, 0, 2]
+    assert rows == [
+        [
+            list(range(9)), trained, [1.0 if on else 0.0 for on in trained], [-0.5 if on else 0.0 for on in trained],
+            [3 if on else -1 for on in trained], [0.7 if on else 1.0 for on in trained], [1, 1] + [0] * 7, [9],
+            [[image]], None, ["s"],
+        ]
+    ]  # fmt: skip
+    assert list(rows[0][8][0][0][0]) == list(item)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hash": "0" * 63}, r"image\[1\]: hash is not"),
+        ({"uri": "file://host/a.png"}, r"image\[1\]: expected file:///"),
+        ({"item": {**ITEM, "payload": None}}, r"image\[1\]: payload"),
+        ({"item": {**ITEM, "kind": "other"}}, r"image\[1\]: descriptor has kind"),
+        ({"item": {}}, r"image\[1\]: descriptor has keys"),
+        ({"offset": -1}, r"image\[1\]: placeholder"),
+    ],
+)
+def test_a_malformed_reference_is_refused_where_it_enters(change: dict[str, Any], message: str) -> None:
+    """A foreign sender's; the trainer's reader would otherwise meet it in the middle of a step."""
+    row = batch(sample(images=2)).micro_batches[0]
+    first, second = row.mm_refs.images
+    row = msgspec.structs.replace(row, mm_refs=MMRefs([first, msgspec.structs.replace(second, **change)]))
+    bad = RankBatch(step=1, micro_batches=[row], num_tokens=1, orchestrator_state=b"")
+    with pytest.raises(TransportError, match=message):
+        decode_rank_batch(msgspec.msgpack.encode(bad))
 
 
 def test_an_image_takes_few_bytes() -> None:

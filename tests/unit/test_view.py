@@ -16,15 +16,17 @@ from PIL import Image
 from rich.console import Console
 from starlette.testclient import TestClient
 
+from pointillist.base.image_limits import STORED_LIMITS
 from pointillist.base.jsonl import append_jsonl
 from pointillist.cli import cli
 from pointillist.errors import ConfigError, MissingImageError, PointillistError
 from pointillist.images import ImageStore
 from pointillist.images.store import local_path
+from pointillist.runs.records import BranchRecord, RolloutRecord, SampledPiece
 from pointillist.view.index import RunIndex, is_intact
 from pointillist.view.metrics import MetricsFile
 from pointillist.view.queries import Filters, best_of_last_step, group, neighbours, rollouts, store_facts
-from pointillist.view.rollout import BranchRecord, Picture, Piece, RolloutRecord, conversation
+from pointillist.view.rollout import ShownImage, conversation
 from pointillist.view.run import ViewedRun
 from pointillist.view.serve import _token, open_runs
 from pointillist.view.terminal import plain, protocol, show_rollout
@@ -110,7 +112,7 @@ def test_nothing_is_written_to_a_run(made: MadeRun, cache: Path) -> None:
         assert client.get(page).status_code == 200
     run.index.stop()
     assert _state(made.paths.output_dir) == before
-    again = RunIndex(run.paths, run.image_dir, cache)  # it is kept
+    again = RunIndex(run.paths, run.image_dir, run.limits, cache)  # it is kept
     assert again.progress().rollouts > 0
 
 
@@ -242,19 +244,19 @@ def test_a_conversation_has_its_pictures_and_sampled_tokens_in_place(made: MadeR
     record = msgspec.convert(made.rollout("1.0.0", "sent"), RolloutRecord)
     user, asking, tool, answer = conversation(record.branches[0])
     first, second = user.parts[0], tool.parts[0]
-    assert isinstance(first, Picture)
-    assert isinstance(second, Picture)
+    assert isinstance(first, ShownImage)
+    assert isinstance(second, ShownImage)
     assert (first.span.offset, second.span.offset) == (4, 20)
-    assert [part.offset for part in (*asking.parts, *answer.parts) if isinstance(part, Piece)] == [12, 30]
+    assert [part.offset for part in (*asking.parts, *answer.parts) if isinstance(part, SampledPiece)] == [12, 30]
     assert asking.calls[0].name == "zoom"
     # An answer that the policy did not sample here stays what it is.
-    record.branches[0].sampled_pieces = record.branches[0].sampled_pieces[1:]
-    _, asking, _, answer = conversation(record.branches[0])
+    branch = msgspec.structs.replace(record.branches[0], sampled_pieces=record.branches[0].sampled_pieces[1:])
+    _, asking, _, answer = conversation(branch)
     assert asking.parts == []
-    assert isinstance(answer.parts[0], Piece)
+    assert isinstance(answer.parts[0], SampledPiece)
     message = {"role": "user", "content": [3, {"type": "image_url"}, {"type": "x"}], "tool_calls": [{}]}
     odd = BranchRecord(messages=[message])
-    assert conversation(odd)[0].parts == [Picture(None, None)]
+    assert conversation(odd)[0].parts == [ShownImage(None, None)]
 
 
 def test_records_of_older_runs_are_shown(made: MadeRun, client: TestClient) -> None:
@@ -549,9 +551,9 @@ def test_a_run_that_is_going_is_followed(run: ViewedRun, client: TestClient, mad
 def test_an_unreadable_picture_is_corrupt_and_a_lost_one_is_missing(store: ImageStore) -> None:
     path = local_path(store.put(encoded(picture(8, 8))).uri)
     name = path.relative_to(store.root).as_posix()
-    assert is_intact(store.root, name)
+    assert is_intact(store.root, name, STORED_LIMITS)
     path.unlink()
     with pytest.raises(MissingImageError):
-        is_intact(store.root, name)
+        is_intact(store.root, name, STORED_LIMITS)
     path.mkdir()
-    assert not is_intact(store.root, name)
+    assert not is_intact(store.root, name, STORED_LIMITS)

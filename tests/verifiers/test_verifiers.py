@@ -88,7 +88,7 @@ async def test_text_environments_give_their_own_reward(
         for result in results:
             (branch,) = result.branches
             assert [message["role"] for message in branch.messages] == ["system", "user", "assistant"]
-            assert sum(branch.sampled) > 0
+            assert sum(branch.loss_mask) > 0
     finally:
         await host.aclose()
 
@@ -123,7 +123,7 @@ async def test_tools_that_return_pictures_are_recorded_and_never_traced(
             assert len(branch.images) == 2
             assert [message["role"] for message in branch.messages] == ["user", "assistant", "tool", "assistant"]
             sample = make_sample(branch, 1.0, image_token_id=renderer.family.image_token_id, sample_id="x")
-            assert sum(sample.loss_mask) == sum(branch.sampled)
+            assert sum(sample.loss_mask) == sum(branch.loss_mask)
         for episode in episodes:
             assert "base64" not in episode
             assert episode.count("file://") >= 2

@@ -1,6 +1,5 @@
 """A reader's own store of the images that it fetched: verified, bounded in size, the least recently used go first."""
 
-import hashlib
 import logging
 import os
 import threading
@@ -13,7 +12,7 @@ from pointillist.assets.client import AssetClient
 from pointillist.base.image_limits import ImageLimits
 from pointillist.errors import MissingImageError, RefError, StorageError
 from pointillist.images.inventory import StoreEntry, list_store
-from pointillist.images.store import STORED_NAME, read_stored, usable_folder, write_image
+from pointillist.images.store import STORED_NAME, has_hash, read_stored, usable_folder, write_image
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ class FetchedImages:
         path = self._root / name
         with suppress(MissingImageError, RefError):
             data = read_stored(self._root, name, self._limits)
-            if hashlib.sha256(data).hexdigest() == sha256:
+            if has_hash(data, sha256):
                 with suppress(OSError):  # another reader may have just evicted it
                     os.utime(path)
                 return data

@@ -21,6 +21,7 @@ import httpx
 
 from pointillist.base.deadline import Deadline, DeadlineStream
 from pointillist.errors import MissingImageError, RefError
+from pointillist.images.store import has_hash
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class AssetClient:
 
         def is_good() -> bool:
             nonlocal is_corrupt
-            is_good = sha256 is None or hashlib.sha256(data).hexdigest() == sha256
+            is_good = sha256 is None or has_hash(data, sha256)
             is_corrupt |= not is_good
             return is_good
 

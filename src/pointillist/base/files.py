@@ -1,7 +1,7 @@
 """How a file appears on a disk, whole or not at all, and how one is opened that may be something else.
 
-`write_atomically` leaves the order on the disk to the file system; whoever must know that a name is there for good
-calls `flush_folder`.
+`write_atomically` leaves the order on the disk to the file system; a caller that must know that a name
+is there for good calls `flush_folder`.
 """
 
 import errno
@@ -16,13 +16,15 @@ def open_private(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
-def write_atomically(path: Path, data: bytes, *, private: bool = False) -> None:
+def write_atomically(path: Path, data: bytes, *, private: bool = False, durable: bool = True) -> None:
     """Writes a file so that it appears whole or not at all.
 
     Args:
         path: The file; its folder is made if it is not there.
         data: Its bytes.
         private: Whether it is readable for its user only, whatever the umask.
+        durable: Whether its bytes are on the disk before it gets its name. Without that it appears whole to other
+            processes, but may be empty after the machine has lost power.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -30,8 +32,9 @@ def write_atomically(path: Path, data: bytes, *, private: bool = False) -> None:
         temporary.unlink(missing_ok=True)
     with open(temporary, "wb", opener=open_private if private else None) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     temporary.replace(path)
 
 

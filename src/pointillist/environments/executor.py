@@ -109,6 +109,8 @@ class Executor:
         """
         self._timeout = config.rollout_timeout
         self._max_concurrent = config.max_concurrent
+        # For whatever reads or writes images on its own here or is started from here; the folder follows below.
+        os.environ[LIMITS_CARRIER] = config.multimodal.limits.model_dump_json()
         self._environment = load_environment(config.env.id, config.env.args)
         self._tasks: dict[Split, Sequence[Task]] = {
             "train": load_tasks(self._environment, "train"),
@@ -117,9 +119,7 @@ class Executor:
         self._running: set[asyncio.Task[_Ended]] = set()
         self._watch = LoopWatch(self._timeout)
         self._sessions = SessionFactory.from_config(config, blank_images=config.env.blank_images)
-        # For whatever writes images on its own here or is started from here: one folder, told in one way, and limits.
         os.environ[CARRIER] = str(self._sessions.sources.store_root)
-        os.environ[LIMITS_CARRIER] = config.multimodal.limits.model_dump_json()
         self._gateway = Gateway(config.gateway, self._sessions.model_name)
 
     async def start(self) -> None:

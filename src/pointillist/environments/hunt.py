@@ -8,16 +8,17 @@ pictures they name; `examples/hunt/prepare.py` makes one.
 
 import asyncio
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from PIL import Image
 
-from pointillist.base.image_limits import STORED_LIMITS
 from pointillist.environments import Task
 from pointillist.environments.tasks import read_tasks
 from pointillist.images.decode import decode_rgb, to_pillow
+from pointillist.runs.image_dir import writer_limits
 from pointillist.sessions import Session
 
 QUESTION = "Find it and name it."
@@ -42,7 +43,7 @@ class HuntEnvironment:
     """Environment of this module's docstring."""
 
     def __init__(self, data_dir: str, window: int = 32, max_moves: int = 3) -> None:
-        """Reads the task lists and checks every picture once.
+        """Reads the task lists and the header of every picture.
 
         Args:
             data_dir: Path of the folder with task lists and pictures.
@@ -50,7 +51,7 @@ class HuntEnvironment:
             max_moves: Number of tool calls in one rollout, at most.
 
         Raises:
-            EnvironmentLoadError: A list is missing or malformed, or a picture is missing or corrupt.
+            EnvironmentLoadError: A list is missing or malformed, or a picture is missing or none.
         """
         hint = "run examples/hunt/prepare.py"
         self._train = read_tasks(Path(data_dir) / "train.jsonl", hint)
@@ -105,4 +106,4 @@ class HuntEnvironment:
 
 
 def _load(path: Path) -> Image.Image:
-    return to_pillow(decode_rgb(path.read_bytes(), STORED_LIMITS))
+    return to_pillow(decode_rgb(path.read_bytes(), writer_limits(os.environ)))

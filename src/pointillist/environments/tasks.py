@@ -1,20 +1,21 @@
 """Task lists of the built-in environments: one JSON object in each line; paths of pictures are relative to the file."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pointillist.base.image_limits import STORED_LIMITS
 from pointillist.environments import Task
 from pointillist.errors import EnvironmentLoadError, ImageError
-from pointillist.images.decode import decode_rgb
+from pointillist.images.decode import read_header
+from pointillist.runs.image_dir import writer_limits
 
 T = TypeVar("T")
 
 
 def read_tasks(path: Path, hint: str) -> list[Task]:
-    """Tasks of a list whose lines have an `image` and an `answer`; every picture is decoded once to check it.
+    """Tasks of a list whose lines have an `image` and an `answer`; every picture must be there with a good header.
 
     Args:
         path: Path of the list.
@@ -24,13 +25,15 @@ def read_tasks(path: Path, hint: str) -> list[Task]:
         Tasks whose data has `image` (a path) and `answer` (a text).
 
     Raises:
-        EnvironmentLoadError: The list is missing or malformed, or a picture is missing or corrupt.
+        EnvironmentLoadError: The list is missing or malformed, or a picture is missing or none that the run
+            accepts.
     """
+    limits = writer_limits(os.environ)
 
     def task(record: Mapping[str, Any]) -> Task:
         image = path.parent / record["image"]
         try:
-            decode_rgb(image.read_bytes(), STORED_LIMITS)
+            read_header(image.read_bytes(), limits)  # pixels are decoded once, when the image is stored
         except (OSError, ImageError) as error:
             raise EnvironmentLoadError(f"picture {record['image']} of {path}: {error}") from None
         return Task(f"{path.stem}-{record['image']}", {"image": image, "answer": str(record["answer"])})

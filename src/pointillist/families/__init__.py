@@ -1,6 +1,6 @@
 """What differs between model families: one adapter a family, made from the model folder's own files."""
 
-from pointillist.families.base import Expansion, Family, ForwardArgs, ImageLayout, describe_image
+from pointillist.families.base import Expansion, Family, ForwardArgs, ImageLayout, place_image
 from pointillist.families.layout_record import write_layout_record
 from pointillist.families.model_files import ModelFiles, resolve_model_dir
 from pointillist.families.registry import load_family
@@ -11,8 +11,8 @@ __all__ = [
     "ForwardArgs",
     "ImageLayout",
     "ModelFiles",
-    "describe_image",
     "load_family",
+    "place_image",
     "resolve_model_dir",
     "write_layout_record",
 ]

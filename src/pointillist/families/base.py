@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from pointillist.errors import LayoutError
 from pointillist.families.model_files import ModelFiles
-from pointillist.refs.descriptor import RawImageDescriptor
+from pointillist.images.store import StoredImage
+from pointillist.refs.descriptor import make_descriptor
+from pointillist.refs.mm_refs import MMImageRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,14 +137,21 @@ class Family(Protocol):
         ...
 
 
-def describe_image(family: Family, uri: str, layout: ImageLayout) -> RawImageDescriptor:
-    """The descriptor of a stored image that has this layout."""
-    return RawImageDescriptor(
-        family=family.name,
-        raw_image_uri=uri,
-        layout_fingerprint=family.layout_fingerprint,
-        payload=family.payload(layout),
-    )
+def place_image(family: Family, stored: StoredImage, layout: ImageLayout, offset: int) -> MMImageRef:
+    """A stored image at its place in the tokens.
+
+    Args:
+        family: The model's adapter.
+        stored: The image.
+        layout: Its layout in this family.
+        offset: Index of its first placeholder token.
+
+    Example: with patches of 8 and blocks of 2x2, an image of 32x32 pixels has the payload
+    `{"image_grid_thw": [1, 4, 4]}` and the length 4.
+    """
+    payload = family.payload(layout)
+    item = make_descriptor(family.name, stored.uri, family.layout_fingerprint, payload)
+    return MMImageRef(item, stored.sha256, stored.uri, offset, layout.num_tokens)
 
 
 def check_placeholder_count(logical_ids: Sequence[int], placeholder_id: int, layouts: Sequence[ImageLayout]) -> None:
@@ -160,6 +169,9 @@ def expand_one_placeholder(
     logical_ids: Sequence[int], placeholder_id: int, layouts: Sequence[ImageLayout]
 ) -> Expansion:
     """Expansion for families whose image is a run of one repeated token: each placeholder becomes `num_tokens` ones.
+
+    Example: tokens `[5, 7, 6]` with the placeholder 7 and a layout of 3 tokens become `[5, 7, 7, 7, 6]`, with the
+    sources `[0, 1, 1, 1, 2]` and the span `(1, 3)`.
 
     Raises:
         LayoutError: The number of layouts is not that of the placeholders.

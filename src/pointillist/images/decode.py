@@ -95,8 +95,7 @@ def read_header(data: bytes, limits: ImageLimits) -> ImageHeader:
     Raises:
         ImageError: Not a still image of an accepted format, or over a limit.
     """
-    with _pillow_errors_as_image_errors(data):
-        return _opened(data, limits)[1]
+    return OpenedImage(data, limits).header
 
 
 def decode_rgb(data: bytes, limits: ImageLimits) -> NDArray[np.uint8]:
@@ -105,17 +104,39 @@ def decode_rgb(data: bytes, limits: ImageLimits) -> NDArray[np.uint8]:
     Raises:
         ImageError: Not a still image of an accepted format, over a limit, truncated, or not decodable.
     """
-    with _pillow_errors_as_image_errors(data):
-        image, header, orientation = _opened(data, limits)
-        if orientation == UPRIGHT and (fast := _decode_jpeg(image, data)) is not None:
-            return fast
-        image.load()
-        pixels = np.asarray(upright(_to_rgb(image), orientation))
-    if pixels.shape != (header.height, header.width, 3):
-        raise ImageError(
-            f"image decodes to {pixels.shape[1]}x{pixels.shape[0]}, its header says {header.width}x{header.height}"
-        )
-    return pixels
+    return OpenedImage(data, limits).decode()
+
+
+class OpenedImage:
+    """An encoded image whose header is read and checked; its pixels may follow without a second look at the header."""
+
+    def __init__(self, data: bytes, limits: ImageLimits) -> None:
+        """Reads the header.
+
+        Raises:
+            ImageError: As `read_header`.
+        """
+        self._data = data
+        with _pillow_errors_as_image_errors(data):
+            self._image, self.header, self._orientation = _opened(data, limits)
+
+    def decode(self) -> NDArray[np.uint8]:
+        """The pixels; once.
+
+        Raises:
+            ImageError: As `decode_rgb`.
+        """
+        header = self.header
+        with _pillow_errors_as_image_errors(self._data):
+            if self._orientation == UPRIGHT and (fast := _decode_jpeg(self._image, self._data)) is not None:
+                return fast
+            self._image.load()
+            pixels = np.asarray(upright(_to_rgb(self._image), self._orientation))
+        if pixels.shape != (header.height, header.width, 3):
+            raise ImageError(
+                f"image decodes to {pixels.shape[1]}x{pixels.shape[0]}, its header says {header.width}x{header.height}"
+            )
+        return pixels
 
 
 def encode_pillow(image: Image.Image, limits: ImageLimits) -> bytes:

@@ -18,7 +18,7 @@ from pointillist.base.image_limits import ImageLimits
 from pointillist.errors import ImageError, PointillistError
 from pointillist.images.decode import decode_rgb
 from pointillist.images.sniff import format_of
-from pointillist.images.store import STORED_NAME, TEMPORARY_SUFFIX
+from pointillist.images.store import STORED_NAME, TEMPORARY_SUFFIX, has_hash
 
 Condition = Literal["good", "corrupt", "half-written", "foreign"]
 
@@ -83,7 +83,7 @@ def verify_entry(entry: StoreEntry, limits: ImageLimits) -> StoreEntry:
         return entry
     try:
         data = entry.path.read_bytes()
-        intact = hashlib.sha256(data).hexdigest() == entry.sha256
+        intact = has_hash(data, entry.sha256)
         if intact:
             decode_rgb(data, limits)
             intact = entry.path.suffix == f".{format_of(data)}"
@@ -93,7 +93,7 @@ def verify_entry(entry: StoreEntry, limits: ImageLimits) -> StoreEntry:
 
 
 def add_user(root: Path, output_dir: Path) -> None:
-    """Notes in a store that a run uses it, so that `store gc` knows whom to ask.
+    """Notes in a store that a run uses it, so that `store gc` finds its references.
 
     Args:
         root: The store; made if it is not there.
@@ -128,7 +128,7 @@ def check_is_store(root: Path) -> None:
 
 
 def collect_garbage(root: Path, *, keep: frozenset[str] | None, older_than: float, dry_run: bool) -> list[StoreEntry]:
-    """Removes half-written files, and images that nobody refers to.
+    """Removes half-written files, and images that no run refers to.
 
     Args:
         root: The store.

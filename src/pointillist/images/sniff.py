@@ -43,7 +43,6 @@ _OTHERS: Final[tuple[tuple[bytes, str], ...]] = (
     (rb"data:", "the text of a data: URL"),
     # Base64 of PNG, JPEG, GIF and WebP begins like this.
     (rb"iVBORw0KGgo|/9j/|R0lGOD|UklGR", "base64 text, which was not decoded"),
-    (rb"[\[{]", "JSON"),
 )
 _SVG: Final = re.compile(rb"<svg[\s>]", re.IGNORECASE)
 _HTML: Final = re.compile(rb"<(?:!doctype\s+html|html|head|body|title|p|div|h1)[\s>]", re.IGNORECASE)
@@ -73,14 +72,14 @@ def describe(data: bytes) -> str:
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if not text:
         return "nothing but white space" if data else "an empty file"
+    if text[:1] in (b"{", b"["):
+        return "JSON"
     if _SVG.search(text):
         return "an SVG drawing"
     if text.startswith(b"<"):
         return "an HTML page" if _HTML.search(text) else "an XML document"
     if not head.strip(b"\0"):
         return "nothing but zeros"
-    if text[:1] in (b"{", b"["):
-        return "JSON"
     return "text" if _is_text(head) else "data of an unknown kind"
 
 

@@ -31,7 +31,7 @@ from pointillist.base.image_limits import ImageLimits
 from pointillist.errors import ImageError, MissingImageError, RefError, SourceError, StorageError
 from pointillist.images.decode import encode_pillow
 from pointillist.images.remote import FETCHED_AT_ONCE
-from pointillist.images.store import ImageStore, StoredImage, local_path, read_verified, stored_name
+from pointillist.images.store import ImageStore, StoredImage, local_path, read_intact, stored_name
 
 _IMAGE_TYPES: Final = frozenset({"image", "image_url", "input_image"})
 _KEYS: Final = ("image_url", "image", "url", "path", "base64", "data")
@@ -153,8 +153,8 @@ class Sources:
     def _already_stored(self, url: str) -> StoredImage:
         """The image behind a URL that this store gave out."""
         try:
-            _, _, sha256 = stored_name(url, [self._store.root])
-            data = read_verified(url, sha256, [self._store.root], self._store.limits)
+            root, name, _ = stored_name(url, [self._store.root])
+            data = read_intact(root, name, self._store.limits)
         except (RefError, MissingImageError):
             raise SourceError(
                 "image is named by neither a data: URL nor a file:// URL of this run's image store: files of this "

@@ -25,7 +25,7 @@ from urllib.parse import quote, unquote_to_bytes
 from pointillist.base.files import flush_folder
 from pointillist.base.image_limits import ALL_FORMATS, ImageLimits
 from pointillist.errors import ConfigError, MissingImageError, RefError, StorageError
-from pointillist.images.decode import ImageHeader, decode_rgb, read_header
+from pointillist.images.decode import ImageHeader, OpenedImage
 
 SHA256_HEX: Final = re.compile(r"[0-9a-f]{64}")
 STORED_NAME: Final = re.compile(
@@ -75,17 +75,21 @@ class ImageStore:
         Safe from any number of processes at once: a reader never sees half a file. Returns once a file
         that it wrote, and its name, are on disk.
 
+        What it costs: one hash and one look at the header; for a new image one decode of its pixels, which are thrown
+        away (so that no later process meets a broken image first), and the write with its flushes; for an image that
+        is there one comparison with the file. The layout needs the header alone.
+
         Raises:
             ImageError: Not a decodable still image within the limits; nothing was written.
             StorageError: It could not be written.
         """
         sha256 = hashlib.sha256(data).hexdigest()
-        header = read_header(data, self.limits)
-        path = self.root / sha256[:2] / f"{sha256}.{header.format}"
+        image = OpenedImage(data, self.limits)
+        path = self.root / sha256[:2] / f"{sha256}.{image.header.format}"
         if not (_holds(path, data) and _freshened(path)):
-            decode_rgb(data, self.limits)  # refuses what has a good header and broken pixels
+            image.decode()  # refuses what has a good header and broken pixels
             write_image(path, data)
-        return StoredImage(sha256=sha256, uri=file_uri(path), header=header, num_bytes=len(data))
+        return StoredImage(sha256=sha256, uri=file_uri(path), header=image.header, num_bytes=len(data))
 
 
 def _freshened(path: Path) -> bool:
@@ -147,6 +151,16 @@ def resolve_roots(roots: Iterable[Path]) -> tuple[Path, ...]:
     return tuple(Path(root).expanduser().resolve() for root in roots)
 
 
+def sha256_in(name: str) -> str:
+    """The hash in a stored image's name, `<hh>/<sha256>.<ext>` as `STORED_NAME` has it: its characters 3 to 66."""
+    return name[3:67]
+
+
+def has_hash(data: bytes | bytearray, sha256: str) -> bool:
+    """Whether an image's bytes are those that its hash says."""
+    return hashlib.sha256(data).hexdigest() == sha256
+
+
 def stored_name(uri: str, allowed_roots: Iterable[Path]) -> tuple[Path, str, str]:
     """Splits a reference's URL into `(root, name below it, sha256)` without touching the file system.
 
@@ -157,8 +171,8 @@ def stored_name(uri: str, allowed_roots: Iterable[Path]) -> tuple[Path, str, str
     for root in allowed_roots:
         if path.is_relative_to(root):
             name = path.relative_to(root).as_posix()
-            if match := STORED_NAME.fullmatch(name):
-                return root, name, match["sha256"]
+            if STORED_NAME.fullmatch(name):
+                return root, name, sha256_in(name)
     raise RefError("raw_image_uri is not an image under an allowed root")
 
 
@@ -188,9 +202,22 @@ def read_verified(uri: str, sha256: str, allowed_roots: Iterable[Path], limits: 
             `max_bytes`, or other bytes than the hash says.
         MissingImageError: The name is good, the file is not there.
     """
-    root, name = check_named(uri, sha256, allowed_roots)
-    data = read_stored(root, name, limits)
-    if hashlib.sha256(data).hexdigest() != sha256:
+    return read_intact(*check_named(uri, sha256, allowed_roots), limits)
+
+
+def read_intact(root: Path, name: str, limits: ImageLimits) -> bytes:
+    """Bytes of the stored image of this name, after checking that they are what the name says.
+
+    Args:
+        root: Of the store.
+        name: As `STORED_NAME` has it.
+        limits: `max_bytes` is enforced before reading.
+
+    Raises:
+        RefError, MissingImageError: As `read_verified`.
+    """
+    data, sha256 = read_stored(root, name, limits), sha256_in(name)
+    if not has_hash(data, sha256):
         raise RefError(f"bytes of image {sha256} are not what its hash says: the file is corrupt")
     return data
 
@@ -210,7 +237,7 @@ def read_stored(root: Path, name: str, limits: ImageLimits) -> bytes:
         RefError: A link, not a regular file, or over `max_bytes`.
         MissingImageError: There is no such file, or it cannot be read.
     """
-    sha256 = name[3:67]
+    sha256 = sha256_in(name)
     try:
         descriptor = open_without_links(root, name)
         try:

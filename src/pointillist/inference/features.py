@@ -1,18 +1,18 @@
-"""From a request's `features` to checked references; every fault is named by the image it belongs to."""
+"""From a request's `features` to checked images; every fault is named by the image it belongs to."""
 
 from collections.abc import Sequence
 
 from pointillist.base.http_guard import RequestError
 from pointillist.errors import MissingImageError, PointillistError, RefError
-from pointillist.inference.protocol import PromptFields
+from pointillist.inference.protocol import PlaceholderRange, PromptFields
 from pointillist.refs.mm_refs import IMAGE, MMImageRef, check_spans, mm_token_type_ids
-from pointillist.refs.wire import ImageRef, decode_ref
+from pointillist.refs.wire import decode_ref
 
 _FIELD = "features.kwargs_data.image"
 
 
-def refs_of(request: PromptFields, image_token_id: int, max_images: int) -> list[ImageRef]:
-    """References of a request's images.
+def images_of(request: PromptFields, image_token_id: int, max_images: int) -> list[MMImageRef]:
+    """Images of a request, at their places in its tokens.
 
     Raises:
         RequestError: 400, by the contract's section 4.
@@ -33,19 +33,15 @@ def refs_of(request: PromptFields, image_token_id: int, max_images: int) -> list
         )
     if len(data) > max_images:
         raise invalid(f"{len(data)} images, at most {max_images} are accepted", _FIELD)
-    refs = [_ref(entry, sha256, index) for index, (entry, sha256) in enumerate(zip(data, hashes, strict=True))]
-    spans = [
-        MMImageRef({}, ref.hash, ref.raw_image_uri, place.offset, place.length)
-        for ref, place in zip(refs, placeholders, strict=True)
-    ]
+    images = [_image(*each, index) for index, each in enumerate(zip(data, hashes, placeholders, strict=True))]
     try:
-        check_spans(spans, token_types)
+        check_spans(images, token_types)
     except RefError as error:
         raise invalid(str(error), _param_of(error)) from None
-    return refs
+    return images
 
 
-def request_error(error: PointillistError, refs: Sequence[ImageRef]) -> RequestError:
+def request_error(error: PointillistError, refs: Sequence[MMImageRef]) -> RequestError:
     """The structured 400 for what materialising a request's references raised."""
     if isinstance(error, MissingImageError):
         index = next((i for i, ref in enumerate(refs) if ref.hash in str(error)), 0)
@@ -58,14 +54,14 @@ def invalid(message: str, param: str) -> RequestError:
     return RequestError(message, type="invalid_mm_image_ref", param=param)
 
 
-def _ref(entry: object, sha256: object, index: int) -> ImageRef:
+def _image(entry: object, sha256: object, place: PlaceholderRange, index: int) -> MMImageRef:
     try:
-        ref = decode_ref(entry)
+        image = decode_ref(entry, place.offset, place.length)
     except RefError as error:
         raise invalid(str(error), f"{_FIELD}[{index}]") from None
-    if sha256 != ref.hash:
+    if sha256 != image.hash:
         raise invalid("mm_hashes and the reference name different hashes", f"{_FIELD}[{index}]")
-    return ref
+    return image
 
 
 def _param_of(error: Exception) -> str:

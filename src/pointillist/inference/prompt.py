@@ -11,11 +11,13 @@ from typing import Final
 
 from pointillist.base.http_guard import RequestError
 from pointillist.errors import MissingImageError, PointillistError
-from pointillist.families import ImageLayout
-from pointillist.inference.features import invalid, refs_of, request_error
-from pointillist.inference.protocol import ContentPart, PlaceholderRange, PromptFields
+from pointillist.families import ImageLayout, place_image
+from pointillist.images import StoredImage
+from pointillist.inference.features import images_of, invalid, request_error
+from pointillist.inference.protocol import ContentPart, PromptFields
 from pointillist.pixels import RawImageMaterializer
-from pointillist.refs.wire import MAX_CHARACTERS, ImageRef
+from pointillist.refs import MMImageRef
+from pointillist.refs.wire import MAX_CHARACTERS
 
 _TOKEN_BYTES: Final = 24
 """A token id of eight digits, its comma, and the white space of JSON that is indented."""
@@ -42,14 +44,8 @@ class CheckedPrompt:
 
     token_ids: list[int]
     """The effective stream."""
-    refs: list[ImageRef]
-    placeholders: list[PlaceholderRange]
-    """Per image: where its tokens lie in `token_ids`."""
-
-    @property
-    def lengths(self) -> list[int]:
-        """Per image: number of its placeholder tokens."""
-        return [place.length for place in self.placeholders]
+    images: list[MMImageRef]
+    """At their places in `token_ids`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +67,7 @@ def check_prompt(fields: PromptFields, materializer: RawImageMaterializer, max_i
     """
     if fields.content_parts:
         return _from_parts(fields, materializer, max_images)
-    refs = refs_of(fields, materializer.family.image_token_id, max_images)
-    placeholders = fields.features.mm_placeholders.image if fields.features else []
-    return CheckedPrompt(fields.token_ids, refs, placeholders)
+    return CheckedPrompt(fields.token_ids, images_of(fields, materializer.family.image_token_id, max_images))
 
 
 def _from_parts(fields: PromptFields, materializer: RawImageMaterializer, max_images: int) -> CheckedPrompt:
@@ -83,15 +77,19 @@ def _from_parts(fields: PromptFields, materializer: RawImageMaterializer, max_im
     if len(parts) > max_images:
         raise invalid(f"{len(parts)} images, at most {max_images} are accepted", "content_parts")
     described = [_describe(part, index, materializer) for index, part in enumerate(parts)]
+    family = materializer.family
     try:
-        expansion = materializer.family.expand(fields.token_ids, [layout for _, layout in described])
+        expansion = family.expand(fields.token_ids, [layout for _, layout in described])
     except PointillistError as error:
         raise invalid(str(error), "content_parts") from None
-    placeholders = [PlaceholderRange(offset=offset, length=length) for offset, length in expansion.spans]
-    return CheckedPrompt(expansion.token_ids, [ref for ref, _ in described], placeholders)
+    images = [
+        place_image(family, stored, layout, offset)
+        for (stored, layout), (offset, _) in zip(described, expansion.spans, strict=True)
+    ]
+    return CheckedPrompt(expansion.token_ids, images)
 
 
-def _describe(part: ContentPart, index: int, materializer: RawImageMaterializer) -> tuple[ImageRef, ImageLayout]:
+def _describe(part: ContentPart, index: int, materializer: RawImageMaterializer) -> tuple[StoredImage, ImageLayout]:
     where, url = f"content_parts[{index}]", part.url
     if part.type != "image_url" or url is None:
         raise invalid(f"part has type {str(part.type)[:32]!r}, expected image_url with a url", where)
@@ -112,9 +110,9 @@ def pixel_bytes(prompt: CheckedPrompt, materializer: RawImageMaterializer) -> in
         RequestError: 400: the family has no image with so many tokens.
     """
     try:
-        return materializer.num_bytes(prompt.lengths)
+        return materializer.num_bytes(prompt.images)
     except PointillistError as error:
-        raise request_error(error, prompt.refs) from None
+        raise request_error(error, prompt.images) from None
 
 
 def check_sizes(

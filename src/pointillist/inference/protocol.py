@@ -5,7 +5,7 @@ so that a body with something else in it is refused where it begins, and every n
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
 import msgspec
@@ -13,6 +13,7 @@ from msgspec import Meta, Struct
 
 from pointillist.base.http_guard import RequestError
 from pointillist.config.sampling import BOUNDS, MAX_SEQUENCE, MAX_STOP_TOKEN_IDS, check_sampling_number
+from pointillist.refs import MMImageRef
 
 _MAX_PATH: Final = 4096
 
@@ -38,6 +39,11 @@ class Placeholders(Struct, forbid_unknown_fields=True, frozen=True):
     """One range an image."""
 
     image: list[PlaceholderRange] = []
+
+    @classmethod
+    def of(cls, images: Sequence[MMImageRef]) -> "Placeholders":
+        """The ranges of a prompt's images."""
+        return cls([PlaceholderRange(image.offset, image.length) for image in images])
 
 
 class MultiModalFeatures(Struct, forbid_unknown_fields=True, frozen=True):

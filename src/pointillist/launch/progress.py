@@ -2,13 +2,12 @@
 
 import time
 from types import TracebackType
-from typing import Any, Final
+from typing import Final
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pointillist.base.jsonl import read_jsonl
+from pointillist.base.jsonl import JsonObject, read_jsonl
 from pointillist.base.logs import plain
 from pointillist.runs.paths import RunPaths
 
@@ -16,7 +15,7 @@ _PLAIN_SECONDS: Final = 10.0
 _REFRESH_SECONDS: Final = 0.5
 
 
-class Progress:
+class ProgressLine:
     """Reads the metrics that the processes write."""
 
     def __init__(self, console: Console, paths: RunPaths, max_steps: int) -> None:
@@ -26,7 +25,7 @@ class Progress:
         self._next_read = 0.0
         self._next_line = 0.0
         self._shown = ""
-        self._bar = Bar(
+        self._bar = Progress(
             TextColumn("training"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
@@ -37,7 +36,7 @@ class Progress:
         )
         self._task = self._bar.add_task("training", total=max_steps, status="starting")
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressLine":
         self._bar.start()
         return self
 
@@ -68,9 +67,7 @@ class Progress:
             self._next_line = now + _PLAIN_SECONDS
 
 
-def _status(
-    trainer: list[dict[str, Any]], orchestrator: list[dict[str, Any]], evals: list[dict[str, Any]]
-) -> tuple[int, str]:
+def _status(trainer: list[JsonObject], orchestrator: list[JsonObject], evals: list[JsonObject]) -> tuple[int, str]:
     """Last finished step, and the numbers that matter."""
     parts = []
     if orchestrator:

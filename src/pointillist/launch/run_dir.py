@@ -11,7 +11,7 @@ from pathlib import Path
 from pointillist.base.digests import files_state, note_whole
 from pointillist.base.files import write_atomically
 from pointillist.base.jsonl import read_jsonl
-from pointillist.base.system import is_process, kill_process
+from pointillist.base.system import kill_process
 from pointillist.errors import LaunchError
 from pointillist.images.inventory import collect_garbage
 from pointillist.runs.heartbeat import read_beats
@@ -24,8 +24,7 @@ METRIC_FILES = ("trainer.jsonl", "orchestrator.jsonl", "eval.jsonl")
 
 # What a run puts into its folder beside images; the launcher may remove it if nothing was trained.
 _LEFT = (
-    "broadcasts", "configs", "faults.jsonl", "logs", "metrics", "monitors", "nodes", "quarantine.jsonl", "rollouts",
-    "state",
+    "broadcasts", "configs", "faults.jsonl", "logs", "metrics", "monitors", "nodes", "rollouts", "state",
 )  # fmt: skip
 _KEPT = ("assets", LOCK_FILE, ".job", ".run_env", ".run_key", "rl.sbatch")
 
@@ -77,17 +76,17 @@ def wait_for_survivors(
     Args:
         paths: The run's folder, whose lock this process holds.
         grace: Seconds after which they are killed.
-        say: Where waiting is reported.
-        hurry: Asked again and again; True ends the wait.
+        say: Function that reports the waiting.
+        hurry: Function that is called again and again; True ends the wait.
     """
-    alive = [beat for beat in read_beats(paths.state) if beat.is_here and is_process(beat.pid, beat.process_start)]
+    alive = [beat for beat in read_beats(paths.state) if beat.is_here and beat.is_alive]
     if not alive:
         return
     names = ", ".join(f"{beat.name} (process {beat.pid})" for beat in alive)
     say(f"{names} of an earlier start: waiting for up to {grace:.0f} s for the end (supervision.stop_grace)")
     # The kernel has sent them SIGTERM when their launcher died: a second one could cut the checkpoint short.
     deadline = time.monotonic() + grace
-    while any(is_process(beat.pid, beat.process_start) for beat in alive) and time.monotonic() < deadline:
+    while any(beat.is_alive for beat in alive) and time.monotonic() < deadline:
         if hurry():
             break
         time.sleep(0.1)
@@ -155,7 +154,6 @@ def rewind(paths: RunPaths, step: int) -> None:
             paths.checkpoint_step(later).rename(aside)
     for name in METRIC_FILES:
         _keep_until(paths.metrics / name, step)
-    _keep_until(paths.quarantine, step)
     _keep_until(paths.faults, step)
 
 

@@ -4,13 +4,13 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from rich.console import Console
 from rich.table import Table
 
 from pointillist.base.files import write_atomically
-from pointillist.base.jsonl import read_jsonl
+from pointillist.base.jsonl import JsonObject, read_jsonl
 from pointillist.config import RLConfig
 from pointillist.runs.paths import RunPaths
 from pointillist.view.curve import draw_curve
@@ -24,11 +24,11 @@ def summarize(
     """Writes and shows the summary of a finished run.
 
     Args:
-        config: Of the run.
-        paths: Its folder.
-        console: Where it is shown.
-        restarts: How often each process was started again.
-        resumes: How often the run went back to its last checkpoint.
+        config: The run's config.
+        paths: The run's folder.
+        console: Console that shows the summary.
+        restarts: Number of restarts of each process.
+        resumes: Number of times that the run went back to its last checkpoint.
     """
     trainer = read_jsonl(paths.metrics / "trainer.jsonl")
     orchestrator = read_jsonl(paths.metrics / "orchestrator.jsonl")
@@ -50,13 +50,13 @@ def summarize(
     console.print(f"trained model:  {paths.model}", highlight=False, soft_wrap=True)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {count}" for name, count in value.items()) or "none"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def by_kind(records: list[dict[str, Any]], prefix: str) -> dict[str, int]:
+def by_kind(records: list[JsonObject], prefix: str) -> dict[str, int]:
     """How many rollouts failed, by kind of failure: sums of the metrics `<prefix><kind>`."""
     counts: Counter[str] = Counter()
     for record in records:
@@ -67,9 +67,7 @@ def by_kind(records: list[dict[str, Any]], prefix: str) -> dict[str, int]:
     return dict(counts.most_common())
 
 
-def build_summary(
-    trainer: list[dict[str, Any]], orchestrator: list[dict[str, Any]], evals: list[dict[str, Any]]
-) -> dict[str, Any]:
+def build_summary(trainer: list[JsonObject], orchestrator: list[JsonObject], evals: list[JsonObject]) -> JsonObject:
     """The summary's numbers, each as measured in this run.
 
     Args:

@@ -21,7 +21,7 @@ from pointillist.launch.monitors import Watching
 from pointillist.launch.placement import Placement
 from pointillist.launch.prepare import go_back
 from pointillist.launch.processes import Child
-from pointillist.launch.progress import Progress
+from pointillist.launch.progress import ProgressLine
 from pointillist.launch.run_dir import resume_step
 from pointillist.launch.summary import summarize
 from pointillist.launch.supervisor import Supervisor
@@ -145,7 +145,7 @@ def supervise(part: Part, *, is_over: Callable[[], bool] = lambda: True, max_res
     endpoint = MetricsEndpoint(
         config.metrics, paths if part.is_head else None, supervisor, _server_headers(config, part.environ)
     )
-    progress = Progress(console, paths, config.max_steps) if part.is_head else None
+    progress = ProgressLine(console, paths, config.max_steps) if part.is_head else None
     watching = Watching.of(config, paths, say)
 
     def poll() -> None:

@@ -18,7 +18,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import msgspec
 
@@ -33,13 +33,14 @@ from pointillist.errors import InferenceError, PointillistError, RefError, Trans
 from pointillist.families import load_family, resolve_model_dir
 from pointillist.orchestrator.advantages import group_advantages
 from pointillist.orchestrator.packing import OverlongMultimodalSample, pack
-from pointillist.orchestrator.records import Outcome, RolloutRecorder, write_records
+from pointillist.orchestrator.records import RolloutRecorder
 from pointillist.orchestrator.runner import RolloutRunner
 from pointillist.orchestrator.samples import make_sample, with_advantage
 from pointillist.orchestrator.tasks import TaskOrder
 from pointillist.render import FolderTokenizer
 from pointillist.runs.heartbeat import SERVERS, beating, enter
 from pointillist.runs.paths import ORCHESTRATOR_STATE, RunPaths
+from pointillist.runs.records import Outcome, RolloutRecord, write_rollouts
 from pointillist.sessions import InferenceClient
 from pointillist.transport import RankBatch, Sender, TrainingSample, make_sender
 from pointillist.transport.types import encoded_image_bytes
@@ -131,7 +132,7 @@ class Orchestrator:
             [[]] * num_workers if solved else pack(batch.samples, seq_len=self.config.seq_len, num_workers=num_workers)
         )
         # Records are written before the batch is sent: `store gc` must find every reference that can be trained on.
-        write_records(self.paths.rollouts_file(step), batch.records)
+        write_rollouts(self.paths.rollouts_file(step), batch.records)
         state = json.dumps({"step": step, "task_position": self.tasks.position}).encode()
         packed = [
             RankBatch(
@@ -206,7 +207,7 @@ class Orchestrator:
 
     def _keep_for_the_eye(self, step: int, batch: "_Batch") -> None:
         """Writes the rollouts of a step that cannot be trained, so that they can be looked at."""
-        write_records(self.paths.rollouts_file(step), batch.records)
+        write_rollouts(self.paths.rollouts_file(step), batch.records)
 
     async def _wait_for_weights(self, version: int, step: int | None = None) -> None:
         enter("wait_for_weights", step=step, waits_for=f"weights of version {version} of the trainer")
@@ -218,7 +219,7 @@ class Orchestrator:
         enter("evaluate", step=version)
         started = time.perf_counter()
         rollouts = await self.runner.run_greedy(self.eval_tasks, version)
-        write_records(
+        write_rollouts(
             self.paths.eval_file(version),
             [self.recorder.record(rollout, group=f"eval.{rollout.task_id}") for rollout in rollouts],
         )
@@ -276,7 +277,7 @@ class _Batch:
     failed_reward: float
     rollouts: list[RolloutResult] = field(default_factory=list)
     """Those that count: they succeeded, or failed by what the policy did, and have the reward of that."""
-    records: list[dict[str, Any]] = field(default_factory=list)
+    records: list[RolloutRecord] = field(default_factory=list)
     """Of all rollouts."""
     samples: list[TrainingSample] = field(default_factory=list)
     num_tokens: int = 0

@@ -41,6 +41,9 @@ def pack(samples: Sequence[TrainingSample], *, seq_len: int, num_workers: int) -
 
     Raises:
         OverlongMultimodalSample: A sample is longer than a row.
+
+    Example: samples of 3, 6 and 5 tokens, rows of 9 and two workers give `[[row of 6 + 3], [row of 5]]`; an image at
+    offset 1 of the sample of 3 tokens lies at offset 7 of its row.
     """
     rows: list[list[TrainingSample]] = []
     room: list[int] = []
@@ -72,7 +75,7 @@ def _concatenate(samples: Sequence[TrainingSample]) -> MicroBatch:
         input_ids=list(chain.from_iterable(sample.token_ids for sample in samples)),
         loss_mask=list(chain.from_iterable(sample.loss_mask for sample in samples)),
         advantages=list(chain.from_iterable(sample.advantages for sample in samples)),
-        inference_logprobs=list(chain.from_iterable(sample.logprobs for sample in samples)),
+        logprobs_sampled=list(chain.from_iterable(sample.logprobs_sampled for sample in samples)),
         weight_versions=list(chain.from_iterable(sample.weight_versions for sample in samples)),
         temperatures=list(chain.from_iterable(sample.temperatures for sample in samples)),
         mm_token_type_ids=list(chain.from_iterable(sample.mm_token_type_ids for sample in samples)),

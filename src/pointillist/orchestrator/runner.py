@@ -119,7 +119,7 @@ def _where(traceback: str) -> str:
 def _fresh(result: RolloutResult, oldest: int) -> RolloutResult:
     """The result, or a failure if one of its tokens was sampled with a version before `oldest`."""
     versions = [
-        v for branch in result.branches for v, on in zip(branch.weight_versions, branch.sampled, strict=True) if on
+        v for branch in result.branches for v, on in zip(branch.weight_versions, branch.loss_mask, strict=True) if on
     ]
     if min(versions, default=oldest) >= oldest:
         return result

@@ -5,7 +5,7 @@ import math
 import msgspec
 
 from pointillist.errors import TransportError
-from pointillist.refs.mm_refs import build_mm_refs, mm_token_type_ids
+from pointillist.refs.mm_refs import checked_refs, mm_token_type_ids
 from pointillist.sessions import Branch
 from pointillist.transport.types import TrainingSample, check_sample
 
@@ -30,25 +30,20 @@ def make_sample(branch: Branch, advantage: float, *, image_token_id: int, sample
     """
     try:
         msgspec.msgpack.decode(msgspec.msgpack.encode(branch), type=Branch)
-        if not math.isfinite(sum(branch.logprobs)):
+        if not math.isfinite(sum(branch.logprobs_sampled)):
             raise TransportError(f"sample {sample_id}: a logprob is not finite")
     except (msgspec.MsgspecError, TypeError, ValueError, OverflowError) as error:
         raise TransportError(f"sample {sample_id}: the record of the rollout is damaged ({error})") from None
     types = mm_token_type_ids(branch.token_ids, image_token_id)
     sample = TrainingSample(
         token_ids=branch.token_ids,
-        loss_mask=branch.sampled,
-        logprobs=branch.logprobs,
-        advantages=[advantage if sampled else 0.0 for sampled in branch.sampled],
+        loss_mask=branch.loss_mask,
+        logprobs_sampled=branch.logprobs_sampled,
+        advantages=[advantage if sampled else 0.0 for sampled in branch.loss_mask],
         weight_versions=branch.weight_versions,
         temperatures=branch.temperatures,
         mm_token_type_ids=types,
-        mm_refs=build_mm_refs(
-            [image.item for image in branch.images],
-            [image.hash for image in branch.images],
-            [{"offset": image.offset, "length": image.length} for image in branch.images],
-            types,
-        ),
+        mm_refs=checked_refs(branch.images, types),
         sample_id=sample_id,
     )
     check_sample(sample)

@@ -26,14 +26,14 @@ from pointillist.assets.configured import fetched_images
 from pointillist.base.image_limits import ImageLimits
 from pointillist.config.shared import ReadingConfig
 from pointillist.errors import ImageError, LayoutError, MissingImageError, RefError
-from pointillist.families.base import Family, ImageLayout, describe_image
+from pointillist.families.base import Family, ImageLayout
 from pointillist.families.layout_record import first_difference
 from pointillist.images.decode import decode_rgb, is_nearly_constant, read_header
-from pointillist.images.store import check_named, read_verified, resolve_roots, stored_name
+from pointillist.images.store import StoredImage, check_named, read_intact, resolve_roots, sha256_in, stored_name
 from pointillist.pixels.cache import ImageCache, LoadedImage
 from pointillist.pixels.join import PatchJoiner
 from pointillist.pixels.levels import PixelDtype
-from pointillist.refs.wire import ImageRef
+from pointillist.refs import MMImageRef
 from pointillist.runs.image_dir import resolve_image_dir
 
 logger = logging.getLogger(__name__)
@@ -115,31 +115,28 @@ class RawImageMaterializer:
             cache_bytes=config.reader.cache_bytes,
         )
 
-    def materialize(
-        self, refs: Sequence[ImageRef], lengths: Sequence[int], dtype: PixelDtype = "float32"
-    ) -> dict[str, NDArray[Any]]:
+    def materialize(self, refs: Sequence[MMImageRef], dtype: PixelDtype = "float32") -> dict[str, NDArray[Any]]:
         """Tensors of the referenced images, as the model's `forward` takes them.
 
         Args:
-            refs: References, in token order; an image that appears twice appears twice in the tensors.
-            lengths: Number of placeholder tokens of each, as the prompt or sample has them.
-            dtype: Of `pixel_values`; see `tensors`.
+            refs: Images, in token order; one that appears twice appears twice in the tensors.
+            dtype: Type of `pixel_values`; see `tensors`.
 
         Raises:
             RefError: A reference does not fit this reader, the file, or its placeholder; the message begins with
                 `image[i]`.
             MissingImageError: A file is not there.
         """
-        batch = self.load(refs, lengths)
+        batch = self.load(refs)
         return self.tensors([batch.images[which] for which in batch.index], dtype)
 
-    def load(self, refs: Sequence[ImageRef], lengths: Sequence[int]) -> ImageBatch:
+    def load(self, refs: Sequence[MMImageRef]) -> ImageBatch:
         """As `materialize_many`, for readers that want all or nothing.
 
         Raises:
             RefError, MissingImageError: As `materialize`.
         """
-        batch = self.materialize_many(refs, lengths)
+        batch = self.materialize_many(refs)
         if batch.errors:
             index = min(batch.errors)
             error = batch.errors[index]
@@ -148,30 +145,32 @@ class RawImageMaterializer:
             raise RefError(f"image[{index}]: {error}") from error
         return batch
 
-    def materialize_many(self, refs: Sequence[ImageRef], lengths: Sequence[int]) -> ImageBatch:
+    def materialize_many(self, refs: Sequence[MMImageRef]) -> ImageBatch:
         """Loads a batch of references, each distinct image once; a faulty one does not stop the others.
 
         Args:
-            refs: References.
-            lengths: Number of placeholder tokens of each.
+            refs: Images, their forms checked (`refs.mm_refs.check_image`); what they say of file and layout is checked
+                here.
 
         Returns:
             Images, of which a faulty one has as many tokens as its placeholder, if the family has such an image at all.
+
+        Example: the references `[a, b, a]` of two files give `images` of a and b and the `index` `[0, 1, 0]`.
         """
-        keys = [(ref.hash, ref.raw_image_uri, ref.family, ref.layout_fingerprint) for ref in refs]
+        keys = [(ref.hash, ref.uri, ref.family, ref.item["layout_fingerprint"]) for ref in refs]
         distinct = dict(zip(keys, refs, strict=True))
         loaded = self._load_all(distinct)
         images: list[LoadedImage] = []
         places: dict[object, int] = {}
         index: list[int] = []
         errors: dict[int, RefError | MissingImageError] = {}
-        for number, (ref, length, key) in enumerate(zip(refs, lengths, keys, strict=True)):
+        for number, (ref, key) in enumerate(zip(refs, keys, strict=True)):
             place: object = key
             try:
-                image = self._fitting(ref, length, loaded[key])
+                image = self._fitting(ref, loaded[key])
             except (RefError, MissingImageError) as error:
                 errors[number] = error
-                place, image = number, LoadedImage(None, self._layout_in_place(length))
+                place, image = number, LoadedImage(None, self._layout_in_place(ref.length))
             if place not in places:
                 places[place] = len(images)
                 images.append(image)
@@ -184,8 +183,8 @@ class RawImageMaterializer:
         except LayoutError:
             return self.family.layout(1, 1)
 
-    def describe(self, uri: str) -> tuple[ImageRef, ImageLayout]:
-        """The reference of a stored image and its layout, from the file's name and header.
+    def describe(self, uri: str) -> tuple[StoredImage, ImageLayout]:
+        """A stored image and its layout, from the file's name and header.
 
         Args:
             uri: `file://` URL of an image below an allowed root.
@@ -194,39 +193,39 @@ class RawImageMaterializer:
             RefError: Not such a URL, or the file is not the image that its name says.
             MissingImageError: The file is not there, after all retries.
         """
-        _, _, sha256 = stored_name(uri, self._roots)
-        data = self._read_patiently(uri, sha256)
+        root, name, sha256 = stored_name(uri, self._roots)
+        data = self._read_patiently(root, name)
         try:
             header = read_header(data, self._limits)
             layout = self.family.layout(header.width, header.height)
         except (LayoutError, ImageError) as error:
             raise RefError(str(error)) from error
-        return ImageRef.of(describe_image(self.family, uri, layout), sha256), layout
+        return StoredImage(sha256, uri, header, len(data)), layout
 
-    def _read_patiently(self, uri: str, sha256: str) -> bytes:
+    def _read_patiently(self, root: Path, name: str) -> bytes:
         for seconds in self._waits:
             try:
-                return self._bytes(uri, sha256)
+                return self._bytes(root, name)
             except MissingImageError:
                 time.sleep(seconds)
-        return self._bytes(uri, sha256)
+        return self._bytes(root, name)
 
-    def _bytes(self, uri: str, sha256: str) -> bytes:
+    def _bytes(self, root: Path, name: str) -> bytes:
         """The image's file, verified: from its folder, else fetched by its hash."""
         try:
-            return read_verified(uri, sha256, self._roots, self._limits)
+            return read_intact(root, name, self._limits)
         except MissingImageError:
             if self._fetched is None:
                 raise
-        return self._fetched.read(stored_name(uri, self._roots)[1], sha256)
+        return self._fetched.read(name, sha256_in(name))
 
-    def num_bytes(self, lengths: Sequence[int]) -> int:
-        """uint8 bytes of images with these numbers of placeholder tokens, before any of them is read.
+    def num_bytes(self, refs: Sequence[MMImageRef]) -> int:
+        """uint8 bytes of images with so many placeholder tokens, before any of them is read.
 
         Raises:
             LayoutError: The family has no image with so many tokens.
         """
-        layouts = [self.family.placeholder_layout(length) for length in lengths]
+        layouts = [self.family.placeholder_layout(ref.length) for ref in refs]
         return sum(math.prod(self.family.patches_shape(layout)) for layout in layouts)
 
     def tensors(self, images: Sequence[LoadedImage], dtype: PixelDtype = "float32") -> dict[str, NDArray[Any]]:
@@ -245,7 +244,7 @@ class RawImageMaterializer:
         """`map` by the pool's threads; a single call stays in this one."""
         return map(function, *arguments) if len(arguments[0]) == 1 else self._pool.map(function, *arguments)
 
-    def _load_all(self, distinct: dict[_Key, ImageRef]) -> dict[_Key, _Outcome]:
+    def _load_all(self, distinct: dict[_Key, MMImageRef]) -> dict[_Key, _Outcome]:
         """Loads references in the pool; a file that is not there is tried again, without holding up its threads."""
         loaded = dict(zip(distinct, self._map(self._outcome, list(distinct.values())), strict=True))
         for seconds in self._waits:
@@ -256,19 +255,20 @@ class RawImageMaterializer:
             loaded |= zip(missing, self._map(self._outcome, [distinct[key] for key in missing]), strict=True)
         return loaded
 
-    def _outcome(self, ref: ImageRef) -> _Outcome:
+    def _outcome(self, ref: MMImageRef) -> _Outcome:
         """Runs in the pool: the image, or why there is none."""
         try:
-            self._check_reader(ref)
-            return self.cache.get(ref.hash, partial(self._read, ref))
+            # Also for an image that is in the cache: a reference must be good by itself.
+            root, name = self._check_reader(ref)
+            return self.cache.get(ref.hash, partial(self._read, root, name))
         except (RefError, MissingImageError) as error:
             return error
         except Exception as error:  # of a decoder, of a file system: one image is at fault, the others are not
-            logger.exception("image %s cannot be materialised", ref.raw_image_uri)
+            logger.exception("image %s cannot be materialised", ref.uri)
             return RefError(f"image {ref.hash} cannot be materialised ({type(error).__name__}: {error})")
 
-    def _check_reader(self, ref: ImageRef) -> None:
-        """Family, fingerprint, root and name, without touching the file system.
+    def _check_reader(self, ref: MMImageRef) -> tuple[Path, str]:
+        """Family, fingerprint, root and name, without touching the file system; returns root and name of the file.
 
         Raises:
             RefError: It does not fit this reader.
@@ -276,16 +276,15 @@ class RawImageMaterializer:
         family = self.family
         if ref.family != family.name:
             raise RefError(f"family is {ref.family!r}, this model is served by {family.name!r}")
-        if ref.layout_fingerprint != family.layout_fingerprint:
+        if (fingerprint := ref.item["layout_fingerprint"]) != family.layout_fingerprint:
             raise RefError(
-                f"layout_fingerprint is {ref.layout_fingerprint}, this model's is {family.layout_fingerprint}"
-                + first_difference(ref.layout_fingerprint, family.layout_fields, self._roots)
+                f"layout_fingerprint is {fingerprint}, this model's is {family.layout_fingerprint}"
+                + first_difference(fingerprint, family.layout_fields, self._roots)
             )
-        # Also for an image that is in the cache: a reference must be good by itself.
-        check_named(ref.raw_image_uri, ref.hash, self._roots)
+        return check_named(ref.uri, ref.hash, self._roots)
 
-    def _read(self, ref: ImageRef) -> LoadedImage:
-        data = self._bytes(ref.raw_image_uri, ref.hash)
+    def _read(self, root: Path, name: str) -> LoadedImage:
+        data = self._bytes(root, name)
         try:
             pixels = decode_rgb(data, self._limits)
             layout = self.family.layout(pixels.shape[1], pixels.shape[0])
@@ -293,22 +292,23 @@ class RawImageMaterializer:
         except (LayoutError, ImageError) as error:
             raise RefError(str(error)) from error
         except MemoryError:  # it may go when other images are done
-            raise MissingImageError(f"image {ref.hash} cannot be decoded now: there is not enough memory") from None
+            sha256 = sha256_in(name)
+            raise MissingImageError(f"image {sha256} cannot be decoded now: there is not enough memory") from None
         if image.constant:
-            self._warn_of_constant(ref)
+            self._warn_of_constant(root / name)
         return image
 
-    def _warn_of_constant(self, ref: ImageRef) -> None:
+    def _warn_of_constant(self, path: Path) -> None:
         """Says so for the first one, the tenth, the hundredth: blanked control runs have nothing else."""
         number = self.cache.counts.constant + 1
         if str(number).strip("0") == "1":
             logger.warning(
                 "image %s shows (nearly) one colour only, number %d of those that were decoded here: a picture that is "
                 "black, white or grey where it should not be was made or read wrongly",
-                ref.raw_image_uri, number,
+                path, number,
             )  # fmt: skip
 
-    def _fitting(self, ref: ImageRef, length: int, outcome: _Outcome) -> LoadedImage:
+    def _fitting(self, ref: MMImageRef, outcome: _Outcome) -> LoadedImage:
         """The image, if the reference's payload and placeholder are its own.
 
         Raises:
@@ -317,9 +317,9 @@ class RawImageMaterializer:
         if not isinstance(outcome, LoadedImage):
             raise outcome
         try:
-            self.family.check_payload(ref.payload, outcome.layout)
+            self.family.check_payload(ref.item["payload"], outcome.layout)
         except LayoutError as error:
             raise RefError(str(error)) from error
-        if length != outcome.layout.num_tokens:
-            raise RefError(f"placeholder has {length} tokens, the image has {outcome.layout.num_tokens}")
+        if ref.length != outcome.layout.num_tokens:
+            raise RefError(f"placeholder has {ref.length} tokens, the image has {outcome.layout.num_tokens}")
         return outcome

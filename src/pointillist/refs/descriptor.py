@@ -15,39 +15,32 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-import msgspec
-
 from pointillist.errors import RefError
 from pointillist.images.store import local_path
 
 KIND: Final = "raw_mm_item"
 FINGERPRINT_HEX: Final = re.compile(r"[0-9a-f]{32}")
 _FAMILY_NAME: Final = re.compile(r"[a-z0-9_]{1,64}")
+_KEYS: Final = frozenset({"kind", "family", "raw_image_uri", "layout_fingerprint", "payload"})
 # Keys by which other systems smuggle pixels or a second locator into a descriptor; each is named in its refusal.
 _PROCESSED: Final = frozenset({"pixel_values", "pixel_values_videos", "mm_kwargs", "image_embeds", "data", "b64"})
 
 
-class RawImageDescriptor(msgspec.Struct, frozen=True, kw_only=True):
-    """A checked descriptor; `to_dict` gives the JSON-safe form that travels."""
-
-    family: str
-    raw_image_uri: str
-    layout_fingerprint: str
-    payload: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The descriptor as the contract writes it."""
-        return {
-            "kind": KIND,
-            "family": self.family,
-            "raw_image_uri": self.raw_image_uri,
-            "layout_fingerprint": self.layout_fingerprint,
-            "payload": self.payload,
-        }
+def make_descriptor(
+    family: object, raw_image_uri: object, layout_fingerprint: object, payload: object
+) -> dict[str, Any]:
+    """The descriptor of an image; what comes from outside is checked by `parse_descriptor`."""
+    return {
+        "kind": KIND,
+        "family": family,
+        "raw_image_uri": raw_image_uri,
+        "layout_fingerprint": layout_fingerprint,
+        "payload": payload,
+    }
 
 
-def parse_descriptor(item: object) -> RawImageDescriptor:
-    """Checks the shape of one descriptor.
+def parse_descriptor(item: object) -> dict[str, Any]:
+    """Checks the shape of a descriptor that comes from outside; returns it.
 
     Raises:
         RefError: Anything but the five keys of the contract with values of their types; processed tensors, `None`
@@ -55,68 +48,29 @@ def parse_descriptor(item: object) -> RawImageDescriptor:
     """
     if item is None:
         raise RefError("descriptor is None: every image needs its own descriptor, cached or not")
-    if not isinstance(item, Mapping):
+    if not isinstance(item, dict):
         raise RefError(f"descriptor is a {type(item).__name__}, expected a dict with kind {KIND!r}")
     if smuggled := _PROCESSED & item.keys():
         raise RefError(f"descriptor carries {sorted(smuggled)}: send the reference, pixels are made by the reader")
-    expected = {"kind", *RawImageDescriptor.__struct_fields__}
-    if item.keys() != expected:
-        raise RefError(f"descriptor has keys {sorted(map(str, item))}, expected {sorted(expected)}")
+    if item.keys() != _KEYS:
+        raise RefError(f"descriptor has keys {sorted(map(str, item))}, expected {sorted(_KEYS)}")
     if item["kind"] != KIND:
         raise RefError(f"descriptor has kind {item['kind']!r}, expected {KIND!r}")
-    return RawImageDescriptor(
-        family=check_family_name(item["family"]),
-        raw_image_uri=check_uri(item["raw_image_uri"]),
-        layout_fingerprint=check_fingerprint(item["layout_fingerprint"]),
-        payload=check_payload(item["payload"]),
+    family, uri, fingerprint, payload = (
+        item[key] for key in ("family", "raw_image_uri", "layout_fingerprint", "payload")
     )
-
-
-def check_family_name(value: object) -> str:
-    """A name that a family can have.
-
-    Raises:
-        RefError: Not a string of a-z, 0-9 and _.
-    """
-    if not isinstance(value, str) or not _FAMILY_NAME.fullmatch(value):
-        raise RefError(f"family is {str(value)[:64]!r}, expected a name of a-z, 0-9 and _")
-    return value
-
-
-def check_uri(value: object) -> str:
-    """A `file://` URL with an absolute path.
-
-    Raises:
-        RefError: Anything else.
-    """
-    if not isinstance(value, str) or len(value) > 4096:
+    if not isinstance(family, str) or not _FAMILY_NAME.fullmatch(family):
+        raise RefError(f"family is {str(family)[:64]!r}, expected a name of a-z, 0-9 and _")
+    if not isinstance(uri, str) or len(uri) > 4096:
         raise RefError("raw_image_uri is not a string of at most 4096 characters, expected a file:// URL")
-    if value[:5].lower() == "data:":
+    if uri[:5].lower() == "data:":
         raise RefError("raw_image_uri is an inline data: URL: store the image and send its file:// URL")
-    local_path(value)
-    return value
-
-
-def check_fingerprint(value: object) -> str:
-    """32 hex digits.
-
-    Raises:
-        RefError: Anything else.
-    """
-    if not isinstance(value, str) or not FINGERPRINT_HEX.fullmatch(value):
-        raise RefError(f"layout_fingerprint is {str(value)[:64]!r}, expected 32 hex digits")
-    return value
-
-
-def check_payload(value: object) -> dict[str, Any]:
-    """A dict; what is in it is the family's to check.
-
-    Raises:
-        RefError: Not a dict with string keys.
-    """
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise RefError(f"payload is a {type(value).__name__}, expected a dict with string keys")
-    return value
+    local_path(uri)
+    if not isinstance(fingerprint, str) or not FINGERPRINT_HEX.fullmatch(fingerprint):
+        raise RefError(f"layout_fingerprint is {str(fingerprint)[:64]!r}, expected 32 hex digits")
+    if not isinstance(payload, dict) or not all(isinstance(key, str) for key in payload):
+        raise RefError(f"payload is a {type(payload).__name__}, expected a dict with string keys")
+    return item
 
 
 def canonical_json(value: Any) -> bytes:

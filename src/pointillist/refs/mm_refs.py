@@ -1,8 +1,9 @@
-"""References in training samples: which image stands behind which span of tokens.
+"""`MMImageRef`, an image and its place in the tokens: the one type in which an image travels, from renderer to trainer.
 
-`build_mm_refs` is the gate through which every multimodal sample passes on its way to training. It checks the
-descriptors, and that images and image tokens cover each other exactly, in both directions: training blind while
-looking healthy is the worst failure there is.
+The renderer makes it, the session keeps it, the orchestrator packs it, the transport writes it, and the reader of
+pixels takes it. It is checked where it enters a process and nowhere else: `check_image` checks one by itself,
+`check_spans` checks that the images and the image tokens of a sample cover each other exactly, in both directions.
+Training blind while looking healthy is the worst failure there is.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,40 +14,37 @@ import msgspec
 from pointillist.errors import RefError
 from pointillist.images.store import SHA256_HEX
 from pointillist.refs.descriptor import parse_descriptor
-from pointillist.refs.wire import ImageRef
 
 TEXT, IMAGE, VIDEO = 0, 1, 2
 """Values of `mm_token_type_ids`."""
 
 
 class MMImageRef(msgspec.Struct, array_like=True, frozen=True):
-    """One image of a training sample."""
+    """An image and its place in the tokens. Msgpack and JSON write it as an array of its fields, in this order."""
 
     item: dict[str, Any]
-    """The raw descriptor."""
+    """The raw descriptor (`refs/descriptor.py`)."""
     hash: str
     """sha256 of the file's bytes, 64 hex digits."""
     uri: str
     """`file://` URL, the same as in `item`."""
     offset: int
-    """Index of its first placeholder token in the sample."""
+    """Index of its first placeholder token, in the prompt, sample or row that it is an image of."""
     length: int
     """Number of its placeholder tokens."""
 
-    def image_ref(self) -> ImageRef:
-        """The same image as the inference wire writes it.
-
-        Raises:
-            RefError: `item` is not a descriptor, or it names another file than `uri`.
-        """
-        descriptor = parse_descriptor(self.item)
-        if descriptor.raw_image_uri != self.uri:
-            raise RefError("item.raw_image_uri and uri name different files")
-        return ImageRef.of(descriptor, self.hash)
+    @property
+    def family(self) -> str:
+        """Name of the adapter that the image was laid out for."""
+        return str(self.item["family"])
 
     def moved(self, by: int) -> "MMImageRef":
-        """The same image, `by` tokens further on (samples packed into one row)."""
-        return msgspec.structs.replace(self, offset=self.offset + by)
+        """The same image, `by` tokens further on.
+
+        Example: of two samples that are packed into one row, the first has 9 tokens; an image at offset 2 of the second
+        moves by 9 and has the offset 11 in the row.
+        """
+        return MMImageRef(self.item, self.hash, self.uri, self.offset + by, self.length)
 
 
 class MMRefs(msgspec.Struct, array_like=True, frozen=True):
@@ -56,8 +54,41 @@ class MMRefs(msgspec.Struct, array_like=True, frozen=True):
 
 
 def mm_token_type_ids(token_ids: Sequence[int], image_token_id: int) -> list[int]:
-    """Per token: 0 text, 1 image."""
+    """Per token: 0 text, 1 image.
+
+    Example: tokens `[5, 7, 7, 6]` with the image token 7 have the types `[0, 1, 1, 0]`.
+    """
     return [IMAGE if token == image_token_id else TEXT for token in token_ids]
+
+
+def check_image(image: MMImageRef) -> MMImageRef:
+    """Checks every field of an image that comes from another process or from an environment; returns it.
+
+    Raises:
+        RefError: A field has the wrong form, or `item` and `uri` name different files.
+    """
+    item = parse_descriptor(image.item)
+    if item["raw_image_uri"] != image.uri:
+        raise RefError("item.raw_image_uri and uri name different files")
+    if not isinstance(image.hash, str) or not SHA256_HEX.fullmatch(image.hash):
+        raise RefError("hash is not 64 hex digits of a sha256")
+    offset, length = image.offset, image.length
+    if type(offset) is not int or offset < 0 or type(length) is not int or length <= 0:
+        raise RefError(f"placeholder has offset {offset!r}, length {length!r}; expected integers >= 0 and > 0")
+    return image
+
+
+def check_images(images: Sequence[MMImageRef]) -> None:
+    """`check_image` for all images of a sample.
+
+    Raises:
+        RefError: As `check_image`; the message begins with `image[i]`.
+    """
+    for index, image in enumerate(images):
+        try:
+            check_image(image)
+        except RefError as error:
+            raise RefError(f"image[{index}]: {error}") from None
 
 
 def build_mm_refs(
@@ -66,7 +97,7 @@ def build_mm_refs(
     mm_placeholders: Sequence[object],
     token_type_ids: Sequence[int],
 ) -> MMRefs | None:
-    """Builds and checks the image references of one sample.
+    """Builds and checks the images of one sample from the parts in which other programs hold them.
 
     Args:
         descriptors: Raw descriptors, one an image, in token order.
@@ -80,6 +111,9 @@ def build_mm_refs(
     Raises:
         RefError: Counts differ, a field has the wrong form, spans are unsorted or overlap, a span covers a token
             that is not an image token, or image tokens are left without an image.
+
+    Example: one descriptor, its hash, `[{"offset": 1, "length": 2}]` and the types `[0, 1, 1, 0]` give one image that
+    stands for tokens 1 and 2; with the types `[0, 1, 1, 1]` token 3 has no image, which is refused.
     """
     if not len(descriptors) == len(mm_hashes) == len(mm_placeholders):
         raise RefError(
@@ -87,13 +121,23 @@ def build_mm_refs(
             "expected one of each for every image"
         )
     images: list[MMImageRef] = []
-    for index, (item, sha256, placeholder) in enumerate(zip(descriptors, mm_hashes, mm_placeholders, strict=True)):
-        try:
-            images.append(_image_ref(item, sha256, placeholder))
-        except RefError as error:
-            raise RefError(f"image[{index}]: {error}") from None
+    for index, (item, sha256, place) in enumerate(zip(descriptors, mm_hashes, mm_placeholders, strict=True)):
+        if not isinstance(place, Mapping) or place.keys() != {"offset", "length"}:
+            raise RefError(f"image[{index}]: placeholder is {place!r}, expected {{'offset': int, 'length': int}}")
+        uri = item.get("raw_image_uri") if isinstance(item, dict) else None
+        images.append(MMImageRef(item, sha256, uri, place["offset"], place["length"]))  # type: ignore[arg-type]
+    return checked_refs(images, token_type_ids)
+
+
+def checked_refs(images: Sequence[MMImageRef], token_type_ids: Sequence[int]) -> MMRefs | None:
+    """The images of a sample that comes from outside, checked; None for a sample without images.
+
+    Raises:
+        RefError: As `build_mm_refs`.
+    """
+    check_images(images)
     check_spans(images, token_type_ids)
-    return MMRefs(images) if images else None
+    return MMRefs(list(images)) if images else None
 
 
 def check_spans(images: Sequence[MMImageRef], token_type_ids: Sequence[int]) -> None:
@@ -122,15 +166,3 @@ def check_spans(images: Sequence[MMImageRef], token_type_ids: Sequence[int]) -> 
             raise RefError(f"image[{index}]: span {image.offset}..{end} covers tokens that are not image tokens")
     if IMAGE in token_type_ids[end:]:
         raise RefError(f"image tokens after {end} have no image: no image token without an image")
-
-
-def _image_ref(item: object, sha256: object, placeholder: object) -> MMImageRef:
-    descriptor = parse_descriptor(item)
-    if not isinstance(sha256, str) or not SHA256_HEX.fullmatch(sha256):
-        raise RefError("hash is not 64 hex digits of a sha256")
-    if not isinstance(placeholder, Mapping) or placeholder.keys() != {"offset", "length"}:
-        raise RefError(f"placeholder is {placeholder!r}, expected {{'offset': int, 'length': int}}")
-    offset, length = placeholder["offset"], placeholder["length"]
-    if type(offset) is not int or offset < 0 or type(length) is not int or length <= 0:
-        raise RefError(f"placeholder has offset {offset!r}, length {length!r}; expected integers >= 0 and > 0")
-    return MMImageRef(descriptor.to_dict(), sha256, descriptor.raw_image_uri, offset, length)

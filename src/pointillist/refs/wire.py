@@ -1,68 +1,59 @@
-"""`mmraw:` strings: one image on the inference wire, information-complete.
+"""`mmraw:` strings and the `features` that hold them: the images of a prompt on the inference wire.
 
 `"mmraw:" + base64url(no padding)(canonical JSON of {family, layout_fingerprint, modality, hash, raw_image_uri,
-payload})`. The grammar lives here and nowhere else.
+payload})`, information-complete but for the image's place in the tokens, which stands beside it in `mm_placeholders`.
+The grammar lives here and nowhere else.
 """
 
 import base64
 import binascii
 import json
+from collections.abc import Sequence
 from typing import Any, Final
 
-import msgspec
-
 from pointillist.errors import RefError
-from pointillist.images.store import SHA256_HEX
-from pointillist.refs.descriptor import (
-    RawImageDescriptor,
-    canonical_json,
-    check_family_name,
-    check_fingerprint,
-    check_payload,
-    check_uri,
-)
+from pointillist.refs.descriptor import canonical_json, make_descriptor
+from pointillist.refs.mm_refs import MMImageRef, check_image
 
 PREFIX: Final = "mmraw:"
 MAX_CHARACTERS: Final = 16_384
 """Longest reference."""
+_KEYS: Final = frozenset({"family", "layout_fingerprint", "modality", "hash", "raw_image_uri", "payload"})
 
 
-class ImageRef(msgspec.Struct, frozen=True, kw_only=True):
-    """One image as the inference server is told of it."""
+def encode_features(images: Sequence[MMImageRef]) -> dict[str, Any] | None:
+    """The `features` of a generate request, or None for a prompt without images.
 
-    family: str
-    layout_fingerprint: str
-    modality: str
-    hash: str
-    """sha256 of the file's bytes, 64 hex digits."""
-    raw_image_uri: str
-    payload: dict[str, Any]
-
-    @classmethod
-    def of(cls, descriptor: RawImageDescriptor, sha256: str) -> "ImageRef":
-        """The reference to the image that `descriptor` describes and whose bytes hash to `sha256`."""
-        return cls(
-            family=descriptor.family,
-            layout_fingerprint=descriptor.layout_fingerprint,
-            modality="image",
-            hash=sha256,
-            raw_image_uri=descriptor.raw_image_uri,
-            payload=descriptor.payload,
-        )
+    Example: an image of two tokens from token 3 on gives `{"mm_hashes": {"image": ["3a52..."]}, "mm_placeholders":
+    {"image": [{"offset": 3, "length": 2}]}, "kwargs_data": {"image": ["mmraw:eyJm..."]}}`.
+    """
+    if not images:
+        return None
+    return {
+        "mm_hashes": {"image": [image.hash for image in images]},
+        "mm_placeholders": {"image": [{"offset": image.offset, "length": image.length} for image in images]},
+        "kwargs_data": {"image": [encode_ref(image) for image in images]},
+    }
 
 
-def encode_ref(ref: ImageRef) -> str:
-    """The `mmraw:` string of a reference."""
-    encoded = base64.urlsafe_b64encode(canonical_json(msgspec.structs.asdict(ref)))
+def encode_ref(image: MMImageRef) -> str:
+    """The `mmraw:` string of an image."""
+    value = {key: image.item[key] for key in ("family", "layout_fingerprint", "raw_image_uri", "payload")}
+    encoded = base64.urlsafe_b64encode(canonical_json({**value, "modality": "image", "hash": image.hash}))
     return PREFIX + encoded.rstrip(b"=").decode()
 
 
-def decode_ref(text: object) -> ImageRef:
-    """The reference that an `mmraw:` string holds, with every field's form checked.
+def decode_ref(text: object, offset: int, length: int) -> MMImageRef:
+    """The image that an `mmraw:` string holds, with every field's form checked.
+
+    Args:
+        text: The string, as it came.
+        offset: Index of its first placeholder token in the prompt.
+        length: Number of its placeholder tokens.
 
     Raises:
         RefError: Not an `mmraw:` string, broken base64 or JSON, missing or foreign keys, or a field of the wrong
-            form. A `None` slot, a processed tensor and an inline image are each told what to send instead.
+            form. The messages for a `None` slot, a processed tensor and an inline image say what to send instead.
     """
     if text is None:
         raise RefError("reference is None: every image needs its mmraw: reference in every request, cached or not")
@@ -75,7 +66,14 @@ def decode_ref(text: object) -> ImageRef:
         raise RefError(f"reference is {what}, expected an mmraw: string")
     if len(text) > MAX_CHARACTERS:
         raise RefError(f"reference has {len(text)} characters, at most {MAX_CHARACTERS} are accepted")
-    return _ref_of(_decode_json(text[len(PREFIX) :]))
+    value = _decode_json(text[len(PREFIX) :])
+    if value.keys() != _KEYS:
+        raise RefError(f"reference has keys {sorted(value)[:12]}, expected {sorted(_KEYS)}")
+    if value["modality"] != "image":
+        raise RefError(f"reference has modality {str(value['modality'])[:32]!r}, expected 'image'")
+    uri = value["raw_image_uri"]
+    item = make_descriptor(value["family"], uri, value["layout_fingerprint"], value["payload"])
+    return check_image(MMImageRef(item, value["hash"], uri, offset, length))
 
 
 def _decode_json(encoded: str) -> dict[str, Any]:
@@ -87,22 +85,3 @@ def _decode_json(encoded: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RefError(f"reference holds a JSON {type(value).__name__}, expected an object")
     return value
-
-
-def _ref_of(value: dict[str, Any]) -> ImageRef:
-    expected = set(ImageRef.__struct_fields__)
-    if value.keys() != expected:
-        raise RefError(f"reference has keys {sorted(value)[:12]}, expected {sorted(expected)}")
-    if value["modality"] != "image":
-        raise RefError(f"reference has modality {str(value['modality'])[:32]!r}, expected 'image'")
-    sha256 = value["hash"]
-    if not isinstance(sha256, str) or not SHA256_HEX.fullmatch(sha256):
-        raise RefError("hash is not 64 hex digits of a sha256")
-    return ImageRef(
-        family=check_family_name(value["family"]),
-        layout_fingerprint=check_fingerprint(value["layout_fingerprint"]),
-        modality="image",
-        hash=sha256,
-        raw_image_uri=check_uri(value["raw_image_uri"]),
-        payload=check_payload(value["payload"]),
-    )

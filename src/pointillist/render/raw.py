@@ -16,30 +16,13 @@ from renderers import create_renderer
 from renderers.configs import config_from_name
 
 from pointillist.errors import ConfigError, RenderError
-from pointillist.families.base import Family, describe_image
+from pointillist.families.base import Family, place_image
 from pointillist.images.store import StoredImage
-from pointillist.refs.descriptor import RawImageDescriptor
-from pointillist.refs.wire import ImageRef, encode_ref
+from pointillist.refs.mm_refs import MMImageRef
 from pointillist.render.tokenizer import FolderTokenizer
 
 Message = dict[str, Any]
 """OpenAI chat shape."""
-
-
-@dataclass(frozen=True, slots=True)
-class PromptImage:
-    """One image of a prompt and the tokens that stand for it."""
-
-    sha256: str
-    descriptor: RawImageDescriptor
-    offset: int
-    """Index of its first placeholder token in the effective stream."""
-    length: int
-
-    @property
-    def placeholder(self) -> dict[str, int]:
-        """`{"offset", "length"}` as the wires write it."""
-        return {"offset": self.offset, "length": self.length}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +45,8 @@ class RenderedPrompt:
     """One placeholder an image; bridge from these."""
     token_ids: list[int]
     """What the model reads."""
-    images: list[PromptImage]
+    images: list[MMImageRef]
+    """At their places in `token_ids`."""
     source: "array[int]"
     """Per token of `token_ids`: the index of the logical token it came from."""
     attribution: Attribution
@@ -81,18 +65,6 @@ class RenderedPrompt:
     def is_content(self) -> list[bool]:
         """Tokens of message bodies, not of the template around them."""
         return [self.attribution.is_content[index] for index in self.source]
-
-    def features(self) -> dict[str, Any] | None:
-        """The `features` of a generate request, or None for a prompt without images."""
-        if not self.images:
-            return None
-        return {
-            "mm_hashes": {"image": [image.sha256 for image in self.images]},
-            "mm_placeholders": {"image": [image.placeholder for image in self.images]},
-            "kwargs_data": {
-                "image": [encode_ref(ImageRef.of(image.descriptor, image.sha256)) for image in self.images]
-            },
-        }
 
 
 class RawRenderer:
@@ -171,6 +143,10 @@ class RawRenderer:
 
         Raises:
             RenderError: A message that the template has no place for, or text with a media token in it.
+
+        Example: the prompt `[1, 7, 2]` with the placeholder 7 of an image of 4 tokens, the completion `[50, 3]` and a
+        message that renders to `[4, 60, 5]` give the logical stream `[1, 7, 2, 50, 3, 4, 60, 5]` and the effective one
+        `[1, 7, 7, 7, 7, 2, 50, 3, 4, 60, 5]`, with the image at offset 1.
         """
         self._refuse_media_tokens(new_messages)
         try:
@@ -199,8 +175,8 @@ class RawRenderer:
             source=array("I", expansion.source),
             attribution=Attribution(list(rendered.message_indices), list(rendered.sampled_mask), list(content)),
             images=[
-                PromptImage(image.sha256, describe_image(self.family, image.uri, layout), offset, length)
-                for image, layout, (offset, length) in zip(images, layouts, expansion.spans, strict=True)
+                place_image(self.family, image, layout, offset)
+                for image, layout, (offset, _) in zip(images, layouts, expansion.spans, strict=True)
             ],
         )
 

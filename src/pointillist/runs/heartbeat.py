@@ -16,7 +16,6 @@ Example:
 
 import json
 import os
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -25,7 +24,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from pointillist.base.system import machine_id, pid_namespace, process_start
+from pointillist.base.files import write_atomically
+from pointillist.runs.process_record import ProcessRecord
 
 PROCESS_VAR: Final = "POINTILLIST_PROCESS"
 """Environment variable with the name that the launcher gives a process; ranks of one trainer have the same."""
@@ -37,17 +37,12 @@ SERVERS: Final = "the inference servers"
 
 
 @dataclass(frozen=True, slots=True)
-class Beat:
+class Beat(ProcessRecord):
     """The state of a process."""
 
     process: str
     """The launcher's name for it."""
     rank: int
-    host: str
-    machine: str
-    namespace: str
-    pid: int
-    process_start: str
     phase: str = "start"
     step: int | None = None
     waits_for: str | None = None
@@ -58,11 +53,6 @@ class Beat:
     """Phases entered, and progress within them."""
     beats: int = 0
     done: bool = False
-
-    @property
-    def is_here(self) -> bool:
-        """Whether its process number means something to this process."""
-        return self.machine == machine_id() and self.namespace == pid_namespace()
 
     @property
     def name(self) -> str:
@@ -88,16 +78,7 @@ class Heartbeat:
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._path = beat_file(folder, process, rank)
-        self._beat = Beat(
-            process=process,
-            rank=rank,
-            host=socket.gethostname(),
-            machine=machine_id(),
-            namespace=pid_namespace(),
-            pid=os.getpid(),
-            process_start=process_start(os.getpid()) or "",
-            since=_now(),
-        )
+        self._beat = Beat.of_this_process(process=process, rank=rank, since=_now())
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._write()
@@ -138,10 +119,7 @@ class Heartbeat:
     def _write(self) -> None:
         with self._lock:
             self._beat = beat = replace(self._beat, beats=self._beat.beats + 1)
-        # Not `write_atomically`, which waits for the disk: after a crash a beat is worth nothing.
-        temporary = self._path.with_name(f".{self._path.name}.tmp")
-        temporary.write_text(json.dumps(asdict(beat)), encoding="utf-8")
-        temporary.replace(self._path)
+        write_atomically(self._path, json.dumps(asdict(beat)).encode(), durable=False)  # worth nothing after a crash
 
 
 _current: Heartbeat | None = None
@@ -171,9 +149,9 @@ def enter(phase: str, *, step: int | None = None, waits_for: str | None = None) 
     """Says that the loop of this process has come to a phase.
 
     Args:
-        phase: Its name.
+        phase: Name of the phase.
         step: The optimiser step that it belongs to.
-        waits_for: What another process owes, if this phase only waits for it.
+        waits_for: Name of what another process owes, if this phase only waits for it.
     """
     if _current is not None:
         _current.enter(phase, step, waits_for)
@@ -194,9 +172,8 @@ def read_beats(folder: Path) -> list[Beat]:
     """The last beats of all processes of a run, by file name; what cannot be read is left out."""
     found = []
     for path in sorted(folder.glob("*.json")):
-        with suppress(OSError, ValueError, TypeError, RecursionError):
-            said = json.loads(path.read_bytes())
-            found.append(Beat(**{name: said[name] for name in Beat.__dataclass_fields__ if name in said}))
+        with suppress(OSError, ValueError):
+            found.append(Beat.from_json(path.read_bytes()))
     return found
 
 

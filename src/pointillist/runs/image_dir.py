@@ -1,4 +1,4 @@
-"""Where a run's images live: one resolution, used by everyone.
+"""Where a run's images live and what one may be: one resolution, used by all writers and readers.
 
 `multimodal.offload_dir` is the one setting. Precedence, first that is set:
 
@@ -10,16 +10,21 @@ The environment variable `VF_RENDERER_IMAGE_OFFLOAD_DIR` is only the carrier by 
 processes that write images; it never decides. `POINTILLIST_IMAGE_LIMITS` carries what they accept beside it.
 """
 
+import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from pydantic import ValidationError
 
-from pointillist.base.image_limits import ImageLimits
+from pointillist.base.image_limits import STORED_LIMITS, ImageLimits
+from pointillist.config import OrchestratorConfig
 from pointillist.config.shared import CARRIER, LIMITS_CARRIER, LimitsConfig, MultimodalConfig
 from pointillist.errors import ConfigError
+from pointillist.runs.config_files import load_toml
+from pointillist.runs.paths import RunPaths
 
 _VARIABLE: Final = re.compile(r"\$(?:(?P<dollar>\$)|\{(?P<braced>\w+)\}|(?P<plain>\w+))")
 
@@ -48,18 +53,18 @@ def own_image_dir(output_dir: Path) -> Path:
 
 
 def writer_image_dir(multimodal: MultimodalConfig, output_dir: Path, environ: Mapping[str, str]) -> Path:
-    """The image folder as a writer process finds it: what the launcher told it, else its own resolution.
+    """The image folder as a writer process finds it: from the launcher's variable, else by its own resolution.
 
     Raises:
         ConfigError: As `resolve_image_dir`.
     """
-    if told := environ.get(CARRIER):
-        return Path(told)
+    if carried := environ.get(CARRIER):
+        return Path(carried)
     return resolve_image_dir(multimodal, output_dir, environ)
 
 
 def writer_limits(environ: Mapping[str, str]) -> ImageLimits:
-    """What a writer process accepts as an image: what it was told, else the defaults.
+    """What a writer process accepts as an image: from the launcher's variable, else the defaults.
 
     Raises:
         ConfigError: The variable holds something else than `multimodal.limits` as JSON.
@@ -69,6 +74,45 @@ def writer_limits(environ: Mapping[str, str]) -> ImageLimits:
     except ValidationError as error:
         raise ConfigError(f"{LIMITS_CARRIER} does not hold multimodal.limits as JSON ({error})") from None
     return limits.image_limits()
+
+
+def image_dir_of(paths: RunPaths) -> Path:
+    """The image store of a run that exists: below its folder, or where its config says.
+
+    Raises:
+        ConfigError: It is in neither place, or the config cannot be read.
+    """
+    own = own_image_dir(paths.output_dir)
+    if own.is_dir():
+        return own
+    if (multimodal := _multimodal_of(paths)) is not None:
+        configured = resolve_image_dir(multimodal, paths.output_dir, os.environ)
+        if configured.is_dir():
+            return configured.resolve()
+    raise ConfigError(f"{paths.output_dir} has no image store at {own} nor where its config says")
+
+
+def limits_of(*runs: RunPaths) -> ImageLimits:
+    """What a reader of the folders of runs accepts as an image: at least what each run itself accepted.
+
+    Each limit is the largest of `STORED_LIMITS` and those in the runs' own configs: a store may be shared by runs, and
+    a run may be resumed with smaller limits than it began with. A run without a readable config adds nothing.
+    """
+    known = [STORED_LIMITS]
+    for paths in runs:
+        with suppress(ConfigError, OSError):
+            if (multimodal := _multimodal_of(paths)) is not None:
+                known.append(multimodal.limits.image_limits())
+    return ImageLimits(
+        max_bytes=max(limits.max_bytes for limits in known),
+        max_pixels=max(limits.max_pixels for limits in known),
+        max_side=max(limits.max_side for limits in known),
+    )
+
+
+def _multimodal_of(paths: RunPaths) -> MultimodalConfig | None:
+    config = paths.configs / "orchestrator.toml"
+    return load_toml(OrchestratorConfig, config).multimodal if config.is_file() else None
 
 
 def _expand(text: str, environ: Mapping[str, str]) -> str:

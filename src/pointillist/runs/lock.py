@@ -16,7 +16,6 @@ import fcntl
 import json
 import os
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -26,8 +25,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from pointillist.base.system import is_process, machine_id, pid_namespace, process_start
+from pointillist.base.system import machine_id
 from pointillist.errors import LaunchError
+from pointillist.runs.process_record import ProcessRecord
 
 LOCK_FILE: Final = "run.lock"
 _TIME: Final = "%Y-%m-%d %H:%M:%S"
@@ -50,16 +50,9 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Holder:
-    """Who holds a run's folder."""
+class Holder(ProcessRecord):
+    """The launcher that holds a run's folder."""
 
-    host: str
-    machine: str
-    """See `system.machine_id`."""
-    namespace: str
-    """See `system.pid_namespace`."""
-    pid: int
-    process_start: str
     since: str
     """Local time of the holder, for people."""
     token: str
@@ -105,8 +98,8 @@ class RunLock:
         Args:
             output_dir: The folder.
             job: The batch job that this process is a part of.
-            say: Where it is said that another machine's lock is being watched.
-            stale_seconds: How long the counter of another machine's lock must stand still.
+            say: Function that reports that another machine's lock is being watched.
+            stale_seconds: Seconds for which the counter of another machine's lock must stand still.
             beat_seconds: Seconds between two counts of our own.
 
         Raises:
@@ -190,7 +183,7 @@ def live_holder(output_dir: Path, *, stale_seconds: float = _STALE_SECONDS) -> H
 
     Args:
         output_dir: The folder; need not exist.
-        stale_seconds: How long another machine's counter is watched.
+        stale_seconds: Seconds for which another machine's counter is watched.
     """
     path = output_dir / LOCK_FILE
     try:
@@ -236,11 +229,11 @@ def _live(
     """The holder if it lives.
 
     Args:
-        path: Of the lock's file.
+        path: The lock's file.
         exclusive: Whether `flock` was given to us; None where the file system has none.
         job: The batch job that asks.
-        say: Where waiting is reported.
-        stale_seconds: How long a counter may stand still.
+        say: Function that reports the waiting.
+        stale_seconds: Seconds for which a counter may stand still.
     """
     holder = _read(path)
     if exclusive is False:
@@ -252,8 +245,8 @@ def _live(
     if holder.machine == machine_id():
         if exclusive:
             return None  # its kernel is ours, and has let go of the lock
-        if holder.namespace == pid_namespace():
-            return holder if is_process(holder.pid, holder.process_start) else None
+        if holder.is_here:
+            return holder if holder.is_alive else None
     say(f"{path} is held by {holder}: watching for {stale_seconds:.0f} s whether it still lives")
     deadline = time.monotonic() + stale_seconds
     while time.monotonic() < deadline:
@@ -272,12 +265,7 @@ def _held(path: Path, holder: Holder | None) -> LaunchError:
 
 
 def _ourselves(job: Job | None) -> Holder:
-    return Holder(
-        host=socket.gethostname(),
-        machine=machine_id(),
-        namespace=pid_namespace(),
-        pid=os.getpid(),
-        process_start=process_start(os.getpid()) or "",
+    return Holder.of_this_process(
         since=time.strftime(_TIME),
         token=secrets.token_hex(8),
         since_seconds=time.time(),
@@ -315,9 +303,8 @@ def _read(path: Path) -> Holder | None:
     """
     for _ in range(3):  # a reader may come into the middle of a write
         data = path.read_bytes()[: 4 * _RECORD_BYTES]
-        with suppress(ValueError, TypeError, RecursionError):
-            said = json.loads(data)
-            return Holder(**{name: said[name] for name in Holder.__dataclass_fields__ if name in said})
+        with suppress(ValueError):
+            return Holder.from_json(data)
         if not data.strip():
             return None
         time.sleep(0.05)

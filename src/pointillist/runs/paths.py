@@ -1,4 +1,4 @@
-"""Where a run keeps what below its output folder, and how its lines of JSON are written and read."""
+"""Where a run keeps what below its output folder."""
 
 import logging
 import re
@@ -64,26 +64,21 @@ class RunPaths:
         return self.output_dir / "rollouts"
 
     def rollouts_file(self, step: int) -> Path:
-        """Records of the rollouts that one step's batches were made from, JSONL."""
+        """Rollouts that one step's batches were made from, JSONL of `records.RolloutRecord`."""
         return self.rollout_step(step) / "rollouts.jsonl"
 
     def eval_file(self, version: int) -> Path:
-        """Records of the rollouts of one evaluation on held-out tasks, JSONL."""
+        """Rollouts of one evaluation on held-out tasks, JSONL of `records.RolloutRecord`."""
         return self.rollouts / f"eval_{version}.jsonl"
 
     @property
-    def quarantine(self) -> Path:
-        """Corrupt images that the trainer met, JSONL."""
-        return self.output_dir / "quarantine.jsonl"
-
-    @property
     def faults(self) -> Path:
-        """Every image that the trainer could not have, corrupt or missing, JSONL."""
+        """Every image that the trainer could not use, missing or corrupt, JSONL of `records.Fault`."""
         return self.output_dir / "faults.jsonl"
 
     @property
     def imported(self) -> Path:
-        """Says that the run came out of an archive together with checkpoints, which a resume would execute."""
+        """A mark that the run came out of an archive together with checkpoints, which a resume would execute."""
         return self.output_dir / "imported.json"
 
     @property

@@ -16,6 +16,7 @@ from pointillist.base.net import api_key
 from pointillist.base.pools import READING
 from pointillist.config.orchestrator import ClientConfig
 from pointillist.errors import InferenceError
+from pointillist.refs import encode_features
 from pointillist.render.raw import RenderedPrompt
 from pointillist.sessions.answers import Completion, Expected, check_status, completions_of
 from pointillist.sessions.servers import Server, Servers
@@ -154,8 +155,8 @@ class InferenceClient:
 
     def _prompt_fields(self, prompt: RenderedPrompt) -> dict[str, Any]:
         if self._wire == "mmraw":
-            return {"token_ids": prompt.token_ids, "features": prompt.features()}
-        parts = [{"type": "image_url", "url": image.descriptor.raw_image_uri} for image in prompt.images]
+            return {"token_ids": prompt.token_ids, "features": encode_features(prompt.images)}
+        parts = [{"type": "image_url", "url": image.uri} for image in prompt.images]
         return {"token_ids": prompt.logical_ids, "content_parts": parts or None, "return_token_ids": True}
 
     async def aclose(self) -> None:

@@ -15,18 +15,18 @@ from dataclasses import dataclass, field
 import msgspec
 
 from pointillist.refs.mm_refs import MMImageRef
-from pointillist.render.raw import Message, PromptImage, RenderedPrompt
+from pointillist.render.raw import Message, RenderedPrompt
 from pointillist.sessions.answers import Completion
 
 
-class Branch(msgspec.Struct, kw_only=True):
+class Branch(msgspec.Struct, kw_only=True, rename={"loss_mask": "sampled", "logprobs_sampled": "logprobs"}):
     """A token stream that was read and sampled from left to right. Lists run along `token_ids`."""
 
     token_ids: list[int]
-    sampled: list[bool]
-    """By the policy, and not part of an earlier branch."""
-    logprobs: list[float]
-    """The sampler's; 0 for tokens that were not sampled."""
+    loss_mask: list[bool]
+    """Sampled by the policy, and not part of an earlier branch; `sampled` in JSON."""
+    logprobs_sampled: list[float]
+    """The sampler's; 0 for tokens that were not sampled; `logprobs` in JSON."""
     weight_versions: list[int]
     """-1 for tokens that were not sampled."""
     temperatures: list[float]
@@ -46,7 +46,7 @@ class Node:
     """What was read since the parent's last token, one placeholder an image."""
     effective: "array[int]"
     """The same, expanded."""
-    images: tuple[PromptImage, ...]
+    images: tuple[MMImageRef, ...]
     """The images in it; offsets are those of the whole prompt."""
     completion: Completion
     temperature: float
@@ -119,6 +119,9 @@ class Trace:
             temperature: It was sampled at.
             key: Of the conversation, the answer included.
             messages: The conversation, the answer included.
+
+        Example: the parent read `[1, 2]` and sampled `[3]`; a prompt `[1, 2, 3, 4]` hangs below it and keeps `[4]`, a
+        prompt `[1, 2, 9, 4]` begins a root of its own.
         """
         before = parent.effective_tokens() if parent is not None else []
         if prompt.token_ids[: len(before)] != before:
@@ -154,8 +157,8 @@ class Trace:
 def _branch(path: Sequence[Node], trained: set[int]) -> Branch:
     branch = Branch(
         token_ids=[],
-        sampled=[],
-        logprobs=[],
+        loss_mask=[],
+        logprobs_sampled=[],
         weight_versions=[],
         temperatures=[],
         images=[],
@@ -166,14 +169,9 @@ def _branch(path: Sequence[Node], trained: set[int]) -> Branch:
         count = len(completion.token_ids)
         fresh = id(node) not in trained
         branch.token_ids += [*node.effective, *completion.token_ids]
-        branch.sampled += [False] * read + [fresh] * count
-        branch.logprobs += [0.0] * read + (completion.logprobs if fresh else [0.0] * count)
+        branch.loss_mask += [False] * read + [fresh] * count
+        branch.logprobs_sampled += [0.0] * read + (completion.logprobs if fresh else [0.0] * count)
         branch.weight_versions += [-1] * read + (completion.weight_versions if fresh else [-1] * count)
         branch.temperatures += [1.0] * read + [node.temperature if fresh else 1.0] * count
-        branch.images += [
-            MMImageRef(
-                image.descriptor.to_dict(), image.sha256, image.descriptor.raw_image_uri, image.offset, image.length
-            )
-            for image in node.images
-        ]
+        branch.images += node.images
     return branch

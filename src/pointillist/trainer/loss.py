@@ -44,7 +44,7 @@ class LossTerms:
 def policy_gradient_loss(
     logprobs: torch.Tensor,
     entropy: torch.Tensor,
-    sampler_logprobs: torch.Tensor,
+    logprobs_sampled: torch.Tensor,
     advantages: torch.Tensor,
     num_tokens: int,
     config: LossConfig,
@@ -55,7 +55,7 @@ def policy_gradient_loss(
     Args:
         logprobs: Trainer's logprobs, float32 `(N,)`, with a gradient.
         entropy: Entropy of the trainer's distributions, in nats, float32 `(N,)`, with a gradient.
-        sampler_logprobs: Logprobs when the tokens were sampled, float32 `(N,)`.
+        logprobs_sampled: Logprobs when the tokens were sampled, float32 `(N,)`.
         advantages: Advantages, float32 `(N,)`.
         num_tokens: Number of sampled tokens of the whole step over all ranks, by which the sum is divided.
         config: Band of the ratio, and weights of the KL term and the entropy bonus.
@@ -68,7 +68,7 @@ def policy_gradient_loss(
         Two tokens, on policy (both ratios are 1), advantages `[1.5, -0.5]`, and 4 sampled tokens in the whole step: the
         loss is `-(1.5 - 0.5) / 4 = -0.25`. If the second ratio were 3, above `ratio_high`, it would be `-1.5 / 4`.
     """
-    log_ratio = logprobs - sampler_logprobs
+    log_ratio = logprobs - logprobs_sampled
     ratio = log_ratio.exp()
     inside = ((ratio >= config.ratio_low) & (ratio <= config.ratio_high)).detach()
     per_token = -torch.where(inside, ratio * advantages, torch.zeros_like(ratio))

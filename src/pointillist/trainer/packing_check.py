@@ -91,7 +91,7 @@ def _row(loaded: LoadedModel, seeds: Sequence[int], *, packed: bool = True) -> R
         input_ids=ids,
         loss_mask=[kind == 0 and index not in first_tokens for index, kind in enumerate(types)],
         advantages=[0.0] * len(ids),
-        inference_logprobs=[0.0] * len(ids),
+        logprobs_sampled=[0.0] * len(ids),
         weight_versions=[0] * len(ids),
         temperatures=[1.0] * len(ids),
         mm_token_type_ids=types,

@@ -55,7 +55,7 @@ class RowTensors:
     """int64, per trained token: its id."""
     advantages: torch.Tensor
     """float32, per trained token."""
-    sampler_logprobs: torch.Tensor
+    logprobs_sampled: torch.Tensor
     """float32, per trained token."""
     temperatures: torch.Tensor
     """float32, per trained token."""
@@ -156,9 +156,7 @@ class RowLoader:
         started = time.perf_counter()
         spans = micro_batch.mm_refs.images
         decoded_before = self._materializer.cache.counts.misses
-        batch = self._materializer.materialize_many(
-            [each.image_ref() for each in spans], [each.length for each in spans]
-        )
+        batch = self._materializer.materialize_many(spans)
         if self._missing_image_policy == "error":
             for error in batch.errors.values():
                 if isinstance(error, MissingImageError):
@@ -249,6 +247,10 @@ def assemble_row(
         images: Image arguments of `forward`, of the distinct images.
         image_index: Per image span: index of its distinct image.
         packed: One row of all samples, or one padded row a sample.
+
+    Example: samples of 3 and 2 tokens whose last tokens are trained. Packed, `input_ids` is `(1, 5)`, text positions
+    are `[0, 1, 2, 0, 1]` and `predict_from` is `[1, 3]`; padded, `input_ids` is `(2, 3)` and `predict_from` is `[1, 3]`
+    too, the second row's first column.
     """
     device = loaded.device
     trained = [index for index, on in enumerate(micro_batch.loss_mask) if on]
@@ -278,7 +280,7 @@ def assemble_row(
         predict_from=torch.tensor(before, dtype=torch.int64, device=device),
         targets=per_trained(micro_batch.input_ids, torch.int64),
         advantages=per_trained(micro_batch.advantages, torch.float32),
-        sampler_logprobs=per_trained(micro_batch.inference_logprobs, torch.float32),
+        logprobs_sampled=per_trained(micro_batch.logprobs_sampled, torch.float32),
         temperatures=per_trained(micro_batch.temperatures, torch.float32),
         weight_versions=per_trained(micro_batch.weight_versions, torch.int64),
     )

@@ -14,7 +14,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from pointillist.models import LoadedModel, load_model, pick_device
 from pointillist.pixels import RawImageMaterializer
 from pointillist.runs.heartbeat import beating, enter, progress
 from pointillist.runs.paths import RunPaths, remove, steps_in
+from pointillist.runs.records import Fault, FaultKind, append_fault
 from pointillist.trainer.checkpoint import Checkpoints
 from pointillist.trainer.feed import RowFeed
 from pointillist.trainer.loss import LossTerms, policy_gradient_loss
@@ -251,7 +251,7 @@ class Trainer:
         terms = policy_gradient_loss(
             stats.logprobs,
             stats.entropy,
-            row.sampler_logprobs,
+            row.logprobs_sampled,
             row.advantages,
             batch.num_tokens,
             self.config.loss,
@@ -260,13 +260,12 @@ class Trainer:
         return stats, terms, batch.step - 1 - row.weight_versions
 
     def _note_faults(self, step: int, faults: list[ImageFault]) -> None:
-        """Logs and records every fault; what is corrupt is quarantined too, so that somebody can look at it."""
+        """Logs and records every fault."""
         for fault in faults:
             logger.warning("step %d, sample %s: %s: %s", step, fault.sample_id, fault.uri, fault.message)
-            kind = "corrupt" if fault.corrupt else "missing"
-            append_jsonl(self.paths.faults, {"kind": kind, "step": step, **asdict(fault)})
-            if fault.corrupt:
-                append_jsonl(self.paths.quarantine, {"step": step, **asdict(fault)})
+            kind: FaultKind = "corrupt" if fault.corrupt else "missing"
+            record = Fault(kind, step, fault.sample_id, fault.sha256, fault.message, fault.uri)
+            append_fault(self.paths.faults, record)
 
     def _stop_if_too_many_faults(self, step: int, sums: dict[str, float]) -> None:
         """A few lost images are weather; many are a store that is not mounted."""

@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 
 from pointillist.errors import RefError, TransportError
-from pointillist.refs.mm_refs import IMAGE, VIDEO, MMImageRef, MMRefs, check_spans
+from pointillist.refs.mm_refs import IMAGE, VIDEO, MMImageRef, MMRefs, check_images, check_spans
 
 FORMAT: Final = "pointillist.rank_batch.2"
 
@@ -24,7 +24,7 @@ class TrainingSample(msgspec.Struct, array_like=True, kw_only=True):
     token_ids: list[int]
     loss_mask: list[bool]
     """Per token: sampled by the policy, so it is trained."""
-    logprobs: list[float]
+    logprobs_sampled: list[float]
     """Per token: the sampler's, at the sampling temperature; 0 where `loss_mask` is false."""
     advantages: list[float]
     """Per token; 0 where `loss_mask` is false."""
@@ -46,7 +46,7 @@ class MicroBatch(msgspec.Struct, array_like=True, kw_only=True):
     input_ids: list[int]
     loss_mask: list[bool]
     advantages: list[float]
-    inference_logprobs: list[float]
+    logprobs_sampled: list[float]
     weight_versions: list[int]
     temperatures: list[float]
     """Per token."""
@@ -93,7 +93,8 @@ def decode_rank_batch(data: bytes) -> RankBatch:
 
     Raises:
         TransportError: Not such bytes, a sample that stands in it twice, or a micro batch with processed tensors, with
-            lists of differing lengths, or with image tokens and references that do not cover each other.
+            lists of differing lengths, with a malformed reference, or with image tokens and references that do not
+            cover each other.
     """
     try:
         batch = _decoder.decode(data)
@@ -102,7 +103,10 @@ def decode_rank_batch(data: bytes) -> RankBatch:
         raise TransportError(f"training batch is malformed ({error}){hint}") from None
     if batch.format != FORMAT:
         raise TransportError(f"training batch has format {batch.format!r}, expected {FORMAT!r}")
-    batch = msgspec.structs.replace(batch, micro_batches=[_from_wire(m) for m in batch.micro_batches])
+    try:
+        batch = msgspec.structs.replace(batch, micro_batches=[_from_wire(m) for m in batch.micro_batches])
+    except RefError as error:
+        raise TransportError(f"training batch of step {batch.step}: {error}") from None
     _check_rank_batch(batch)
     return batch
 
@@ -113,20 +117,20 @@ def encoded_image_bytes(refs: MMRefs) -> int:
 
 
 def check_sample(sample: TrainingSample) -> None:
-    """Checks a training sample before it is packed.
+    """Checks the lists of a training sample before it is packed; its images were checked when they became `MMRefs`.
 
     Raises:
-        TransportError: As `decode_rank_batch` for a micro batch.
+        TransportError: Processed tensors, lists of differing lengths, or image tokens without any reference.
     """
     per_token = (
         sample.loss_mask,
-        sample.logprobs,
+        sample.logprobs_sampled,
         sample.advantages,
         sample.weight_versions,
         sample.temperatures,
         sample.mm_token_type_ids,
     )
-    _check(
+    _check_lists(
         sample.token_ids,
         per_token,
         sample.mm_kwargs,
@@ -146,18 +150,23 @@ def check_micro_batch(micro_batch: MicroBatch) -> None:
     per_token = (
         m.loss_mask,
         m.advantages,
-        m.inference_logprobs,
+        m.logprobs_sampled,
         m.weight_versions,
         m.temperatures,
         m.mm_token_type_ids,
     )
     where = f"micro batch of {', '.join(m.sample_ids[:4])}"
-    _check(m.input_ids, per_token, m.mm_kwargs, m.mm_refs, m.mm_token_type_ids, where)
+    _check_lists(m.input_ids, per_token, m.mm_kwargs, m.mm_refs, m.mm_token_type_ids, where)
     if sum(m.seq_lens) != len(m.input_ids) or min(m.seq_lens, default=0) < 1:
         raise TransportError(f"{where}: seq_lens add up to {sum(m.seq_lens)}, the row has {len(m.input_ids)} tokens")
-    families = {image.item.get("family") for image in m.mm_refs.images} if m.mm_refs else set()
-    if len(families) > 1:
-        raise TransportError(f"{where}: families {sorted(map(str, families))} in one micro batch, expected one")
+    if m.mm_refs is None:
+        return
+    try:
+        check_spans(m.mm_refs.images, m.mm_token_type_ids)
+    except RefError as error:
+        raise TransportError(f"{where}: {error}") from None
+    if len(families := {image.family for image in m.mm_refs.images}) > 1:
+        raise TransportError(f"{where}: families {sorted(families)} in one micro batch, expected one")
 
 
 def _check_rank_batch(batch: RankBatch) -> None:
@@ -170,7 +179,7 @@ def _check_rank_batch(batch: RankBatch) -> None:
             raise TransportError(f"step {batch.step}: sample {name} stands {count} times in one batch, expected once")
 
 
-def _check(
+def _check_lists(
     token_ids: list[int],
     per_token: tuple[list[int] | list[float] | list[bool], ...],
     mm_kwargs: object,
@@ -184,11 +193,6 @@ def _check(
         raise TransportError(f"{where}: per-token lists have lengths {sorted(lengths)}, expected {len(token_ids)}")
     if mm_refs is None and (IMAGE in token_types or VIDEO in token_types):
         raise TransportError(f"{where}: image tokens but no mm_refs: no image token without an image")
-    if mm_refs is not None:
-        try:
-            check_spans(mm_refs.images, token_types)
-        except RefError as error:
-            raise TransportError(f"{where}: {error}") from None
 
 
 def _strip(image: MMImageRef) -> MMImageRef:
@@ -210,4 +214,5 @@ def _from_wire(micro_batch: MicroBatch) -> MicroBatch:
         msgspec.structs.replace(image, item={**image.item, "raw_image_uri": image.uri})
         for image in micro_batch.mm_refs.images
     ]
+    check_images(images)
     return msgspec.structs.replace(micro_batch, mm_refs=MMRefs(images))

@@ -10,7 +10,7 @@ written; files are written into a folder beside the destination, which takes its
 against its name; and a refused archive leaves nothing behind.
 
 Checkpoints are programs: torch reads their metadata by unpickling it. An archive holds them only if the export was
-told so, an import restores them only if it is told so, and an imported run is marked, so that `--resume` asks.
+asked to, an import restores them only if it is asked to, and an imported run is marked, so that `--resume` asks.
 """
 
 import io
@@ -24,14 +24,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import BinaryIO, Final
 
 import msgspec
 import tomli_w
 
 from pointillist.base.files import open_regular
 from pointillist.base.image_limits import ImageLimits
-from pointillist.base.jsonl import MAX_LINE_BYTES
+from pointillist.base.jsonl import MAX_LINE_BYTES, JsonObject
 from pointillist.errors import PointillistError
 from pointillist.images.inventory import list_store
 from pointillist.images.store import STORED_NAME, ImageStore, file_uri, local_path
@@ -71,7 +71,8 @@ _CHECKPOINT: Final = _kind(
     "checkpoints/step_*/trainer/*",
 )
 _LINES: Final = _kind(
-    rf"run/(?:metrics/{_WORD}|rollouts/step_{_NUMBER}/{_WORD}|rollouts/eval_{_NUMBER}|quarantine|faults)\.jsonl",
+    # Archives of older runs have a quarantine.jsonl: the corrupt images, which faults.jsonl has too.
+    rf"run/(?:metrics/{_WORD}|rollouts/step_{_NUMBER}/{_WORD}|rollouts/eval_{_NUMBER}|faults|quarantine)\.jsonl",
     _UNBOUNDED,  # bounded line by line
     "metrics/*.jsonl",
     "rollouts/*/*.jsonl",
@@ -117,7 +118,7 @@ def export_run(paths: RunPaths, store_root: Path, archive: Path, *, checkpoints:
 
     Args:
         paths: The run's folder.
-        store_root: Its image store.
+        store_root: Root of the run's image store.
         archive: File to write.
         checkpoints: Whether the run's checkpoints go along.
 
@@ -157,9 +158,9 @@ def import_run(archive: Path, output_dir: Path, limits: ImageLimits, *, checkpoi
     """Restores an archive into a new run folder; its images go to `<output_dir>/assets/images`.
 
     Args:
-        archive: As `export_run` wrote it, or as somebody else would like to have it read.
+        archive: File that `export_run` wrote, or that anybody else made.
         output_dir: Folder of the run, which must not be there or be empty.
-        limits: What an image may be at most.
+        limits: Limits on an image.
         checkpoints: Whether checkpoints are restored. Resuming from one runs what its author put into it.
 
     Raises:
@@ -358,7 +359,7 @@ def _without_secrets(path: Path) -> bytes:
     return tomli_w.dumps(config).encode() if _blank_secrets(config) else data
 
 
-def _blank_secrets(table: dict[str, Any]) -> bool:
+def _blank_secrets(table: JsonObject) -> bool:
     """Empties every value below `env_vars`; whether there was one."""
     found = False
     for name, value in table.items():

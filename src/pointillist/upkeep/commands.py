@@ -10,18 +10,20 @@ import click
 from rich.console import Console
 from rich.progress import track
 
-from pointillist.base.image_limits import STORED_LIMITS
+from pointillist.base.image_limits import STORED_LIMITS, ImageLimits
 from pointillist.base.logs import plain
 from pointillist.config import OrchestratorConfig
 from pointillist.errors import PointillistError
 from pointillist.families import Family, load_family
 from pointillist.images.inventory import StoreEntry, check_is_store, collect_garbage, list_store, users_of, verify_store
 from pointillist.pixels import RawImageMaterializer
+from pointillist.refs import MMImageRef
 from pointillist.runs.config_files import load_toml
+from pointillist.runs.image_dir import image_dir_of, limits_of
 from pointillist.runs.lock import live_holder
 from pointillist.runs.paths import RunPaths
 from pointillist.upkeep.archive import ArchiveCounts, export_run, import_run
-from pointillist.upkeep.references import HeldReference, image_dir_of, run_hashes, run_references
+from pointillist.upkeep.references import run_hashes, run_references
 
 console = Console()
 _EXISTING = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -56,10 +58,11 @@ def verify_command(folder: Path | None, run: Path | None) -> None:
     problems: list[str] = []
     if run is not None:
         paths = RunPaths(run.resolve())
-        root = image_dir_of(paths)
-        problems = _verify_files(root) + _verify_references(paths, root)
+        root, limits = image_dir_of(paths), limits_of(paths)
+        problems = _verify_files(root, limits) + _verify_references(paths, root, limits)
     elif folder is not None:
-        problems = _verify_files(folder.resolve())
+        root = folder.resolve()
+        problems = _verify_files(root, limits_of(*map(RunPaths, users_of(root))))
     for problem in problems[:_SHOWN]:
         click.echo(plain(problem))
     if len(problems) > _SHOWN:
@@ -111,10 +114,10 @@ def import_command(archive: Path, run: Path, with_checkpoints: bool) -> None:
     _tell("restored", import_run(archive, run, STORED_LIMITS, checkpoints=with_checkpoints), run)
 
 
-def _verify_files(root: Path) -> list[str]:
+def _verify_files(root: Path, limits: ImageLimits) -> list[str]:
     # Files are counted only for the eye: in a large store it takes long.
     total = sum(1 for _ in list_store(root)) if console.is_terminal else None
-    entries = verify_store(root, STORED_LIMITS, workers=os.cpu_count() or 1)
+    entries = verify_store(root, limits, workers=os.cpu_count() or 1)
     counts: Counter[str] = Counter()
     problems = []
     for entry in track(entries, "reading images", total=total, console=console, disable=not console.is_terminal):
@@ -125,26 +128,28 @@ def _verify_files(root: Path) -> list[str]:
     return problems
 
 
-def _verify_references(paths: RunPaths, root: Path) -> list[str]:
+def _verify_references(paths: RunPaths, root: Path, limits: ImageLimits) -> list[str]:
     """Every image that a sample names is there and unchanged, and its span fits its layout."""
     family = load_family(load_toml(OrchestratorConfig, paths.configs / "orchestrator.toml").model.name)
-    problems, checked = _check_all(run_references(paths), family, root)
+    problems, checked = _check_all(run_references(paths), family, root, limits)
     click.echo(f"{paths.output_dir}: {checked} references of samples checked")
     return problems
 
 
-def _check_all(held: Iterable[HeldReference], family: Family, root: Path) -> tuple[list[str], int]:
-    reader = RawImageMaterializer(family, [root], STORED_LIMITS, cache_bytes=0)
+def _check_all(
+    held: Iterable[tuple[str, MMImageRef]], family: Family, root: Path, limits: ImageLimits
+) -> tuple[list[str], int]:
+    reader = RawImageMaterializer(family, [root], limits, cache_bytes=0)
     verdicts: dict[tuple[str, str, int], PointillistError | None] = {}
     problems = []
     checked = 0
-    for reference in held:
+    for where, image in held:
         checked += 1
-        key = (reference.ref.hash, reference.ref.raw_image_uri, reference.length)
+        key = (image.hash, image.uri, image.length)
         if key not in verdicts:
-            verdicts[key] = reader.materialize_many([reference.ref], [reference.length]).errors.get(0)
+            verdicts[key] = reader.materialize_many([image]).errors.get(0)
         if verdicts[key] is not None:
-            problems.append(f"{reference.where}: {verdicts[key]}")
+            problems.append(f"{where}: {verdicts[key]}")
     return problems, checked
 
 

@@ -1,10 +1,11 @@
 """The learning curve of a run as a picture."""
 
 from pathlib import Path
-from typing import Any
+
+from pointillist.base.jsonl import JsonObject
 
 
-def draw_curve(orchestrator: list[dict[str, Any]], evals: list[dict[str, Any]], path: Path, *, title: str) -> None:
+def draw_curve(orchestrator: list[JsonObject], evals: list[JsonObject], path: Path, *, title: str) -> None:
     """Draws training reward and held-out accuracy over steps.
 
     Args:

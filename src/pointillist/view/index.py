@@ -19,22 +19,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
-
-import msgspec
+from typing import BinaryIO, Final, TypeAlias
 
 from pointillist.base.files import open_regular
-from pointillist.base.image_limits import STORED_LIMITS
+from pointillist.base.image_limits import ImageLimits
 from pointillist.base.jsonl import complete_lines
-from pointillist.errors import ConfigError, MissingImageError, RefError
+from pointillist.errors import ConfigError, MissingImageError, RecordError, RefError
 from pointillist.images.inventory import list_store
-from pointillist.images.store import read_stored
+from pointillist.images.store import has_hash, read_stored, sha256_in
 from pointillist.runs.paths import RunPaths
-from pointillist.upkeep.references import file_of, rollout_files
-from pointillist.view.rollout import RolloutRecord
+from pointillist.runs.records import RolloutRecord, decode_rollout, file_of, rollout_files
 
 logger = logging.getLogger(__name__)
 
+_Value: TypeAlias = str | int | float | None
+"""What a column holds."""
 _VERSION: Final = 2
 """Of the tables; an index of another version is made anew."""
 _POLL_SECONDS: Final = 2.0
@@ -72,13 +71,8 @@ CREATE INDEX pictures_by_bytes ON pictures (bytes);
 """
 
 
-_decode_record = msgspec.json.Decoder(RolloutRecord).decode
-_DAMAGE: Final = (msgspec.MsgspecError, RecursionError, ValueError, OverflowError)
-"""What reading a damaged record may raise."""
-
-
 @dataclass(frozen=True, slots=True)
-class Progress:
+class IndexProgress:
     """How far the index is."""
 
     bytes_total: int = 0
@@ -105,24 +99,26 @@ def cache_dir() -> Path:
 class RunIndex:
     """The index of one run. Reading is safe from any thread; one thread writes."""
 
-    def __init__(self, paths: RunPaths, image_dir: Path | None, cache: Path) -> None:
+    def __init__(self, paths: RunPaths, image_dir: Path | None, limits: ImageLimits, cache: Path) -> None:
         """Opens or makes the index.
 
         Args:
             paths: The run's folder.
-            image_dir: Its image store, if it has one.
+            image_dir: Image store of the run, if it has one.
+            limits: Limits on an image of the run.
             cache: Folder of indexes. One belongs to the run's path and inode: a folder made anew gets a new one.
 
         Raises:
-            ConfigError: The folder of indexes can not be made.
+            ConfigError: The folder of indexes cannot be made.
         """
         self._paths = paths
         self._image_dir = image_dir
+        self._limits = limits
         identity = f"{paths.output_dir}:{paths.output_dir.stat().st_ino}"
         try:
             cache.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"cache folder {cache} can not be made ({error.strerror}); set XDG_CACHE_HOME") from None
+            raise ConfigError(f"cache folder {cache} cannot be made ({error.strerror}); set XDG_CACHE_HOME") from None
         self._path = cache / f"{hashlib.sha256(os.fsencode(identity)).hexdigest()[:32]}.sqlite"
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -188,15 +184,15 @@ class RunIndex:
             ).fetchone()
         if row is None:
             return None
-        with suppress(OSError, *_DAMAGE):
+        with suppress(OSError, RecordError):
             with open_regular(self._paths.rollouts / row[0]) as file:
                 file.seek(row[1])
-                record = _decode_record(file.read(row[2]))
+                record = decode_rollout(file.read(row[2]))
             if record.id == rollout_id:  # else the file was rewritten this very moment
                 return record
         return None
 
-    def progress(self) -> Progress:
+    def progress(self) -> IndexProgress:
         """How far the index is, against what the files are now."""
         total = 0
         for path in rollout_files(self._paths):
@@ -208,7 +204,7 @@ class RunIndex:
             ).fetchone()
             (rollouts,) = db.execute("SELECT count(*) FROM rollouts").fetchone()
             pictures, checked = db.execute("SELECT count(*), coalesce(sum(checked), 0) FROM pictures").fetchone()
-        return Progress(total, done, rollouts, pictures, checked, self._listed, damaged)
+        return IndexProgress(total, done, rollouts, pictures, checked, self._listed, damaged)
 
     def _follow(self) -> None:
         while not self._stop.is_set():
@@ -307,7 +303,7 @@ class RunIndex:
             if self._stop.is_set():
                 return False
             with suppress(MissingImageError):  # removed meanwhile: the next listing will not have it
-                verdicts.append(("good" if is_intact(root, name) else "corrupt", name))
+                verdicts.append(("good" if is_intact(root, name, self._limits) else "corrupt", name))
         with self._lock, self._writer() as db:
             db.executemany("UPDATE pictures SET condition = ?, checked = 1 WHERE name = ?", verdicts)
         return bool(verdicts)
@@ -318,14 +314,14 @@ def _text(path: Path) -> str:
     return os.fsencode(path).decode(errors="replace")
 
 
-def is_intact(root: Path, name: str) -> bool:
+def is_intact(root: Path, name: str, limits: ImageLimits) -> bool:
     """Whether a stored file's bytes are those that its name says.
 
     Raises:
         MissingImageError: It is not there.
     """
     try:
-        return hashlib.sha256(read_stored(root, name, STORED_LIMITS)).hexdigest() == name[3:67]
+        return has_hash(read_stored(root, name, limits), sha256_in(name))
     except RefError:
         return False
     except MissingImageError:
@@ -350,22 +346,23 @@ def _forget(db: sqlite3.Connection, name: str) -> None:
         db.execute(f"DELETE FROM {table} WHERE file = (SELECT file FROM files WHERE name = ?)", (name,))  # noqa: S608
 
 
-def _add_lines(db: sqlite3.Connection, number: int, file: Any, start: int) -> tuple[int, bytes, int]:
+def _add_lines(db: sqlite3.Connection, number: int, file: BinaryIO, start: int) -> tuple[int, bytes, int]:
     """Adds the complete lines from `start` on.
 
     Returns:
         Where they end, the bytes before, and how many could not be read.
     """
-    rows: list[tuple[Any, ...]] = []
+    rows: list[tuple[_Value, ...]] = []
     uses: Counter[str] = Counter()
     unreadable = 0
     for line in complete_lines(file):
         try:
-            record = _decode_record(line)
+            record = decode_rollout(line)
+        except RecordError:
+            unreadable += 1
+        else:
             rows.append((number, start, len(line), *_columns(record)))
             uses.update(span.hash for branch in record.branches for span in branch.images)
-        except _DAMAGE:
-            unreadable += 1
         start = file.tell()
         if len(rows) == _ROWS:
             _insert(db, rows)
@@ -378,12 +375,12 @@ def _add_lines(db: sqlite3.Connection, number: int, file: Any, start: int) -> tu
     return start, file.read(min(start, _TAIL)), unreadable
 
 
-def _insert(db: sqlite3.Connection, rows: list[tuple[Any, ...]]) -> None:
+def _insert(db: sqlite3.Connection, rows: list[tuple[_Value, ...]]) -> None:
     db.executemany("INSERT INTO rollouts VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", rows)
     rows.clear()
 
 
-def _columns(record: RolloutRecord) -> tuple[Any, ...]:
+def _columns(record: RolloutRecord) -> tuple[_Value, ...]:
     spans = [span for branch in record.branches for span in branch.images]
     return (
         record.id, record.group, record.split, record.step, record.env, record.task[:_TASK], record.reward,

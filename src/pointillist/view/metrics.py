@@ -3,16 +3,12 @@
 A metrics file may have a hundred numbers in each of ten thousand lines; columns of doubles keep that small.
 """
 
-import json
-import os
 import threading
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from pointillist.base.files import open_regular
-from pointillist.base.jsonl import complete_lines, is_number
+from pointillist.base.jsonl import Follower, JsonObject, is_number, parse_line
 
 
 @dataclass(slots=True)
@@ -32,36 +28,21 @@ class MetricsFile:
     """One `metrics/*.jsonl`, which another process may be writing."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         self._lock = threading.Lock()
-        self._inode = self._done = 0
         self._columns: dict[str, Column] = {}
+        self._file = Follower(path, self._columns.clear)
 
     def columns(self) -> dict[str, Column]:
         """All numbers by name, up to the last complete line; a file that was rewritten is read anew."""
         with self._lock:
-            try:
-                file = open_regular(self._path)
-            except OSError:
-                return {}
-            with file:
-                status = os.fstat(file.fileno())
-                if status.st_ino != self._inode or status.st_size < self._done:
-                    self._inode, self._done, self._columns = status.st_ino, 0, {}
-                file.seek(self._done)
-                for line in complete_lines(file):
-                    self._done = file.tell()
-                    self._add(line)
+            for line in self._file.new():
+                self._add(parse_line(line) or {})
             return dict(self._columns)
 
-    def _add(self, line: bytes) -> None:
-        try:
-            record: Any = json.loads(line.decode())  # which knows NaN, as a run that diverges writes it
-            step = record["step"]
-        except (KeyError, TypeError, ValueError, RecursionError):
-            return  # a line that says nothing about a step
+    def _add(self, record: JsonObject) -> None:
+        step = record.get("step")
         if not is_number(step) or isinstance(step, bool) or not 0 <= step <= 2**53:
-            return
+            return  # a line that says nothing about a step
         for name, value in record.items():
             if is_number(value) and not isinstance(value, bool):
                 column = self._columns.setdefault(name, Column())

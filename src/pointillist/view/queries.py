@@ -4,11 +4,13 @@ import json
 import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final, Self
+from typing import Final, Self, TypeAlias
 from urllib.parse import urlencode
 
 from pointillist.view.run import ViewedRun
 
+SqlValue: TypeAlias = str | int | float | None
+"""What a column of the index holds."""
 PAGE: Final = 50
 SORTS: Final = {
     "newest": ("newest first", "step DESC, split DESC, file, start"),
@@ -54,7 +56,7 @@ class Filters:
 
     @classmethod
     def of(cls, query: Mapping[str, str]) -> Self:
-        """From an address; what is not understood there is as if it were not."""
+        """From an address; a value that is not understood counts as absent."""
         texts = {name: query.get(name, "")[:200] for name in cls.__slots__ if name != "page"}
         for name in ("reward_min", "reward_max"):
             texts[name] = texts[name] if _number(texts[name]) is not None else ""
@@ -69,9 +71,9 @@ class Filters:
         values = {name: getattr(changed, name) for name in self.__slots__}
         return urlencode({name: value for name, value in values.items() if value not in ("", "newest")})
 
-    def where(self, run: ViewedRun) -> tuple[str, list[Any]]:
+    def where(self, run: ViewedRun) -> tuple[str, list[SqlValue]]:
         """The SQL condition and its values."""
-        tests: list[tuple[str, Any]] = [
+        tests: list[tuple[str, SqlValue]] = [
             (f"{name} = ?", getattr(self, name)) for name in ("split", "env", "outcome", "error") if getattr(self, name)
         ]
         if self.step:
@@ -88,7 +90,7 @@ class Filters:
         return " AND ".join(test for test, _ in tests) or "1", [value for _, value in tests]
 
 
-def rollouts(run: ViewedRun, filters: Filters) -> tuple[list[dict[str, Any]], int]:
+def rollouts(run: ViewedRun, filters: Filters) -> tuple[list[dict[str, SqlValue]], int]:
     """One page of rollouts, and how many there are in all."""
     where, values = filters.where(run)
     with run.index.reader() as db:
@@ -203,7 +205,7 @@ def _first(cursor: sqlite3.Cursor) -> str | None:
     return str(row[0]) if row is not None else None
 
 
-def _named(row: tuple[Any, ...]) -> dict[str, Any]:
+def _named(row: tuple[SqlValue, ...]) -> dict[str, SqlValue]:
     return dict(zip(COLUMNS, row, strict=True))
 
 

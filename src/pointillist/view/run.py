@@ -2,24 +2,23 @@
 
 import threading
 import tomllib
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final
-
-import msgspec
+from typing import Final
 
 from pointillist.base.files import open_regular
-from pointillist.base.jsonl import complete_lines
-from pointillist.errors import ConfigError, MissingImageError, PointillistError
+from pointillist.base.image_limits import ImageLimits
+from pointillist.base.jsonl import Follower
+from pointillist.errors import ConfigError, MissingImageError, PointillistError, RecordError
 from pointillist.images.store import STORED_NAME
+from pointillist.runs.image_dir import image_dir_of, limits_of
 from pointillist.runs.paths import RunPaths
-from pointillist.upkeep.references import image_dir_of
+from pointillist.runs.records import Fault, decode_fault
 from pointillist.view.index import RunIndex, is_intact
 from pointillist.view.metrics import Column, MetricsFile
-from pointillist.view.rollout import Fault
 
 COMPONENTS: Final = ("orchestrator", "trainer", "eval")
-_decode_fault = msgspec.json.Decoder(Fault).decode
 
 
 class ViewedRun:
@@ -30,7 +29,7 @@ class ViewedRun:
 
         Args:
             folder: The run's output folder.
-            cache: Where the index is kept.
+            cache: Folder in which the index is kept.
 
         Raises:
             PointillistError: The folder holds no run.
@@ -40,7 +39,8 @@ class ViewedRun:
             raise PointillistError(f"{folder} holds no run: expected configs, metrics or rollouts in it")
         self.name = self.paths.output_dir.name
         self.image_dir = _image_dir(self.paths)
-        self.index = RunIndex(self.paths, self.image_dir, cache)
+        self.limits = limits_of(self.paths)
+        self.index = RunIndex(self.paths, self.image_dir, self.limits, cache)
         self._metrics = {name: MetricsFile(self.paths.metrics / f"{name}.jsonl") for name in COMPONENTS}
         self._faults = _FaultsFile(self.paths.faults)
 
@@ -72,11 +72,11 @@ class ViewedRun:
             return "missing"
         try:
             status = (self.image_dir / name).lstat()
-            return _verdict(self.image_dir, name, status.st_size, status.st_mtime_ns)
+            return _verdict(self.image_dir, name, self.limits, status.st_size, status.st_mtime_ns)
         except (OSError, MissingImageError):
             return "missing"
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, str | int | None]:
         """What the run's config says about environment and model; empty without a config."""
         try:
             with open_regular(self.paths.configs / "orchestrator.toml") as file:
@@ -94,38 +94,26 @@ class ViewedRun:
 
 
 class _FaultsFile:
-    """The trainer's faults by sample, read anew when the file has changed."""
+    """The trainer's faults by sample, followed as the run writes or rewinds them."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         self._lock = threading.Lock()
-        self._state = (0, 0)
         self._by_sample: dict[str, list[Fault]] = {}
+        self._file = Follower(path, self._by_sample.clear)
 
     def by_sample(self) -> dict[str, list[Fault]]:
         with self._lock:
-            try:
-                status = self._path.stat()
-                if (status.st_size, status.st_mtime_ns) == self._state:
-                    return self._by_sample
-                file = open_regular(self._path)
-            except OSError:
-                return {}
-            with file:
-                self._state, self._by_sample = (status.st_size, status.st_mtime_ns), {}
-                for line in complete_lines(file):
-                    try:
-                        fault = _decode_fault(line)
-                    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                        continue  # no fault's record
+            for line in self._file.new():
+                with suppress(RecordError):  # a damaged line costs itself only
+                    fault = decode_fault(line)
                     self._by_sample.setdefault(fault.sample_id, []).append(fault)
-            return self._by_sample
+            return dict(self._by_sample)
 
 
 @lru_cache(maxsize=10_000)
-def _verdict(root: Path, name: str, _size: int, _mtime: int) -> str:
+def _verdict(root: Path, name: str, limits: ImageLimits, _size: int, _mtime: int) -> str:
     """Reads a stored file once for as long as its size and time stay: the rollouts of a group share pictures."""
-    return "good" if is_intact(root, name) else "corrupt"
+    return "good" if is_intact(root, name, limits) else "corrupt"
 
 
 def _image_dir(paths: RunPaths) -> Path | None:
@@ -135,12 +123,13 @@ def _image_dir(paths: RunPaths) -> Path | None:
         return None
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> str | int | None:
     """A text or a number; None for anything else in its place."""
-    is_number = isinstance(value, int) and value.bit_length() < 64
-    return value if is_number or isinstance(value, str) else None
+    if isinstance(value, int):
+        return value if value.bit_length() < 64 else None
+    return value if isinstance(value, str) else None
 
 
-def _short(model: Any) -> Any:
+def _short(model: str | int | None) -> str | int | None:
     """A hub name as it is; of a folder its own name: where it lay is of no interest where a run is looked at."""
     return Path(model).name if isinstance(model, str) and Path(model).is_absolute() else model

@@ -1,4 +1,4 @@
-"""`pointillist view`: opens runs and serves their pages until it is told to stop."""
+"""`pointillist view`: opens runs and serves their pages until it is stopped."""
 
 import os
 import secrets
@@ -32,7 +32,7 @@ def serve(folders: Sequence[Path], host: str, port: int, api_key_var: str | None
             loopback, where none is needed.
 
     Raises:
-        ConfigError: The variable is not set, or the address can not be had.
+        ConfigError: The variable is not set, or the address cannot be bound.
         PointillistError: A folder holds no run.
     """
     token = _token(host, api_key_var)
@@ -40,7 +40,7 @@ def serve(folders: Sequence[Path], host: str, port: int, api_key_var: str | None
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise ConfigError(f"can not listen on {host}:{port} ({error.strerror})") from None
+        raise ConfigError(f"cannot listen on {host}:{port} ({error.strerror})") from None
     app = create_app(runs, cache_dir() / "thumbnails", token)
     for run in runs:
         run.index.start()
@@ -55,7 +55,7 @@ def serve(folders: Sequence[Path], host: str, port: int, api_key_var: str | None
 
 
 def open_runs(folders: Sequence[Path]) -> list[ViewedRun]:
-    """The runs; those whose folders have the same name are told apart by the folders above.
+    """The runs; where folders have the same name, the folder above is part of the run's name.
 
     Raises:
         PointillistError: A folder holds no run.
@@ -78,7 +78,7 @@ def _token(host: str, api_key_var: str | None) -> str | None:
 
 def _address(listener: socket.socket, token: str | None) -> str:
     host, port = listener.getsockname()[:2]
-    if host in ("0.0.0.0", "::"):  # noqa: S104 - where it was told to listen; people reach it by name
+    if host in ("0.0.0.0", "::"):  # noqa: S104 - an address to listen on; people reach it by name
         host = socket.gethostname()
     url = f"{http_url(host, port)}/"
     return f"{url}?token={token}" if token is not None else url

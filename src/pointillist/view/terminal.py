@@ -16,12 +16,13 @@ from rich.text import Text
 from pointillist.base.logs import plain
 from pointillist.errors import ImageError, MissingImageError, PointillistError, RefError
 from pointillist.images.store import read_stored
+from pointillist.runs.records import RolloutRecord, SampledPiece
 from pointillist.view.index import cache_dir
 from pointillist.view.queries import best_of_last_step
-from pointillist.view.rollout import Message, Picture, Piece, RolloutRecord, conversation, fate_of
+from pointillist.view.rollout import Message, ShownImage, conversation, fate_of
 from pointillist.view.run import ViewedRun
 from pointillist.view.terminal_images import half_blocks, kitty, sixel
-from pointillist.view.thumbnails import LIMITS, shrunk
+from pointillist.view.thumbnails import shrunk
 
 _ROLES: Final = {"user": "blue", "assistant": "dark_orange3", "tool": "green"}
 _PICTURE_PIXELS: Final = 320
@@ -33,10 +34,10 @@ def show_rollout(folder: Path, rollout_id: str | None, images: str, console: Con
 
     Args:
         folder: The run's folder.
-        rollout_id: Of the rollout; None is the best of the last step.
-        images: How pictures are drawn: `kitty`, `sixel`, `blocks`, `none`, or `auto`, which asks the terminal's
-            variables.
-        console: Where to.
+        rollout_id: Id of the rollout; None is the best one of the last step.
+        images: Protocol by which pictures are drawn: `kitty`, `sixel`, `blocks`, `none`, or `auto`, which
+            decides by the terminal's variables.
+        console: Console that the rollout is printed on.
 
     Raises:
         PointillistError: There is no run or no such rollout.
@@ -94,15 +95,15 @@ def _print_message(console: Console, run: ViewedRun, message: Message, way: str)
     if message.reasoning:
         console.print(Text(plain(message.reasoning), style="dim"))
     for part in message.parts:
-        if isinstance(part, Picture):
+        if isinstance(part, ShownImage):
             _print_picture(console, run, part, way)
         else:
-            console.print(_sampled(part) if isinstance(part, Piece) else Text(plain(part)))
+            console.print(_sampled(part) if isinstance(part, SampledPiece) else Text(plain(part)))
     for call in message.calls:
-        console.print(Text(f"tool call {plain(call.name)} {plain(call.arguments)}", style="italic"))
+        console.print(Text(f"tool call {plain(call.name)} {plain(call.indented)}", style="italic"))
 
 
-def _sampled(piece: Piece) -> Text:
+def _sampled(piece: SampledPiece) -> Text:
     """What the policy sampled; the less likely a token was, the more it stands out."""
     text = Text()
     for token, logprob in zip(piece.texts, piece.logprobs, strict=False):
@@ -112,7 +113,7 @@ def _sampled(piece: Piece) -> Text:
     return text
 
 
-def _print_picture(console: Console, run: ViewedRun, picture: Picture, way: str) -> None:
+def _print_picture(console: Console, run: ViewedRun, picture: ShownImage, way: str) -> None:
     condition = run.condition(picture.name)
     where = f"tokens {picture.span.offset} to {picture.span.offset + picture.span.length - 1}" if picture.span else ""
     if picture.name is None or run.image_dir is None or condition != "good":
@@ -122,7 +123,7 @@ def _print_picture(console: Console, run: ViewedRun, picture: Picture, way: str)
     if way == "none":
         return
     try:
-        image = shrunk(read_stored(run.image_dir, picture.name, LIMITS), _PICTURE_PIXELS)
+        image = shrunk(read_stored(run.image_dir, picture.name, run.limits), run.limits, _PICTURE_PIXELS)
     except (MissingImageError, RefError, ImageError) as error:
         console.print(Text(plain(str(error)), style="red"))
         return

@@ -1,10 +1,9 @@
 """Small versions of stored pictures, made when they are first looked at and kept in the cache folder.
 
 Named by the picture's hash, so all runs share them. One at a time is made, and none of a picture of more pixels than
-the viewer's memory is for.
+the viewer has memory for.
 """
 
-import hashlib
 import io
 import threading
 from contextlib import suppress
@@ -15,53 +14,51 @@ from typing import Final
 from PIL import Image
 
 from pointillist.base.files import write_atomically
-from pointillist.base.image_limits import STORED_LIMITS
-from pointillist.errors import RefError
+from pointillist.base.image_limits import ImageLimits
 from pointillist.images.decode import decode_rgb, to_pillow
-from pointillist.images.store import read_stored
+from pointillist.images.store import read_intact, sha256_in
 
 SIZES: Final = (96, 640)
 """Longest sides that are offered: in a list, and in a conversation."""
-LIMITS: Final = replace(STORED_LIMITS, max_pixels=16_000_000)
+_MAX_PIXELS: Final = 16_000_000
+"""Of a picture that is decoded for a small version, whatever the run accepts: the viewer's memory is bounded."""
 _SEEN: Final = 192
 _making = threading.Lock()
 
 
-def thumbnail(root: Path, name: str, size: int, cache: Path) -> bytes:
+def thumbnail(root: Path, name: str, limits: ImageLimits, size: int, cache: Path) -> bytes:
     """A stored picture as PNG, no side longer than `size`.
 
     Args:
-        root: Of the store.
-        name: As `STORED_NAME` has it.
-        size: One of `SIZES`.
+        root: Root of the store.
+        name: Name of the picture, as `STORED_NAME` has it.
+        limits: Limits on a picture of the run.
+        size: Longest side of the small version, one of `SIZES`.
         cache: Folder of thumbnails.
 
     Raises:
         MissingImageError: It is not in the store.
         RefError: It is corrupt, a link, or no regular file.
-        ImageError: It can not be decoded, or has too many pixels for this.
+        ImageError: It cannot be decoded, or has too many pixels for this.
     """
-    data = read_stored(root, name, LIMITS)
-    sha256 = name[3:67]
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise RefError("corrupt: its bytes are not what its name says")
+    data, sha256 = read_intact(root, name, limits), sha256_in(name)
     kept = cache / sha256[:2] / f"{sha256}-{size}.png"
     with suppress(OSError):
         return kept.read_bytes()
     with _making:
-        small = encode_png(shrunk(data, size))
+        small = encode_png(shrunk(data, limits, size))
     with suppress(OSError):  # a full disk costs only the keeping
         write_atomically(kept, small)
     return small
 
 
-def shrunk(data: bytes, size: int) -> Image.Image:
+def shrunk(data: bytes, limits: ImageLimits, size: int) -> Image.Image:
     """A decoded picture, no side longer than `size`; a tiny one is enlarged by a whole factor, to be seen at all.
 
     Raises:
-        ImageError: It can not be decoded, or has too many pixels for this.
+        ImageError: It cannot be decoded, or has too many pixels for this.
     """
-    image = to_pillow(decode_rgb(data, LIMITS))
+    image = to_pillow(decode_rgb(data, replace(limits, max_pixels=_MAX_PIXELS)))
     factor = min(size, _SEEN) // max(image.size)
     if factor > 1:
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

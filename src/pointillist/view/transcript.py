@@ -2,18 +2,17 @@
 
 import json
 import re
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
-from pointillist.base.image_limits import STORED_LIMITS
-from pointillist.base.jsonl import read_jsonl
+from pointillist.base.image_limits import ImageLimits
 from pointillist.base.logs import plain
-from pointillist.errors import PointillistError
-from pointillist.images.store import read_verified, stored_name
+from pointillist.errors import PointillistError, RefError
+from pointillist.images.store import read_intact
+from pointillist.runs.image_dir import image_dir_of, limits_of
 from pointillist.runs.paths import RunPaths
-from pointillist.upkeep.references import file_of, image_dir_of
+from pointillist.runs.records import RolloutRecord, file_of, read_rollouts
+from pointillist.view.rollout import ShownImage, messages_of
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -33,64 +32,61 @@ def write_transcript(run: Path, rollout_id: str, page: Path) -> int:
     Raises:
         PointillistError: No such rollout, or one of its pictures is not there or not what its name says.
     """
-    record = _record(run, rollout_id)
+    paths = RunPaths(run.resolve())
+    record = _record(paths, rollout_id)
+    root, limits = image_dir_of(paths), limits_of(paths)
+    pictures = page.with_suffix("") if page.suffix else page.with_name(f"{page.name}_pictures")
+    lines = _head(record)
+    count = 0
     try:
-        return _write(record, run, page)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise PointillistError(f"the record of rollout {rollout_id!r} is damaged ({error!r})") from None
+        pictures.mkdir(parents=True, exist_ok=True)
+        for number, branch in enumerate(record.branches):
+            if len(record.branches) > 1:
+                lines += [f"## Branch {number}", ""]
+            for message in messages_of(branch):
+                lines.append(f"**{message.role}**" if message.role in _ROLES else _code(message.role))
+                for part in message.parts:
+                    if isinstance(part, ShownImage):
+                        name = _copy(part.name, root, limits, pictures, count)
+                        lines += ["", f"![picture {count}]({quote(pictures.name)}/{name})"]
+                        count += 1
+                    elif isinstance(part, str):
+                        lines += ["", *_block(part)]
+                for call in message.calls:
+                    lines += ["", *_block(f"{call.name}({_on_one_line(call.arguments)})")]
+                lines.append("")
+        page.write_text("\n".join(lines), encoding="utf-8", errors="replace")
     except OSError as error:
         raise PointillistError(f"{page} cannot be written ({error})") from None
-
-
-def _write(record: dict[str, Any], run: Path, page: Path) -> int:
-    root = image_dir_of(RunPaths(run.resolve()))
-    pictures = page.with_suffix("") if page.suffix else page.with_name(f"{page.name}_pictures")
-    pictures.mkdir(parents=True, exist_ok=True)
-    error, answer = record.get("error"), record.get("answer")
-    result = "no reward" if record["reward"] is None else f"reward {record['reward']:g}"
-    lines = [f"# Rollout {_code(record['id'])}", "", f"Task {_code(record['task'])}, {result}.", ""]
-    if answer is not None:
-        lines += ["**expected answer**", "", *_block(answer), ""]
-    if error is not None:
-        said = f"{error['kind']}: {error['message']}\n{error.get('traceback', '')}".rstrip()
-        lines += ["**failed**", "", *_block(said), ""]
-    count = 0
-    for number, branch in enumerate(record["branches"]):
-        if len(record["branches"]) > 1:
-            lines += [f"## Branch {number}", ""]
-        for message in branch["messages"]:
-            role = message["role"]
-            lines.append(f"**{role}**" if role in _ROLES else _code(role))
-            for part in _parts(message):
-                if part["type"] == "text":
-                    lines += ["", *_block(part["text"])]
-                    continue
-                name = _copy(part["image_url"]["url"], root, pictures, count)
-                lines += ["", f"![picture {count}]({quote(pictures.name)}/{name})"]
-                count += 1
-            lines.append("")
-    page.write_text("\n".join(lines), encoding="utf-8", errors="replace")
     return count
 
 
-def _record(run: Path, rollout_id: str) -> dict[str, Any]:
-    path = file_of(RunPaths(run), rollout_id)
-    for record in read_jsonl(path) if path is not None else ():  # a damaged line costs itself alone
-        if record.get("id") == rollout_id:
+def _record(paths: RunPaths, rollout_id: str) -> RolloutRecord:
+    path = file_of(paths, rollout_id)
+    for record in read_rollouts(path) if path is not None else ():
+        if record.id == rollout_id:
             return record
     expected = "<step>.<group>.<member> or eval_<version>.<index>"
-    raise PointillistError(f"run {run} has no rollout {rollout_id!r}, expected {expected}")
+    raise PointillistError(f"run {paths.output_dir} has no rollout {rollout_id!r}, expected {expected}")
 
 
-def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
-    content = message["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or ())
-    for call in message.get("tool_calls") or ():
-        arguments = call["function"]["arguments"]
-        with suppress(ValueError):  # what the model wrote, if it is no JSON
-            arguments = json.dumps(json.loads(arguments))
-        parts.append({"type": "text", "text": f"{call['function']['name']}({arguments})"})
-    return [part for part in parts if part.get("text") != ""]
+def _head(record: RolloutRecord) -> list[str]:
+    result = "no reward" if record.reward is None else f"reward {record.reward:g}"
+    lines = [f"# Rollout {_code(record.id)}", "", f"Task {_code(record.task)}, {result}.", ""]
+    if record.answer is not None:
+        lines += ["**expected answer**", "", *_block(record.answer), ""]
+    if record.error is not None:
+        said = f"{record.error.kind}: {record.error.message}\n{record.error.traceback}".rstrip()
+        lines += ["**failed**", "", *_block(said), ""]
+    return lines
+
+
+def _on_one_line(arguments: str) -> str:
+    """Arguments of a call, which are what the model wrote if they are not JSON."""
+    try:
+        return json.dumps(json.loads(arguments))
+    except (ValueError, RecursionError):
+        return arguments
 
 
 def _block(text: str) -> list[str]:
@@ -111,9 +107,10 @@ def _longest_run(text: str) -> int:
     return max(map(len, re.findall("`+", text)), default=0)
 
 
-def _copy(uri: str, root: Path, folder: Path, number: int) -> str:
+def _copy(name: str | None, root: Path, limits: ImageLimits, folder: Path, number: int) -> str:
     """Copies a picture of the run's store; a record can name no other file."""
-    _, stored, sha256 = stored_name(uri, [root])
-    target = folder / f"{number}{Path(stored).suffix}"
-    target.write_bytes(read_verified(uri, sha256, [root], STORED_LIMITS))
+    if name is None:
+        raise RefError(f"picture {number} is not an image under an allowed root")
+    target = folder / f"{number}{Path(name).suffix}"
+    target.write_bytes(read_intact(root, name, limits))
     return target.name

@@ -42,8 +42,7 @@ from pointillist.inference.protocol import Choice, GenerateRequest, GenerateResp
 from pointillist.models import LoadedModel, load_model
 from pointillist.pixels import RawImageMaterializer
 from pointillist.pixels.on_device import as_tensors
-from pointillist.refs.mm_refs import mm_token_type_ids
-from pointillist.refs.wire import ImageRef
+from pointillist.refs import MMImageRef, mm_token_type_ids
 from pointillist.weights.fetch import WeightFolders, check_order, load_newest_usable
 from pointillist.weights.wire import UpdateWeightsRequest
 
@@ -111,7 +110,7 @@ class Server:
                 total_tokens=len(prompt.token_ids) + sampled,
             ),
             prompt_token_ids=prompt.token_ids if request.return_token_ids else None,
-            mm_placeholders=Placeholders(prompt.placeholders) if prompt.refs and request.return_token_ids else None,
+            mm_placeholders=Placeholders.of(prompt.images) if prompt.images and request.return_token_ids else None,
         )
         return await run_in_threadpool(msgspec.json.encode, answer)
 
@@ -151,19 +150,19 @@ class Server:
     async def _prepare(
         self, request: GenerateRequest, request_id: str, max_tokens: int, prompt: CheckedPrompt, types: list[int]
     ) -> EngineRequest:
-        tensors = await run_in_threadpool(self._materialize, prompt.refs, prompt.lengths) if prompt.refs else {}
+        tensors = await run_in_threadpool(self._materialize, prompt.images) if prompt.images else {}
         read = Prompt(torch.tensor(prompt.token_ids), torch.tensor(types), tensors)
-        share_key = (tuple(prompt.token_ids), tuple(ref.hash for ref in prompt.refs))
+        share_key = (tuple(prompt.token_ids), tuple(image.hash for image in prompt.images))
         return EngineRequest(read, share_key, request.sampling_params, max_tokens, id=request_id)
 
-    def _materialize(self, refs: list[ImageRef], lengths: list[int]) -> dict[str, torch.Tensor]:
+    def _materialize(self, images: list[MMImageRef]) -> dict[str, torch.Tensor]:
         """Runs in a worker thread."""
         started = time.perf_counter()
         try:
-            arrays = self.materializer.materialize(refs, lengths, "uint8")
+            arrays = self.materializer.materialize(images, "uint8")
         except PointillistError as error:
-            raise request_error(error, refs) from None
-        self.metrics.images.materialized(len(refs), time.perf_counter() - started, self.materializer.cache)
+            raise request_error(error, images) from None
+        self.metrics.images.materialized(len(images), time.perf_counter() - started, self.materializer.cache)
         return as_tensors(arrays)
 
     async def _await_choices(self, request: EngineRequest, http: Request) -> list[Choice]:

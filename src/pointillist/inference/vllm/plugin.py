@@ -33,7 +33,7 @@ from pointillist.families import load_family, resolve_model_dir
 from pointillist.inference.door import OWN_PATHS, Door, http_limits
 from pointillist.inference.metrics import ImageMetrics
 from pointillist.inference.prompt import CheckedPrompt, ServerBounds, check_prompt, check_sizes, pixel_bytes
-from pointillist.inference.protocol import PromptFields, check_params, decode_body
+from pointillist.inference.protocol import Placeholders, PromptFields, check_params, decode_body
 from pointillist.inference.vllm.serve import CONFIG_VARIABLE
 from pointillist.inference.vllm.serving import ItemMaker, RawServingTokens
 from pointillist.inference.vllm.versions import check_vllm
@@ -229,9 +229,9 @@ async def is_paused(raw_request: Request) -> dict[str, bool]:
 def _stock_request(body: dict[str, Any], prompt: CheckedPrompt) -> GenerateRequest:
     """The request as vLLM knows it: where images lie, and nothing of what they are."""
     features = None
-    if prompt.refs:
-        places = [msgspec.to_builtins(place) for place in prompt.placeholders]
-        features = {"mm_hashes": {"image": [ref.hash for ref in prompt.refs]}, "mm_placeholders": {"image": places}}
+    if prompt.images:
+        places = msgspec.to_builtins(Placeholders.of(prompt.images))
+        features = {"mm_hashes": {"image": [image.hash for image in prompt.images]}, "mm_placeholders": places}
     stock = {**body, "token_ids": prompt.token_ids, "features": features, "content_parts": None}
     _refuse_unknown(body)
     if stock.get("request_id") is None:

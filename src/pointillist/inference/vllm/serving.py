@@ -62,13 +62,13 @@ class ItemMaker:
         Raises:
             RequestError: 400, by the contract's section 4.
         """
-        return await run_in_threadpool(self._items, prompt) if prompt.refs else []
+        return await run_in_threadpool(self._items, prompt) if prompt.images else []
 
     def _items(self, prompt: CheckedPrompt) -> list[MultiModalKwargsItem]:
         try:
-            batch = self.materializer.load(prompt.refs, prompt.lengths)
+            batch = self.materializer.load(prompt.images)
         except PointillistError as error:
-            raise request_error(error, prompt.refs) from None
+            raise request_error(error, prompt.images) from None
         distinct = [self._item(image) for image in batch.images]
         return [distinct[which] for which in batch.index]
 

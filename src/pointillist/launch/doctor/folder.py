@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from pointillist.base.files import write_atomically
 from pointillist.launch.doctor import probe
 from pointillist.launch.doctor.finding import Finding
 
@@ -85,15 +86,15 @@ def _durable(scratch: Path) -> Finding:
 def _shared(scratch: Path) -> Iterator[Finding]:
     """Writes for another process, reads what it writes, and replaces a file under its eyes."""
     content = secrets.token_bytes(_SWAPPED_BYTES)
-    _replace(scratch / probe.SWAPPED, b"a" * _SWAPPED_BYTES)
+    write_atomically(scratch / probe.SWAPPED, b"a" * _SWAPPED_BYTES, durable=False)
     child = subprocess.Popen(
         [sys.executable, "-m", probe.__name__, str(scratch)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
     try:
-        _replace(scratch / probe.FROM_DOCTOR, content)
+        write_atomically(scratch / probe.FROM_DOCTOR, content, durable=False)
         yield _coherent(scratch / probe.FROM_PROBE, hashlib.sha256(content).hexdigest())
         for turn in range(_SWAPS):
-            _replace(scratch / probe.SWAPPED, b"ab"[turn % 2 :][:1] * _SWAPPED_BYTES)
+            write_atomically(scratch / probe.SWAPPED, b"ab"[turn % 2 :][:1] * _SWAPPED_BYTES, durable=False)
         (scratch / probe.STOP).touch()
         told, _ = child.communicate(timeout=3 * probe.PATIENCE_SECONDS)
     finally:
@@ -123,9 +124,3 @@ def _atomic(told: dict[str, int]) -> Finding:
             f"{text}: {told['missing']} times missing, {told['torn']} torn: use another",
         )
     return Finding("rename", "ok", text)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)

@@ -4,7 +4,7 @@ The processes know nothing of it: they write `metrics/*.jsonl` and `rollouts/`, 
 is new and hands it to every monitor. Neither library is imported unless the config asks for it.
 """
 
-from pointillist.launch.monitors.interface import Monitor, Picture, Row
+from pointillist.launch.monitors.interface import Monitor, Row, RowImage
 from pointillist.launch.monitors.watching import Watching, check_monitors
 
-__all__ = ["Monitor", "Picture", "Row", "Watching", "check_monitors"]
+__all__ = ["Monitor", "Row", "RowImage", "Watching", "check_monitors"]

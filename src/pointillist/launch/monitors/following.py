@@ -1,22 +1,20 @@
 """Reading what is new: the metrics that the processes append, and rollouts as rows with their pictures."""
 
 import hashlib
-import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from pointillist.base.files import open_regular
-from pointillist.base.image_limits import STORED_LIMITS
-from pointillist.base.jsonl import complete_lines, is_number, read_jsonl
-from pointillist.errors import PointillistError
-from pointillist.images import read_verified
-from pointillist.images.store import stored_name
-from pointillist.launch.monitors.interface import Picture, Row
+from pointillist.base.image_limits import ImageLimits
+from pointillist.base.jsonl import Follower, JsonObject, is_number, parse_line
+from pointillist.errors import RefError
+from pointillist.images.decode import read_header
+from pointillist.images.store import read_intact, sha256_in
+from pointillist.launch.monitors.interface import Row, RowImage
 from pointillist.launch.run_dir import METRIC_FILES
+from pointillist.runs.image_dir import image_dir_of, limits_of
 from pointillist.runs.paths import RunPaths
-from pointillist.upkeep.references import image_dir_of
+from pointillist.runs.records import RolloutRecord, read_rollouts
+from pointillist.view.rollout import Message, ShownImage, messages_of
 
 _IMAGE = "[image]"
 
@@ -30,105 +28,72 @@ class MetricsFollower:
 
     def __init__(self, paths: RunPaths) -> None:
         """Begins behind what is there: an earlier launcher has handed that on."""
-        self._files = {Path(name).stem: _Lines(paths.metrics / name) for name in METRIC_FILES}
-        for file in self._files.values():
-            file.new()
+        self._files = {Path(name).stem: Follower(paths.metrics / name) for name in METRIC_FILES}
+        self._given: dict[str, set[bytes]] = {component: set() for component in self._files}
+        """Digests of all lines of each component."""
+        for _ in self.new():
+            pass
 
-    def new(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    def new(self) -> Iterator[tuple[str, JsonObject]]:
         """`(component, record)` of every line that was completed since the last call."""
         for component, file in self._files.items():
+            given = self._given[component]
             for line in file.new():
-                try:
-                    record = json.loads(line.decode())
-                except (ValueError, RecursionError):
-                    continue  # a damaged line
-                if isinstance(record, dict) and type(step := record.get("step")) is int and 0 <= step < 2**53:
-                    yield component, record
+                digest = hashlib.blake2b(line, digest_size=16).digest()
+                if digest not in given:
+                    given.add(digest)
+                    step = (record := parse_line(line) or {}).get("step")
+                    if type(step) is int and 0 <= step < 2**53:
+                        yield component, record
 
 
-class _Lines:
-    """Lines of one file that grows, and may be replaced."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._inode = 0
-        self._offset = 0
-        self._given: set[bytes] = set()
-        """Digests of all lines."""
-
-    def new(self) -> list[bytes]:
-        try:
-            opened = open_regular(self._path)
-        except OSError:  # it is not there yet, or a file system lags: the next time may do
-            return []
-        with opened as file:
-            inode = os.fstat(file.fileno()).st_ino
-            if inode != self._inode:
-                self._inode, self._offset = inode, 0
-            file.seek(self._offset)
-            lines = {}
-            for line in complete_lines(file):
-                lines[hashlib.blake2b(line, digest_size=16).digest()] = line
-                self._offset = file.tell()
-        unknown = [line for digest, line in lines.items() if digest not in self._given]
-        self._given.update(lines)
-        return unknown
-
-
-def numbers(record: Mapping[str, Any]) -> dict[str, float]:
+def numbers(record: Mapping[str, object]) -> dict[str, float]:
     """The metrics of a record: its numbers, without the step itself."""
     return {name: float(value) for name, value in record.items() if is_number(value) and name != "step"}
 
 
 def rows_of(paths: RunPaths, step: int, count: int) -> list[Row]:
-    """Some rollouts of a step, spread evenly over all of them.
+    """Some rollouts of a step, spread evenly over all of them; a damaged record is passed over.
 
     Raises:
-        PointillistError: The records can not be read, or a picture is not there or not what its name says.
+        PointillistError: A picture is not there or not what its name says.
+        OSError: The records cannot be read.
     """
-    records = read_jsonl(paths.rollouts_file(step))
-    try:
-        # Without those that failed: they have no reward.
-        records = [record for record in records if record["branches"] and record["reward"] is not None]
-        root = image_dir_of(paths)
-        chosen = min(count, len(records))
-        return [_row(records[index * len(records) // chosen], root) for index in range(chosen)]
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise PointillistError(f"a rollout's record of step {step} is damaged ({error!r})") from None
+    # Without those that failed: they have no reward.
+    rewarded = [
+        (record, record.reward)
+        for record in read_rollouts(paths.rollouts_file(step))
+        if record.branches and record.reward is not None
+    ]
+    root, limits = image_dir_of(paths), limits_of(paths)
+    chosen = min(count, len(rewarded))
+    return [_row(*rewarded[index * len(rewarded) // chosen], root, limits) for index in range(chosen)]
 
 
-def _row(record: Mapping[str, Any], root: Path) -> Row:
+def _row(record: RolloutRecord, reward: float, root: Path, limits: ImageLimits) -> Row:
     """The last branch of a rollout: it has the conversation as it ended."""
-    messages = record["branches"][-1]["messages"]
-    roles = [message["role"] for message in messages]
+    messages = messages_of(record.branches[-1])
+    roles = [message.role for message in messages]
     first = roles.index("assistant") if "assistant" in roles else len(roles)
-    uris = [part["image_url"]["url"] for message in messages for part in _parts(message) if part["type"] != "text"]
+    images = [part for message in messages for part in message.parts if isinstance(part, ShownImage)]
     return Row(
-        id=record["id"],
-        prompt=_text(messages[:first]),
-        completion=_text(messages[first:]),
-        reward=record["reward"],
-        advantage=record["advantage"],
-        pictures=tuple(_picture(uri, root) for uri in uris),
+        id=record.id,
+        prompt="\n\n".join(map(_text, messages[:first])),
+        completion="\n\n".join(map(_text, messages[first:])),
+        reward=reward,
+        advantage=record.advantage,
+        images=tuple(_image(image.name, root, limits) for image in images),
     )
 
 
-def _text(messages: list[dict[str, Any]]) -> str:
-    return "\n\n".join(
-        f"{message['role']}: {''.join(part['text'] if part['type'] == 'text' else _IMAGE for part in _parts(message))}"
-        for message in messages
-    )
+def _text(message: Message) -> str:
+    said = "".join(part if isinstance(part, str) else _IMAGE for part in message.parts)
+    return f"{message.role}: {said}" + "".join(f"\n{call.name}({call.arguments})" for call in message.calls)
 
 
-def _parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:
-    content = message["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or ())
-    calls = [f"\n{call['function']['name']}({call['function']['arguments']})" for call in message.get("tool_calls", ())]
-    return [*parts, *({"type": "text", "text": call} for call in calls)]
-
-
-def _picture(uri: str, root: Path) -> Picture:
-    """Only a picture of the run's own store, and only if it is the one that its name says."""
-    _, name, sha256 = stored_name(uri, [root])
-    read_verified(uri, sha256, [root], STORED_LIMITS)
-    return Picture(sha256, root / name)
+def _image(name: str | None, root: Path, limits: ImageLimits) -> RowImage:
+    """An image of the run's own store, after checking that it is the one that its name says."""
+    if name is None:
+        raise RefError("a message's image is not in the run's store")
+    header = read_header(read_intact(root, name, limits), limits)
+    return RowImage(sha256_in(name), root / name, header.width, header.height)

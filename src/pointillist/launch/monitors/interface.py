@@ -7,11 +7,14 @@ from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture of a rollout, as it lies in the run's store."""
+class RowImage:
+    """An image of a rollout, as it lies in the run's store."""
 
     sha256: str
     path: Path
+    width: int
+    """Pixels, after the EXIF orientation is applied."""
+    height: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +30,12 @@ class Row:
     reward: float
     advantage: float | None
     """None if its group taught nothing."""
-    pictures: tuple[Picture, ...]
+    images: tuple[RowImage, ...]
     """In the order in which they were shown."""
 
 
 class Monitor(Protocol):
-    """Somewhere that a run can be watched. Called from one thread; may raise whatever it likes."""
+    """Somewhere that a run can be watched. Called from one thread; may raise any exception."""
 
     name: str
     """For the warning if it fails."""

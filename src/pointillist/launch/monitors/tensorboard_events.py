@@ -1,6 +1,6 @@
 """TensorBoard: event files by tensorboard's own writer, which needs neither torch nor TensorFlow.
 
-A table of rollouts is text, which can not show pictures; they are written beside it, each distinct one once, under the
+A table of rollouts is text, which cannot show pictures; they are written beside it, each distinct one once, under the
 name by which the table mentions it.
 """
 
@@ -9,10 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from pointillist.base.image_limits import STORED_LIMITS
 from pointillist.base.logs import plain
-from pointillist.images import read_header
-from pointillist.launch.monitors.interface import Picture, Row
+from pointillist.launch.monitors.interface import Row, RowImage
 
 _MARKUP: Final = {ord(character): f"&#{ord(character)};" for character in "\\`*_{}[]()<>#!|~&\"'"}
 
@@ -26,7 +24,7 @@ class TensorboardMonitor:
         """Opens it.
 
         Args:
-            folder: As `tensorboard --logdir` takes it.
+            folder: Folder for `tensorboard --logdir`.
         """
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.plugins.text.summary_v2 import text_pb
@@ -44,7 +42,7 @@ class TensorboardMonitor:
     def rollouts(self, step: int, rows: Sequence[Row]) -> None:
         """As `Monitor.rollouts`."""
         self._write(step, self._text("rollouts", _table(rows)))
-        for picture in (picture for row in rows for picture in row.pictures):
+        for picture in (picture for row in rows for picture in row.images):
             if picture.sha256 not in self._shown:
                 self._shown.add(picture.sha256)
                 self._write(step, self._summary(value=[self._image(picture)]))
@@ -53,10 +51,9 @@ class TensorboardMonitor:
         """As `Monitor.close`."""
         self._writer.close()
 
-    def _image(self, picture: Picture) -> Any:
+    def _image(self, picture: RowImage) -> Any:
         data = picture.path.read_bytes()
-        header = read_header(data, STORED_LIMITS)
-        image = self._summary.Image(width=header.width, height=header.height, colorspace=3, encoded_image_string=data)
+        image = self._summary.Image(width=picture.width, height=picture.height, colorspace=3, encoded_image_string=data)
         return self._summary.Value(tag=f"pictures/{_short(picture)}", image=image)
 
     def _write(self, step: int, summary: Any) -> None:
@@ -70,7 +67,7 @@ def _table(rows: Sequence[Row]) -> str:
     ]
     for row in rows:
         advantage = "" if row.advantage is None else f"{row.advantage:.3g}"
-        pictures = " ".join(_short(picture) for picture in row.pictures)
+        pictures = " ".join(_short(picture) for picture in row.images)
         cells = [row.id, f"{row.reward:.3g}", advantage, _cell(row.prompt), _cell(row.completion), pictures]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -81,5 +78,5 @@ def _cell(text: str) -> str:
     return plain(text).translate(_MARKUP).replace("\n", "<br>")
 
 
-def _short(picture: Picture) -> str:
+def _short(picture: RowImage) -> str:
     return picture.sha256[:12]

@@ -34,7 +34,7 @@ def check_monitors(config: MonitorsConfig) -> None:
 
 
 def make_monitors(config: RLConfig, paths: RunPaths, say: Callable[[str], None]) -> list[Monitor]:
-    """The monitors of a run's config; one that can not begin is left out with a warning."""
+    """The monitors of a run's config; one that cannot begin is left out with a warning."""
     folder = paths.output_dir / "monitors"
     makers: dict[str, Callable[[], Monitor]] = {}
     if (wandb_config := config.monitors.wandb) is not None:
@@ -67,10 +67,10 @@ class Watching:
         """Begins behind what the folder holds already.
 
         Args:
-            make: Makes the monitors, in the thread: a library may take its time.
-            config: How often there are tables, and of how many rollouts.
+            make: Function that makes the monitors, in the thread: a library may take its time.
+            config: Settings of the tables: every how many steps, of how many rollouts.
             paths: The run's folder.
-            say: Where a monitor that fails is reported.
+            say: Function that reports a monitor that fails.
         """
         self._make = make
         self._config = config

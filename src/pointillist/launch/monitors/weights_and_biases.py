@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from pointillist.base.files import write_atomically
 from pointillist.config import RLConfig, WandbConfig
-from pointillist.launch.monitors.interface import Picture, Row
+from pointillist.launch.monitors.interface import Row, RowImage
 from pointillist.runs.paths import RunPaths
 
 _COLUMNS: Final = ("rollout", "prompt", "completion", "reward", "advantage")
@@ -27,9 +27,9 @@ class WandbMonitor:
         """Begins the run.
 
         Args:
-            config: Of the whole run, shown beside its curves; `env_vars` are left out, they may hold keys.
-            wandb_config: Where the run goes.
-            folder: For everything that the library writes.
+            config: Config of the whole run, shown beside its curves without `env_vars`, which may hold keys.
+            wandb_config: Project, entity and name of the run.
+            folder: Folder for everything that the library writes.
         """
         # What waits to be uploaded lies in the run's folder, too, not in the user's home.
         os.environ.setdefault("WANDB_DATA_DIR", str(folder))
@@ -65,12 +65,12 @@ class WandbMonitor:
 
     def rollouts(self, step: int, rows: Sequence[Row]) -> None:
         """As `Monitor.rollouts`; a column for each picture, since a cell can hold one."""
-        width = max((len(row.pictures) for row in rows), default=0)
+        width = max((len(row.images) for row in rows), default=0)
         table = self._wandb.Table(
             columns=[*_COLUMNS, *(f"picture {index}" for index in range(width))], allow_mixed_types=True
         )
         for row in rows:
-            pictures = [self._image(picture) for picture in row.pictures]
+            pictures = [self._image(picture) for picture in row.images]
             empty = [None] * (width - len(pictures))
             table.add_data(row.id, row.prompt, row.completion, row.reward, row.advantage, *pictures, *empty)
         self._run.log({"orchestrator/step": step, "rollouts": table})
@@ -79,7 +79,7 @@ class WandbMonitor:
         """As `Monitor.close`."""
         self._run.finish()
 
-    def _image(self, picture: Picture) -> Any:
+    def _image(self, picture: RowImage) -> Any:
         if picture.sha256 not in self._images:
             self._images[picture.sha256] = self._wandb.Image(str(picture.path))
         return self._images[picture.sha256]

@@ -15,9 +15,9 @@ Every page is made on the server, with autoescape on; the script only helps the 
 
 import logging
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.applications import Starlette
@@ -47,7 +47,7 @@ from pointillist.view.queries import (
     store_facts,
 )
 from pointillist.view.run import ViewedRun
-from pointillist.view.thumbnails import LIMITS, SIZES, thumbnail
+from pointillist.view.thumbnails import SIZES, thumbnail
 from pointillist.view.web.access import LIMITS_OF_REQUESTS, Access, answer, check
 from pointillist.view.web.charts import number
 from pointillist.view.web.overview import metric_charts, phase_charts, side_by_side
@@ -55,6 +55,8 @@ from pointillist.view.web.shown import ShownRollout, is_picture, is_sampled
 
 logger = logging.getLogger(__name__)
 
+Context: TypeAlias = dict[str, Any]
+"""Values of a template by name; `run` is the run that is shown."""
 _GROUP: Final = 32
 """Rollouts of a group that are shown beside each other."""
 _HERE: Final = Path(__file__).parent
@@ -70,7 +72,7 @@ class Viewer:
         """Prepares.
 
         Args:
-            runs: That are looked at.
+            runs: Runs that are shown.
             cache: Folder of thumbnails.
         """
         self._runs = list(runs)
@@ -85,7 +87,7 @@ class Viewer:
         self._templates.filters |= {"number": number, "size": size_text}
         self._templates.tests |= {"picture": is_picture, "sampled": is_sampled}
 
-    def overview(self, _: Request) -> dict[str, Any]:
+    def overview(self, _: Request) -> Context:
         """All runs."""
         return {
             "run": self._runs[0],
@@ -96,7 +98,7 @@ class Viewer:
             "rows": side_by_side(self._runs),
         }
 
-    def rollouts(self, request: Request) -> dict[str, Any]:
+    def rollouts(self, request: Request) -> Context:
         """Rollouts of a run."""
         index, run = self._run(request)
         filters = Filters.of(request.query_params)
@@ -119,7 +121,7 @@ class Viewer:
             "faults": FAULTS,
         }
 
-    def group(self, request: Request) -> dict[str, Any]:
+    def group(self, request: Request) -> Context:
         """Rollouts of a group, beside each other."""
         index, run = self._run(request)
         name = request.query_params.get("id", "")
@@ -130,7 +132,7 @@ class Viewer:
             raise HTTPException(404, f"run {run.name} has no group {name}")
         return {"run": run, "number": index, "title": f"Group {name}", "name": name, "shown": shown}
 
-    def rollout(self, request: Request) -> dict[str, Any]:
+    def rollout(self, request: Request) -> Context:
         """One rollout."""
         index, run = self._run(request)
         rollout_id = request.query_params.get("id", "")
@@ -147,7 +149,7 @@ class Viewer:
             "after": after,
         }
 
-    def store(self, request: Request) -> dict[str, Any]:
+    def store(self, request: Request) -> Context:
         """The run's store."""
         index, run = self._run(request)
         return {"run": run, "number": index, "title": "Image store", "facts": store_facts(run)}
@@ -157,7 +159,7 @@ class Viewer:
         _, run = self._run(request)
         name = request.path_params["name"]
         try:
-            data = read_stored(_root(run, name), name, LIMITS)
+            data = read_stored(_root(run, name), name, run.limits)
         except (MissingImageError, RefError) as error:
             return _no_picture(error)
         extension = name.rpartition(".")[2]
@@ -170,9 +172,8 @@ class Viewer:
         if size is None or size not in SIZES:
             raise HTTPException(404, f"expected a size of {SIZES}")
         try:
-            return Response(
-                thumbnail(_root(run, name), name, size, self._cache), media_type="image/png", headers=_FOREVER
-            )
+            small = thumbnail(_root(run, name), name, run.limits, size, self._cache)
+            return Response(small, media_type="image/png", headers=_FOREVER)
         except (MissingImageError, RefError, ImageError) as error:
             return _no_picture(error)
 
@@ -192,7 +193,7 @@ class Viewer:
             headers={"Cache-Control": "no-store"},
         )
 
-    def page(self, template: str, make: Callable[[Request], dict[str, Any]]) -> Callable[[Request], Any]:
+    def page(self, template: str, make: Callable[[Request], Context]) -> Callable[[Request], Awaitable[Response]]:
         """The endpoint of a page, which is made in a thread."""
 
         async def endpoint(request: Request) -> Response:
@@ -201,14 +202,14 @@ class Viewer:
         return endpoint
 
     async def refuse(self, request: Request, error: Exception) -> Response:
-        """What can not be shown, said on a page."""
+        """The page for an address that cannot be shown."""
         status, message = (error.status_code, error.detail) if isinstance(error, HTTPException) else (500, "failed")
         context = {"run": self._runs[0], "number": 0, "title": "Not there", "message": message}
         page = await run_in_threadpool(lambda: self._render(request, "refusal.html", context))
         page.status_code = status
         return page
 
-    def _render(self, request: Request, template: str, context: dict[str, Any]) -> Response:
+    def _render(self, request: Request, template: str, context: Context) -> Response:
         progress = context["run"].index.progress()
         theme = request.cookies.get("theme")
         page = self._templates.get_template(template).render(
@@ -232,9 +233,9 @@ def create_app(runs: Sequence[ViewedRun], cache: Path, token: str | None) -> ASG
     """The web application.
 
     Args:
-        runs: That are looked at; the first is the one that the overview leads to.
+        runs: Runs that are shown; the first is the one that the overview leads to.
         cache: Folder of thumbnails.
-        token: That requests must bring; None on loopback.
+        token: Token that requests must bring; None on loopback.
     """
     viewer = Viewer(runs, cache)
     routes = [
@@ -280,7 +281,7 @@ def size_text(num_bytes: int) -> str:
 
 
 def _root(run: ViewedRun, name: str) -> Path:
-    """The store that holds a name, which must have the grammar of a stored image: nothing else can be asked for."""
+    """The store that holds a name, which must have the grammar of a stored image: no other file can be asked for."""
     if not STORED_NAME.fullmatch(name):
         raise RefError("expected <hh>/<sha256>.<ext>")
     if run.image_dir is None:

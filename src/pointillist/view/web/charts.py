@@ -1,4 +1,4 @@
-"""Line charts as geometry: the template draws them as SVG, and as a table for whoever can not see them."""
+"""Line charts as geometry: the template draws them as SVG, and as a table for readers who cannot see them."""
 
 import math
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ def line_chart(key: str, title: str, about: str, lines: Sequence[Line]) -> Chart
 
     Args:
         key: Unique on its page.
-        title: What is shown.
+        title: Name of what is shown.
         about: One sentence that says what it means.
         lines: Values that are not finite are left out, and so are lines without any.
 

@@ -1,7 +1,7 @@
 """The overview: what each run is and how it went, and their metrics over each other."""
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 from pointillist.view.metrics import Column
 from pointillist.view.queries import outcomes
@@ -86,7 +86,7 @@ def _last_failed(run: ViewedRun) -> str:
 
 def side_by_side(runs: Sequence[ViewedRun]) -> list[tuple[str, list[str]]]:
     """The summaries of all runs as rows with a cell a run."""
-    summaries: list[dict[str, Any]] = [dict(summary(run)) for run in runs]
+    summaries: list[dict[str, str]] = [dict(summary(run)) for run in runs]
     names = list(dict.fromkeys(name for each in summaries for name in each))
     return [(name, [each.get(name, "") for each in summaries]) for name in names]
 

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Self
 
-from pointillist.view.rollout import BranchRecord, Fate, Message, Picture, Piece, RolloutRecord, conversation, fate_of
+from pointillist.runs.records import BranchRecord, RolloutRecord, SampledPiece
+from pointillist.view.rollout import Fate, Message, ShownImage, conversation, fate_of
 from pointillist.view.run import ViewedRun
 
 _SHADES = 10
@@ -51,15 +52,15 @@ class ShownBranch:
     numbers: dict[int, int]
     """Of its pictures, from 1, by identity."""
 
-    def condition(self, picture: Picture) -> str:
+    def condition(self, picture: ShownImage) -> str:
         """`good`, `missing` or `corrupt`."""
         return self.conditions[picture.name]
 
-    def picture_number(self, picture: Picture) -> int:
+    def picture_number(self, picture: ShownImage) -> int:
         """Its number in the conversation, from 1."""
         return self.numbers[id(picture)]
 
-    def tokens(self, piece: Piece) -> list[Token]:
+    def tokens(self, piece: SampledPiece) -> list[Token]:
         """The tokens of a sampled piece."""
         pairs = zip(piece.texts, piece.logprobs, strict=False)
         return [Token(piece.offset + index, text, logprob) for index, (text, logprob) in enumerate(pairs)]
@@ -78,19 +79,14 @@ class ShownRollout:
     def of(cls, run: ViewedRun, record: RolloutRecord) -> Self:
         """Looks up what became of a rollout and of its pictures."""
         branches = [_branch(run, record, index) for index in range(len(record.branches))]
-        if not branches:
-            record.branches.append(BranchRecord())
-            fate = fate_of(record, 0, [], run.trained_steps)
-            record.branches.pop()
-        else:
-            fate = branches[0].fate
+        fate = branches[0].fate if branches else fate_of(record, 0, [], run.trained_steps)
         return cls(record, fate, branches)
 
 
 def _branch(run: ViewedRun, record: RolloutRecord, index: int) -> ShownBranch:
     branch = record.branches[index]
     messages = conversation(branch)
-    pictures = [part for message in messages for part in message.parts if isinstance(part, Picture)]
+    pictures = [part for message in messages for part in message.parts if isinstance(part, ShownImage)]
     names = {picture.name for picture in pictures}
     return ShownBranch(
         branch,
@@ -113,9 +109,9 @@ def _stretches(branch: BranchRecord) -> list[Stretch]:
 
 def is_picture(part: object) -> bool:
     """Whether a message's part is a picture."""
-    return isinstance(part, Picture)
+    return isinstance(part, ShownImage)
 
 
 def is_sampled(part: object) -> bool:
     """Whether a message's part is what the policy sampled."""
-    return isinstance(part, Piece)
+    return isinstance(part, SampledPiece)
