@@ -35,7 +35,7 @@ from verifiers.v1.serve import EnvClient, env_config_data
 from pointillist.base.jsonl import JsonObject
 from pointillist.config.shared import CARRIER
 from pointillist.environments import Task
-from pointillist.errors import EnvironmentLoadError, PointillistError
+from pointillist.errors import EnvironmentLoadError, Fault, PointillistError
 from pointillist.images import ImageStore, Sources, normalize_images
 from pointillist.runs.image_dir import writer_limits
 from pointillist.sessions import Session
@@ -59,6 +59,9 @@ serve_env(max_workers=int(sys.argv[2]), elastic=False, address=sys.argv[1],
 
 class RolloutError(PointillistError):
     """verifiers could not finish a rollout."""
+
+    retryable = True
+    fault: Fault = "environment"
 
 
 class VerifiersEnvironment:

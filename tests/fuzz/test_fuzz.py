@@ -22,8 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pointillist.base.http_guard import RequestError
-from pointillist.errors import PointillistError, SourceError
+from pointillist.errors import PointillistError, RequestError, SourceError
 from pointillist.families import Family
 from pointillist.images import ImageLimits, ImageStore, Sources, decode_rgb, normalize_images, read_header
 from pointillist.images.remote import RemoteImages, public_address

@@ -176,7 +176,7 @@ async def test_odd_requests_are_refused_in_the_shape_of_their_api_and_the_sessio
 @pytest.mark.parametrize("api", APIS)
 async def test_what_the_inference_server_refuses_is_a_400_and_what_it_fails_at_a_502(stage: Stage, api: str) -> None:
     session = stage.open()
-    for failure, status in [(RequestRefusedError("n", "sampling_params.n"), 400), (InferenceError("died"), 502)]:
+    for failure, status in [(RequestRefusedError("n", param="sampling_params.n"), 400), (InferenceError("died"), 502)]:
         stage.policy.failure = failure
         answer = await stage.http.post(f"{session.base_url}/{api}", json=body(api))
         assert answer.status_code == status

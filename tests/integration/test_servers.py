@@ -10,10 +10,10 @@ import msgspec
 import pytest
 
 from pointillist.config import RUN_KEY
-from pointillist.errors import InferenceError
+from pointillist.errors import InferenceError, UnreachableError
 from pointillist.runs.paths import WEIGHTS_FILE, RunPaths
 from pointillist.sessions import InferenceClient
-from pointillist.sessions.servers import Servers, UnreachableError
+from pointillist.sessions.servers import InferenceServers
 from pointillist.weights.follow import WeightWatcher, update_weights
 from tests.integration.conftest import free_port
 
@@ -75,7 +75,7 @@ async def stubs() -> list[Stub]:
 
 
 async def test_groups_stay_and_load_is_spread(stubs: list[Stub]) -> None:
-    servers = Servers([stub.url for stub in stubs], {}, timeout=10, unreachable_timeout=5)
+    servers = InferenceServers([stub.url for stub in stubs], {}, timeout=10, unreachable_timeout=5)
     for stub in stubs:
         stub.delay = 0.02
     await asyncio.gather(*(servers.post("/x", b"%d" % (n % 10), f"group {n % 10}") for n in range(80)))
@@ -86,7 +86,7 @@ async def test_groups_stay_and_load_is_spread(stubs: list[Stub]) -> None:
 
 
 async def test_requests_of_a_dead_server_go_to_the_other(stubs: list[Stub]) -> None:
-    servers = Servers([stub.url for stub in stubs], {}, timeout=10, unreachable_timeout=20)
+    servers = InferenceServers([stub.url for stub in stubs], {}, timeout=10, unreachable_timeout=20)
     for stub in stubs:
         stub.delay = 0.3
     asked = [asyncio.create_task(servers.post("/x", b"%d" % n, f"{n}")) for n in range(10)]
@@ -109,7 +109,7 @@ async def test_requests_of_a_dead_server_go_to_the_other(stubs: list[Stub]) -> N
 
 async def test_a_server_that_says_it_is_not_available_is_like_a_dead_one(stubs: list[Stub]) -> None:
     stubs[0].status = 503
-    servers = Servers([stub.url for stub in stubs], {}, timeout=10, unreachable_timeout=5)
+    servers = InferenceServers([stub.url for stub in stubs], {}, timeout=10, unreachable_timeout=5)
     for number in range(6):
         assert (await servers.post("/x", b"", f"{number}"))[0] == 200
     await servers.aclose()
@@ -118,7 +118,7 @@ async def test_a_server_that_says_it_is_not_available_is_like_a_dead_one(stubs: 
 async def test_waiting_for_a_server_ends(stubs: list[Stub]) -> None:
     for stub in stubs:
         await stub.die()
-    servers = Servers([stub.url for stub in stubs], {}, timeout=10, unreachable_timeout=0.5)
+    servers = InferenceServers([stub.url for stub in stubs], {}, timeout=10, unreachable_timeout=0.5)
     with pytest.raises(UnreachableError, match="did not answer /x"):
         await servers.post("/x", b"", "")
     await servers.aclose()

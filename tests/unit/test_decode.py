@@ -341,7 +341,7 @@ def test_heic_is_a_format_with_its_extra() -> None:
 
 def test_heic_without_its_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImageError, match=r"HEIC needs pillow-heif.*pointillist\[heic\]"):
+    with pytest.raises(ImageError, match=r"HEIC needs pillow-heif.*\.\[heic\]"):
         read_header(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 40, LIMITS)
 
 

@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 
 from pointillist.base.pools import give_threads_to_environments
 from pointillist.config import GatewayConfig
-from pointillist.errors import InferenceError, RequestRefusedError
+from pointillist.errors import InferenceError, RequestError, RequestRefusedError
 from pointillist.images import Sources
 from pointillist.render import RawRenderer, RenderedPrompt
 from pointillist.sessions import Completion, Sampling, Session
 from pointillist.sessions.gateway import Gateway, anthropic, chat, responses
-from pointillist.sessions.gateway.errors import ApiError
 from pointillist.sessions.gateway.server import _parsed
 
 APIS = {"chat/completions": chat, "responses": responses, "messages": anthropic}
@@ -257,7 +256,7 @@ def test_bodies_of_any_shape_are_calls_or_refused(api: str, fields: dict[str, An
     body = {"messages": USER, "input": USER, **fields}
     try:
         call = _parsed(APIS[api], msgspec.json.encode(body))
-    except ApiError as error:
+    except RequestError as error:
         assert error.status == 400
     else:
         assert isinstance(call.messages, list)

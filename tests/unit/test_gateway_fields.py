@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pointillist.errors import InferenceError, PointillistError, RequestRefusedError
+from pointillist.base.http_errors import error_body
+from pointillist.errors import InferenceError, PointillistError, RequestError, RequestRefusedError
 from pointillist.sessions.gateway import anthropic, chat, responses
 from pointillist.sessions.gateway import call as bounds
-from pointillist.sessions.gateway.errors import ApiError, api_error
-from pointillist.sessions.gateway.server import _parsed
+from pointillist.sessions.gateway.server import _as_chat_error, _parsed
 
 APIS = [chat, responses, anthropic]
 FIELD = {chat: "max_tokens", responses: "max_output_tokens", anthropic: "max_tokens"}
@@ -22,8 +22,8 @@ def body(api: Any, **fields: Any) -> bytes:
     return json.dumps({"input" if api is responses else "messages": said, FIELD[api]: 4, **fields}).encode()
 
 
-def refusal(api: Any, raw: bytes) -> ApiError:
-    with pytest.raises(ApiError) as caught:
+def refusal(api: Any, raw: bytes) -> RequestError:
+    with pytest.raises(RequestError) as caught:
         _parsed(api, raw)
     assert caught.value.status == 400
     assert len(caught.value.message) < 400
@@ -160,13 +160,15 @@ FIELDS = [
 def test_any_json_is_a_call_or_a_refusal(api: Any, fields: dict[str, Any]) -> None:
     try:
         _parsed(api, body(api, **fields))
-    except ApiError as error:
+    except RequestError as error:
         assert error.status == 400
 
 
 def test_what_the_server_refuses_for_the_agents_values_is_the_agents_mistake() -> None:
-    mine = api_error(RequestRefusedError("n is 99, at most 64 completions are decoded at once", "sampling_params.n"))
+    mine = _as_chat_error(
+        RequestRefusedError("n is 99, at most 64 completions are decoded at once", param="sampling_params.n")
+    )
     assert (mine.status, mine.param) == (400, "n")
-    assert mine.openai()["error"]["type"] == mine.anthropic()["error"]["type"] == "invalid_request_error"
-    assert api_error(InferenceError("died")).status == 502
+    assert [error_body(mine, api)["error"]["type"] for api in ("openai", "anthropic")] == ["invalid_request_error"] * 2
+    assert _as_chat_error(InferenceError("died")).status == 502
     assert isinstance(mine, PointillistError)

@@ -18,13 +18,13 @@ from starlette.routing import Route
 from pointillist.base.http_guard import (
     Guard,
     HttpLimits,
-    HttpRefusal,
     check_address,
     check_bearer,
     check_json,
     release_body,
     uvicorn_config,
 )
+from pointillist.errors import RequestError
 
 DEADLINE = 120.0
 SHORT = 0.4
@@ -297,24 +297,28 @@ def test_own_addresses_pass(headers: dict[str, str]) -> None:
     ],
 )
 def test_foreign_addresses_are_refused(headers: dict[str, str]) -> None:
-    with pytest.raises(HttpRefusal):
+    with pytest.raises(RequestError):
         check_address(request_with(**headers), loopback=True)
 
 
 def test_elsewhere_any_name_will_do_but_no_page_of_another_site() -> None:
     check_address(request_with(host="node7:8000"), loopback=False)
     for origin in ("null", "http://evil.example"):
-        with pytest.raises(HttpRefusal, match="Origin"):
+        with pytest.raises(RequestError, match="Origin"):
             check_address(request_with(host="node7:8000", origin=origin), loopback=False)
     for host in ("", "node7/health?", "node7 "):
-        with pytest.raises(HttpRefusal, match="Host"):
+        with pytest.raises(RequestError, match="Host"):
             check_address(request_with(host=host), loopback=False)
 
 
 def test_keys_and_content_types() -> None:
     check_bearer(request_with(authorization="Bearer k\xe9"), "k\xe9")
-    for given in ({}, {"authorization": "k"}, {"authorization": "bearer k"}, {"authorization": "Bearer k\xff"}):
-        with pytest.raises(HttpRefusal) as refused:
+    check_bearer(request_with(authorization="bearer k"), "k")  # RFC 9110: the scheme has no case
+    check_bearer(request_with(x_api_key="k"), "k", header="x-api-key")
+    with pytest.raises(RequestError, match="or x-api-key"):
+        check_bearer(request_with(x_api_key="other"), "k", header="x-api-key")
+    for given in ({}, {"authorization": "k"}, {"authorization": "Basic k"}, {"authorization": "Bearer k\xff"}):
+        with pytest.raises(RequestError) as refused:
             check_bearer(request_with(**given), "k")
         assert refused.value.status == 401
     check_json(request_with(content_type="Application/JSON; charset=utf-8", content_length="2"))
@@ -324,6 +328,6 @@ def test_keys_and_content_types() -> None:
         {"content_length": "2"},
         {"content_type": "application/x-www-form-urlencoded", "content_length": "2"},
     ):
-        with pytest.raises(HttpRefusal) as refused:
+        with pytest.raises(RequestError) as refused:
             check_json(request_with(**given))
         assert refused.value.status == 415

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.requests import Request
 
-from pointillist.base.http_guard import HttpRefusal, RequestError
+from pointillist.errors import RequestError
 from pointillist.inference.door import ADMIN_PATHS, OWN_PATHS, Door, http_limits
 from pointillist.inference.prompt import ServerBounds, check_sizes, longest_body
 from pointillist.inference.protocol import GenerateRequest, SamplingParams, decode_body
@@ -24,7 +24,7 @@ def status(door: Door, path: str, headers: dict[str, str]) -> int:
     }  # fmt: skip
     try:
         door.check(Request(scope))
-    except HttpRefusal as refusal:
+    except RequestError as refusal:
         return refusal.status
     return 200
 

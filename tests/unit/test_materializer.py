@@ -186,8 +186,11 @@ def test_an_unreadable_file_costs_its_image_only(
         }  # fmt: skip
         assert batch.images[1].patches is not None
     assert open_files(store.root) == []
-    answer = request_error(batch.errors[2], [folder, good, failing])
-    assert (answer.type, answer.param) == ("missing_mm_image", "features.kwargs_data.image[2]")
+    with pytest.raises(MissingImageError) as raised:
+        materializer.load([good, failing, folder])
+    answer = request_error(raised.value)
+    assert (answer.type, answer.param) == ("missing_mm_image", "features.kwargs_data.image[1]")
+    assert (raised.value.uri, raised.value.sha256) == (failing.uri, failing.hash)
 
 
 def test_no_memory_for_an_image_costs_that_image_only(

@@ -10,7 +10,8 @@ ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "contract.md"
 BEGIN, END = "<!-- refusals: made by tests/unit/test_refusals.py -->\n", "<!-- end of refusals -->\n"
 ERRORS = {
-    "RefError", "MissingImageError", "TransportError", "ImageError", "SourceError", "LayoutError", "RenderError",
+    "RefError", "CorruptImageError", "MissingImageError", "AssetError",
+    "TransportError", "ImageError", "SourceError", "LayoutError", "RenderError",
     "HistoryError", "UnsupportedContentError",
 }  # fmt: skip
 HELPERS = {"invalid": "400 invalid_mm_image_ref"}

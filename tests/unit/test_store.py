@@ -14,13 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pointillist.base.http_errors import as_request_error
 from pointillist.base.image_limits import STORED_LIMITS
-from pointillist.environments import executor
 from pointillist.errors import ConfigError, ImageError, MissingImageError, RefError, StorageError
 from pointillist.images import ImageLimits, ImageStore, inventory, read_verified
 from pointillist.images.inventory import StoreEntry, list_store, verify_store
 from pointillist.images.store import file_uri, local_path, write_image
-from pointillist.sessions.gateway.errors import api_error
 from tests.conftest import encoded, open_files, picture
 
 LIMITS = ImageLimits()
@@ -288,8 +287,8 @@ def test_a_disk_that_cannot_be_written_is_not_the_images_fault(
             patch.setattr(io, "open", failing)
         with pytest.raises(StorageError, match=os.strerror(code)) as raised:
             store.put(data)
-    assert not isinstance(raised.value, executor._PERMANENT)
-    assert api_error(raised.value).status == 503
+    assert raised.value.retryable
+    assert as_request_error(raised.value).status == 503
     assert [path for path in store.root.rglob("*") if path.is_file()] == []
     assert store.put(data).uri  # once there is room
 

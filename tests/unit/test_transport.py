@@ -11,7 +11,7 @@ import zmq
 
 from pointillist.base.channel import decompress, secure_client
 from pointillist.config import RUN_KEY, TransportConfig
-from pointillist.errors import TransportError
+from pointillist.errors import ConfigError, TransportError
 from pointillist.orchestrator.packing import OverlongMultimodalSample, pack
 from pointillist.refs import MMImageRef, MMRefs, make_descriptor
 from pointillist.runs.paths import RunPaths
@@ -267,9 +267,9 @@ def test_a_process_without_the_key_gets_no_batch(monkeypatch: pytest.MonkeyPatch
 
 def test_without_a_key_there_is_no_transport(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(RUN_KEY)
-    with pytest.raises(TransportError, match=f"set {RUN_KEY} to one and the same word"):
+    with pytest.raises(ConfigError, match=f"{RUN_KEY} should hold the run's key, one and the same word"):
         ZmqSender("tcp://127.0.0.1:0", num_ranks=1, max_pending=2)
-    with pytest.raises(TransportError, match=RUN_KEY):
+    with pytest.raises(ConfigError, match=RUN_KEY):
         ZmqReceiver("tcp://127.0.0.1:1", 0)
 
 

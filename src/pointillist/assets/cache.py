@@ -10,7 +10,7 @@ from typing import Final
 
 from pointillist.assets.client import AssetClient
 from pointillist.base.image_limits import ImageLimits
-from pointillist.errors import MissingImageError, RefError, StorageError
+from pointillist.errors import AssetError, MissingImageError, RefError, StorageError
 from pointillist.images.inventory import StoreEntry, list_store
 from pointillist.images.store import STORED_NAME, has_hash, read_stored, usable_folder, write_image
 
@@ -62,7 +62,10 @@ class FetchedImages:
                 with suppress(OSError):  # another reader may have just evicted it
                     os.utime(path)
                 return data
-        data = self._client.fetch(f"/images/{name}", self._limits.max_bytes, sha256)
+        try:
+            data = self._client.fetch(f"/images/{name}", self._limits.max_bytes, sha256)
+        except AssetError as error:
+            raise MissingImageError(str(error), sha256=sha256) from None
         self._keep(path, data)
         return data
 

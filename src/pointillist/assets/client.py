@@ -20,7 +20,7 @@ import httpcore
 import httpx
 
 from pointillist.base.deadline import Deadline, DeadlineStream
-from pointillist.errors import MissingImageError, RefError
+from pointillist.errors import AssetError, CorruptImageError
 from pointillist.images.store import has_hash
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class AssetClient:
         self._headers = [("Authorization", f"Bearer {key}"), ("Accept-Encoding", "identity")]
         self._clock = _Clock()
         self._pool = httpcore.ConnectionPool(
-            max_connections=_CONNECTIONS, keepalive_expiry=_IDLE_SECONDS, network_backend=_Network(self._clock)
+            max_connections=_CONNECTIONS, keepalive_expiry=_IDLE_SECONDS, network_backend=_TimedNetwork(self._clock)
         )
 
     def fetch(self, path: str, max_bytes: int, sha256: str | None = None) -> bytes:
@@ -60,8 +60,8 @@ class AssetClient:
             sha256: 64 hex digits that the bytes must have; an endpoint that sends others is passed over.
 
         Raises:
-            MissingImageError: No endpoint has it, or can be asked; the message says what each answered.
-            RefError: Whatever came has another hash.
+            AssetError: No endpoint has it, or can be asked; the message says what each answered.
+            CorruptImageError: Whatever came has another hash.
         """
         data = bytearray()
         is_corrupt = False
@@ -69,7 +69,7 @@ class AssetClient:
         def take(chunk: bytes) -> None:
             data.extend(chunk)
             if len(data) > max_bytes:
-                raise MissingImageError(f"an asset endpoint sends more than {max_bytes} bytes")
+                raise AssetError(f"an asset endpoint sends more than {max_bytes} bytes")
 
         def is_good() -> bool:
             nonlocal is_corrupt
@@ -79,10 +79,10 @@ class AssetClient:
 
         try:
             self._stream(path, lambda _: data.clear(), take, is_good)
-        except MissingImageError:
+        except AssetError:
             if is_corrupt:
-                raise RefError(
-                    f"bytes of image {sha256} as fetched are not what its hash says: the file is corrupt"
+                raise CorruptImageError(
+                    f"bytes of image {sha256} as fetched are not what its hash says: the file is corrupt", sha256=sha256
                 ) from None
             raise
         return bytes(data)
@@ -97,7 +97,7 @@ class AssetClient:
             Sha256 of the file, 64 hex digits.
 
         Raises:
-            MissingImageError: As `fetch`.
+            AssetError: As `fetch`.
         """
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -152,13 +152,13 @@ class AssetClient:
                     if is_good():
                         return
                     answers.append(f"{url} sent bytes of another digest than they should have: the file is corrupt")
-            except MissingImageError as error:
+            except AssetError as error:
                 answers.append(f"{url}: {error}")
             except httpcore.TimeoutException:
                 answers.append(f"{url} has not sent all of it after {self._timeout:g} s and one a MiB")
             except (httpcore.NetworkError, httpcore.ProtocolError, httpx.InvalidURL) as error:
                 answers.append(f"{url} did not answer ({type(error).__name__})")
-        raise MissingImageError(f"{path} is not to be had: {'; '.join(dict.fromkeys(answers))}")
+        raise AssetError(f"{path} cannot be fetched: {'; '.join(dict.fromkeys(answers))}")
 
     def _get(self, url: str) -> AbstractContextManager[httpcore.Response]:
         parsed = httpx.URL(url)
@@ -171,7 +171,7 @@ class _Clock(Deadline, threading.local):
     """The deadline of each thread: that of the answer which it has asked for."""
 
 
-class _Network(httpcore.SyncBackend):
+class _TimedNetwork(httpcore.SyncBackend):
     """Connections, each wait of which ends at the deadline of the thread that waits."""
 
     def __init__(self, clock: _Clock) -> None:
@@ -194,10 +194,10 @@ def _check_length(headers: httpx.Headers, most: int) -> None:
     """Checks that an answer says how long it is, to which the HTTP library holds it, and that there is room for it.
 
     Raises:
-        MissingImageError: It does not, or there is not.
+        AssetError: It does not, or there is not.
     """
     length = headers.get("content-length", "")
     if not (length.isascii() and length.isdecimal()) or len(length) > _LENGTH_DIGITS:
-        raise MissingImageError("the answer does not say its length")
+        raise AssetError("the answer does not say its length")
     if int(length) > most:
-        raise MissingImageError(f"the answer has {length} bytes, the disk has room for {most}")
+        raise AssetError(f"the answer has {length} bytes, the disk has room for {most}")

@@ -1,12 +1,11 @@
 """The reader's side of `multimodal.assets`, from config: one place for images and weights alike."""
 
-import os
 from pathlib import Path
 
 from pointillist.assets.cache import FetchedImages
 from pointillist.assets.client import AssetClient
+from pointillist.base.net import key_from_environment
 from pointillist.config import MultimodalConfig
-from pointillist.errors import ConfigError
 
 
 def asset_client(multimodal: MultimodalConfig) -> AssetClient | None:
@@ -18,11 +17,7 @@ def asset_client(multimodal: MultimodalConfig) -> AssetClient | None:
     assets = multimodal.assets
     if not assets.urls:
         return None
-    key = os.environ.get(assets.api_key_var, "")
-    if not key:
-        raise ConfigError(
-            f"environment variable {assets.api_key_var} should hold the asset endpoint's key, it is not set"
-        )
+    key = key_from_environment(assets.api_key_var, "the asset endpoint's key")
     return AssetClient(assets.urls, key, assets.timeout)
 
 

@@ -13,7 +13,6 @@ fetches one verifies its hash. No symbolic link is followed. Weights come with t
 """
 
 import base64
-import json
 import logging
 import os
 import stat
@@ -29,11 +28,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pointillist.base.digests import DIGESTS_FILE, MAX_DIGESTS_BYTES, decode_digests
+from pointillist.base.http_errors import answer_json
 from pointillist.base.http_guard import Guard, HttpLimits, check_bearer, uvicorn_config
 from pointillist.base.image_limits import ImageLimits
-from pointillist.base.net import api_key
+from pointillist.base.net import key_from_environment
 from pointillist.config import AssetServerConfig
-from pointillist.errors import MissingImageError, RefError
+from pointillist.errors import MissingImageError, RefError, RequestError
 from pointillist.images.store import STORED_NAME, open_without_links, read_stored
 from pointillist.runs.image_dir import writer_image_dir
 from pointillist.runs.paths import WEIGHTS_FILE, RunPaths, latest_broadcast, number_of
@@ -59,11 +59,11 @@ def create_app(image_dir: Path, paths: RunPaths, key: str, limits: ImageLimits) 
     async def image(request: Request) -> Response:
         name = request.path_params["name"]
         if not STORED_NAME.fullmatch(name):
-            return _refusal(404, "expected /images/<hh>/<sha256>.<ext>")
+            raise RequestError("expected /images/<hh>/<sha256>.<ext>", status=404)
         try:
             data = await run_in_threadpool(read_stored, image_dir, name, limits)
         except (MissingImageError, RefError) as error:
-            return _refusal(404, str(error))
+            raise RequestError(str(error), status=404) from None
         return Response(data, media_type="application/octet-stream", headers=_FOREVER)
 
     async def newest(_: Request) -> Response:
@@ -72,11 +72,11 @@ def create_app(image_dir: Path, paths: RunPaths, key: str, limits: ImageLimits) 
     async def weights(request: Request) -> Response:
         version = number_of(request.path_params["version"])
         if version is None:
-            return _refusal(404, "expected /weights/<version>")
+            raise RequestError("expected /weights/<version>", status=404)
         try:
             return await run_in_threadpool(_WeightsResponse.of, paths, version)
         except OSError:
-            return _refusal(404, "no weights of this version")
+            raise RequestError("no weights of this version", status=404) from None
 
     async def health(_: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -91,7 +91,7 @@ def create_app(image_dir: Path, paths: RunPaths, key: str, limits: ImageLimits) 
         Route("/weights/{version}", weights),
         Route("/health", health),
     ]
-    return Guard(Starlette(routes=routes), _LIMITS, check=check)
+    return Guard(Starlette(routes=routes, exception_handlers={RequestError: _refused}), _LIMITS, check=check)
 
 
 class _WeightsResponse(FileResponse):
@@ -152,11 +152,11 @@ def serve(config: AssetServerConfig) -> None:
     """
     assets, output_dir = config.multimodal.assets, config.output_dir.resolve()
     image_dir = writer_image_dir(config.multimodal, output_dir, os.environ)
-    key = api_key(assets.api_key_var)
+    key = key_from_environment(assets.api_key_var, "the asset endpoint's key")
     app = create_app(image_dir, RunPaths(output_dir), key, config.multimodal.limits.image_limits())
     logger.info("serving images of %s on %s:%d", image_dir, assets.host, assets.port)
     uvicorn.Server(uvicorn_config(app, _LIMITS, host=assets.host, port=assets.port)).run()
 
 
-def _refusal(status: int, message: str) -> Response:
-    return Response(json.dumps({"error": {"message": message, "code": status}}), status, media_type="application/json")
+async def _refused(request: Request, error: Exception) -> Response:
+    return answer_json(request, error)

@@ -12,7 +12,6 @@ and `decode` turns whatever a decoder raises into one error.
 
 import hashlib
 import hmac
-import os
 import zlib
 from typing import Any, Final, TypeVar
 
@@ -34,25 +33,6 @@ _KEEPALIVE: Final = (
 """A machine that vanishes is noticed after 90 s."""
 
 T = TypeVar("T")
-
-
-def key_from_environment(variable: str, purpose: str) -> str:
-    """The secret word in an environment variable.
-
-    Args:
-        variable: Name of the variable.
-        purpose: What needs the key, for the message.
-
-    Raises:
-        TransportError: The variable is not set or empty.
-    """
-    key = os.environ.get(variable, "")
-    if not key:
-        raise TransportError(
-            f"{purpose} needs a key that both ends know: set {variable} to one and the same word for all processes "
-            "of the run (the launcher sets it by itself)"
-        )
-    return key
 
 
 def secure_listener(socket: "zmq.Socket[Any]", key: str, *, max_bytes: int) -> None:

@@ -28,13 +28,14 @@ from typing import Any, Final
 
 import uvicorn
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from pointillist.base.budget import ArrivalBudget
+from pointillist.base.http_errors import answer_json
 from pointillist.base.net import is_loopback
-from pointillist.errors import PointillistError
+from pointillist.errors import PointillistError, RequestError
 
 _SMALL_BYTES: Final = 256 * 1024
 """A body up to this size is read at once, whatever the budget says: connections are bounded, so these are too."""
@@ -54,33 +55,6 @@ _SHARE: Final = "pointillist.body"
 _HOST: Final = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::[0-9]{1,5})?")
 """A `Host` header in lower case. With anything else in it (`a/health?`) an address that is made from it has another
 path than the request."""
-
-
-class HttpRefusal(PointillistError):
-    """A request that its server does not serve."""
-
-    def __init__(self, status: int, message: str, type: str = "BadRequestError", param: str | None = None) -> None:
-        """Describes the answer.
-
-        Args:
-            status: HTTP status code.
-            message: What was expected and what came.
-            type: Name of the fault, in OpenAI's and vLLM's manner.
-            param: The part of the request that is at fault.
-        """
-        super().__init__(message)
-        self.status = status
-        self.type = type
-        self.param = param
-
-
-class RequestError(HttpRefusal):
-    """A request that is answered by an error."""
-
-    def __init__(
-        self, message: str, *, type: str = "BadRequestError", param: str | None = None, code: int = 400
-    ) -> None:
-        super().__init__(code, message, type, param)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,16 +93,18 @@ def check_address(request: Request, *, loopback: bool) -> None:
         loopback: Whether the server listens on a loopback address only, so that `Host` must name one.
 
     Raises:
-        HttpRefusal: 400 for a foreign or malformed `Host`, 403 for an `Origin` that is not this server's own.
+        RequestError: 400 for a foreign or malformed `Host`, 403 for an `Origin` that is not this server's own.
     """
     address = request.headers.get("host", "").lower()
     name = _name_of(address)
     if not name or (loopback and not is_loopback(name)):
         kind = "a loopback name" if loopback else "a name"
-        raise HttpRefusal(400, f"expected {kind} in the address (the Host header), such as 127.0.0.1")
+        raise RequestError(f"expected {kind} in the address (the Host header), such as 127.0.0.1")
     origin = request.headers.get("origin")
     if origin is not None and origin.lower().partition("://")[2] != address:
-        raise HttpRefusal(403, "expected no Origin header, or this server's own: pages of other sites are refused")
+        raise RequestError(
+            "expected no Origin header, or this server's own: pages of other sites are refused", status=403
+        )
 
 
 def _name_of(address: str) -> str:
@@ -137,38 +113,49 @@ def _name_of(address: str) -> str:
     return (match[1] or match[2]) if match is not None else ""
 
 
-def check_bearer(request: Request, key: str) -> None:
-    """Checks that a request brings a key as `Authorization: Bearer`.
+def has_bearer(request: Request, key: str) -> bool:
+    """Whether a request brings a key as `Authorization: Bearer <key>`."""
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    return scheme.lower() == "bearer" and same_secret(given.strip(), key)
+
+
+def same_secret(given: str, expected: str) -> bool:
+    """Whether two secrets are equal, in a time that does not say how much of them is."""
+    return secrets.compare_digest(given.encode(), expected.encode())
+
+
+def check_bearer(request: Request, key: str, *, header: str | None = None) -> None:
+    """Checks that a request brings a key as `Authorization: Bearer <key>`.
+
+    Args:
+        request: Its headers are looked at.
+        key: The key.
+        header: Name of a header that may bring the key instead, such as `x-api-key`.
 
     Raises:
-        HttpRefusal: 401 if it does not.
+        RequestError: 401 if it does not.
     """
-    given = request.headers.get("authorization", "").encode()
-    if not secrets.compare_digest(given, f"Bearer {key}".encode()):
-        raise HttpRefusal(401, "expected Authorization: Bearer <API key>", "AuthenticationError")
+    if header is not None and same_secret(request.headers.get(header, ""), key):
+        return
+    if not has_bearer(request, key):
+        other = f" or {header}" if header else ""
+        raise RequestError(f"expected Authorization: Bearer <API key>{other}", status=401, code="invalid_api_key")
 
 
 def check_json(request: Request) -> None:
     """Checks that a body is declared as JSON, which a plain form of a web page cannot do.
 
     Raises:
-        HttpRefusal: 415 if it is not; a request without body and type passes.
+        RequestError: 415 if it is not; a request without body and type passes.
     """
     given = request.headers.get("content-type")
     if given is None and not _has_body(request):
         return
     if (given or "").partition(";")[0].strip().lower() != "application/json":
-        raise HttpRefusal(415, f"content type is {(given or 'missing')[:64]!r}, expected application/json")
+        raise RequestError(f"content type is {(given or 'missing')[:64]!r}, expected application/json", status=415)
 
 
 # The body ------------------------------------------------------------------------------------------------------------
-
-
-def answer_json(_: Request, error: PointillistError) -> Response:
-    """The answer to a refused request, `{"error": {message, type, param, code}}` as OpenAI and vLLM have it."""
-    refusal = error if isinstance(error, HttpRefusal) else HttpRefusal(HTTPStatus.BAD_REQUEST, str(error))
-    content = {"message": str(error), "type": refusal.type, "param": refusal.param, "code": int(refusal.status)}
-    return JSONResponse({"error": content}, refusal.status)
 
 
 class Guard:
@@ -189,7 +176,7 @@ class Guard:
             app: Gets bodies whole, in one message.
             limits: Of bodies.
             check: Looks at the headers before the body is read (`request.body()` cannot be used in it), and raises
-                `HttpRefusal` or another `PointillistError` where it refuses.
+                `RequestError` or another `PointillistError` where it refuses.
             answer: Makes the response to what `check` raised, and to a body that is too long (413), too slow (408) or
                 finds no room (503).
             body_bytes: Longest body of one request where routes differ; `limits.body_bytes` by default.
@@ -246,7 +233,7 @@ class _Body:
         """Reads the body; the result gives it in one message and then what the connection says.
 
         Raises:
-            HttpRefusal: 400, 408, 413 or 503.
+            RequestError: 400, 408, 413 or 503.
             _ClientGoneError: The connection was closed.
         """
         declared = _declared_bytes(request)
@@ -285,9 +272,7 @@ class _Body:
             if message["type"] == "http.disconnect":
                 raise _ClientGoneError
             return message
-        raise HttpRefusal(
-            408, f"the body did not come within {self._limits.body_seconds:g} s and one a MiB", "RequestTimeout"
-        )
+        raise RequestError(f"the body did not come within {self._limits.body_seconds:g} s and one a MiB", status=408)
 
     def _start_window(self) -> None:
         """Begins to look at how fast the body comes."""
@@ -300,9 +285,7 @@ class _Body:
             return
         came = self._size - self._size_then
         if self._size > _SMALL_BYTES and came < _STALL_BYTES and self._budget.waiting:
-            raise HttpRefusal(
-                408, f"{came} bytes of the body came in {_STALL_SECONDS:g} s while others wait", "RequestTimeout"
-            )
+            raise RequestError(f"{came} bytes of the body came in {_STALL_SECONDS:g} s while others wait", status=408)
         self._start_window()
 
     async def _wait_for_room(self, num_bytes: int) -> float:
@@ -314,7 +297,7 @@ class _Body:
             async with asyncio.timeout(_ROOM_SECONDS):
                 await self._budget.take(self, num_bytes)
         except TimeoutError:
-            raise HttpRefusal(503, "too many bodies at once", "ServiceUnavailable") from None
+            raise RequestError("too many bodies at once", status=503) from None
         self._start_window()
         return asyncio.get_running_loop().time() - asked
 
@@ -329,12 +312,12 @@ def _declared_bytes(request: Request) -> int | None:
     if text is None:
         return None
     if not (text.isascii() and text.isdecimal()) or len(text) > 18:
-        raise HttpRefusal(400, "Content-Length is not a number of bytes")
+        raise RequestError("Content-Length is not a number of bytes")
     return int(text)
 
 
-def _too_long(limit: int) -> HttpRefusal:
-    return HttpRefusal(413, f"body is longer than the {limit} bytes that are accepted", "RequestTooLarge")
+def _too_long(limit: int) -> RequestError:
+    return RequestError(f"body is longer than the {limit} bytes that are accepted", status=413)
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

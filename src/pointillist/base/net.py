@@ -42,13 +42,17 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def api_key(variable: str) -> str:
-    """The API key in an environment variable.
+def key_from_environment(variable: str, purpose: str) -> str:
+    """The key in an environment variable.
+
+    Args:
+        variable: Name of the variable.
+        purpose: Which key it is, such as `the gateway's API key`.
 
     Raises:
         ConfigError: The variable is not set or empty.
     """
     value = os.environ.get(variable, "")
     if not value:
-        raise ConfigError(f"environment variable {variable} should hold the inference server's API key, it is not set")
+        raise ConfigError(f"environment variable {variable} should hold {purpose}, it is not set")
     return value

@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
+from pointillist.errors import FieldError, shown
+
 MIN_TEMPERATURE: Final = 0.01
 """The smallest temperature above 0. vLLM silently takes 0.01 for anything smaller, so that a smaller one would be
 sampled otherwise than it is trained. Float32 can divide by it: logits of up to 1e4 become 1e6, whose rounding of
@@ -84,10 +86,7 @@ def check_sampling_number(name: str, value: object) -> None:
         value: What came.
 
     Raises:
-        ValueError: Not a number, not finite, or out of bounds; the message names the parameter and says what was
-            expected.
+        FieldError: Not a number, not finite, or out of bounds; `param` is the name.
     """
     if not BOUNDS[name].holds(value):
-        # The beginning only: Python refuses to print an integer of 5,000 digits.
-        came = f"an integer of {value.bit_length()} bits" if isinstance(value, int) and abs(value) > 2**64 else value
-        raise ValueError(f"{name} is {str(came)[:64]}, expected {BOUNDS[name]}")
+        raise FieldError(f"{name} is {shown(value)}, expected {BOUNDS[name]}", param=name)

@@ -23,15 +23,7 @@ from pointillist.config.shared import CARRIER, LIMITS_CARRIER
 from pointillist.environments.failures import RolloutFailure, answer_text, failure_of
 from pointillist.environments.loop import LoopWatch, in_environment
 from pointillist.environments.protocol import Task, load_environment, load_tasks
-from pointillist.errors import (
-    ContextLengthError,
-    ImageError,
-    LayoutError,
-    RenderError,
-    RewardError,
-    RolloutTimeoutError,
-    SourceError,
-)
+from pointillist.errors import ContextLengthError, PointillistError, RewardError, RolloutTimeoutError
 from pointillist.sessions.factory import SessionFactory
 from pointillist.sessions.gateway import Gateway
 from pointillist.sessions.session import Sampling, Session
@@ -41,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 Split = Literal["train", "eval"]
 
-# Errors that lie in the task itself: trying again would give the same.
-_PERMANENT: Final = (SourceError, ImageError, LayoutError, RenderError)
 LARGEST_REWARD: Final = 1e9
 """Beyond it squares of differences, and the trainer's float32, would overflow."""
 _CANCEL_SECONDS: Final = 5.0
@@ -236,15 +226,17 @@ def _record_so_far(session: Session) -> tuple[int, list[Branch]]:
 
 
 def _failure(error: BaseException, session: Session, turns: int) -> RolloutFailure:
-    """A conversation outgrows `seq_len` by what the policy did, unless it did so before the first answer.
+    """What is recorded of an error; one that is not ours may not come again.
 
-    Agents behind the gateway raise an error of their own then, so it is the session that knows.
+    A conversation outgrows `seq_len` by what the policy did, unless it did so before the first answer. Agents behind
+    the gateway raise an error of their own then, so it is the session that says so.
     """
-    outgrown = isinstance(error, ContextLengthError) or (
-        session.outgrown and not isinstance(error, (RolloutTimeoutError, RewardError))
-    )
+    ours = error if isinstance(error, PointillistError) else None
+    of_environment = ours is not None and ours.fault == "environment"
+    outgrown = isinstance(error, ContextLengthError) or (session.outgrown and not of_environment)
     by_policy = outgrown and turns > 0
-    return failure_of(error, permanent=by_policy or isinstance(error, _PERMANENT), by_policy=by_policy)
+    permanent = by_policy or (ours is not None and not ours.retryable)
+    return failure_of(error, permanent=permanent, by_policy=by_policy)
 
 
 def _real(reward: Any) -> float:

@@ -59,7 +59,7 @@ _READERS: Final[dict[ImageFormat, Callable[[io.BytesIO, str], Image.Image]]] = {
 # it; HEIC opens at its primary picture.
 _FIRST_COUNTS: Final = ("MPO", "HEIF")
 _MISSING_READER: Final[dict[ImageFormat, str]] = {
-    "heic": "reading HEIC needs pillow-heif, in every process of the run: pip install 'pointillist[heic]'",
+    "heic": "reading HEIC needs pillow-heif, in every process of the run: pip install '.[heic]'",
     "avif": "this build of Pillow reads no AVIF: install the wheel from PyPI",
     "webp": "this build of Pillow reads no WebP: install the wheel from PyPI",
 }
@@ -340,8 +340,8 @@ def _pillow_errors_as_image_errors(data: bytes | None) -> Iterator[None]:
 
 
 def _is_truncated(data: bytes | None, error: Exception) -> bool:
-    """Whether an error comes from a file that ends too early; some of Pillow's readers say so, others do not."""
-    if isinstance(error, EOFError | struct.error | IndexError) or "truncated" in str(error).lower():
+    """Whether an error comes from a file that ends too early, as its form says; of TIFF and AVIF Pillow's text may."""
+    if isinstance(error, EOFError | struct.error | IndexError):
         return True
     if data is None:
         return False
@@ -350,6 +350,8 @@ def _is_truncated(data: bytes | None, error: Exception) -> bool:
             return b"IEND" not in data[-64:]
         case "webp":
             return int.from_bytes(data[4:8], "little") + 8 > len(data)
+        case "bmp":
+            return int.from_bytes(data[2:6], "little") > len(data)
         case "gif":
             return b"\x3b" not in data[-16:]
         case "jpg":

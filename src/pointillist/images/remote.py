@@ -116,14 +116,16 @@ class RemoteImages:
         """
         deadline = Deadline(self._seconds)
         if not self._turns.acquire(timeout=self._seconds):
-            raise SourceError(f"remote image: no turn within {self._seconds:g} s, too many are fetched at once")
+            raise SourceError(
+                f"remote image: no turn within {self._seconds:g} s, too many are fetched at once", retryable=True
+            )
         try:
             return self._fetch(url, deadline)
         finally:
             self._turns.release()
 
     def _fetch(self, url: str, deadline: Deadline) -> bytes:
-        network = _Network(self._address_of, deadline)
+        network = _CheckedNetwork(self._address_of, deadline)
         try:
             for _ in range(_MAX_REDIRECTS + 1):
                 deadline.seconds_left()
@@ -133,9 +135,11 @@ class RemoteImages:
                     return answer
                 url = answer
         except httpcore.TimeoutException:
-            raise SourceError(f"remote image: not there after {self._seconds:g} s") from None
+            raise SourceError(f"remote image: not there after {self._seconds:g} s", retryable=True) from None
         except (httpcore.NetworkError, httpcore.ProtocolError, httpx.InvalidURL, OSError, ValueError) as error:
-            raise SourceError(f"remote image: no answer ({type(error).__name__}: {str(error)[:120]})") from None
+            raise SourceError(
+                f"remote image: no answer ({type(error).__name__}: {str(error)[:120]})", retryable=True
+            ) from None
         raise SourceError(f"remote image: more than {_MAX_REDIRECTS} redirects")
 
     def _get(self, pool: httpcore.ConnectionPool, url: str) -> bytes | str:
@@ -187,7 +191,7 @@ def _tls() -> ssl.SSLContext:
     return httpcore.default_ssl_context()
 
 
-class _Network(httpcore.NetworkBackend):
+class _CheckedNetwork(httpcore.NetworkBackend):
     """Connections to checked addresses, all of whose waiting ends at one deadline."""
 
     def __init__(self, address_of: Callable[[str, int], str], deadline: Deadline) -> None:

@@ -114,7 +114,7 @@ class Sources:
             try:
                 return self._keep(self._fetched(source))
             except (SourceError, ImageError) as error:
-                raise type(error)(f"{_shown(source)}: {error}") from error
+                raise error.at(where=_shown(source)) from error
         if not self._local_files and isinstance(source, str | Path) and not _is_data_url(source):
             return self._already_stored(str(source))
         data = _bytes_of(source, self._store.limits)
@@ -122,7 +122,7 @@ class Sources:
             return self._keep(data)
         except ImageError as error:
             if isinstance(source, str | Path) and not _is_data_url(source):
-                raise ImageError(f"{_shown_path(source)}: {error}") from error
+                raise error.at(where=_shown_path(source)) from error
             raise
 
     async def fetch_remote(self, value: Any) -> Any:
@@ -193,7 +193,7 @@ def normalize_images(value: Any, sources: Sources, images: list[StoredImage], wh
             try:
                 stored = sources.put(_source_of(value))
             except (SourceError, ImageError, StorageError) as error:
-                raise type(error)(f"{where}: {error}" if where else str(error)) from error
+                raise error.at(where=where) from error
             images.append(stored)
             return {"type": "image_url", "image_url": {"url": stored.uri}}
         items = {
@@ -295,7 +295,7 @@ def _bytes_of(source: object, limits: ImageLimits) -> bytes:
         try:
             path = local_path(source)
         except RefError as error:
-            raise SourceError(f"{_shown(source)}: {error}") from None
+            raise SourceError(str(error), where=_shown(source)) from None
         return _read_file(path, limits.max_bytes)
     return _read_file(Path(source), limits.max_bytes)
 

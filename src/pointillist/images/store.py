@@ -24,7 +24,7 @@ from urllib.parse import quote, unquote_to_bytes
 
 from pointillist.base.files import flush_folder
 from pointillist.base.image_limits import ALL_FORMATS, ImageLimits
-from pointillist.errors import ConfigError, MissingImageError, RefError, StorageError
+from pointillist.errors import ConfigError, CorruptImageError, MissingImageError, RefError, StorageError
 from pointillist.images.decode import ImageHeader, OpenedImage
 
 SHA256_HEX: Final = re.compile(r"[0-9a-f]{64}")
@@ -218,7 +218,11 @@ def read_intact(root: Path, name: str, limits: ImageLimits) -> bytes:
     """
     data, sha256 = read_stored(root, name, limits), sha256_in(name)
     if not has_hash(data, sha256):
-        raise RefError(f"bytes of image {sha256} are not what its hash says: the file is corrupt")
+        raise CorruptImageError(
+            f"bytes of image {sha256} are not what its hash says: the file is corrupt",
+            uri=file_uri(root / name),
+            sha256=sha256,
+        )
     return data
 
 
@@ -252,14 +256,14 @@ def read_stored(root: Path, name: str, limits: ImageLimits) -> bytes:
         finally:
             os.close(descriptor)
     except FileNotFoundError:
-        raise MissingImageError(f"image {sha256} is not in the store") from None
+        raise MissingImageError(f"image {sha256} is not in the store", sha256=sha256) from None
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EMLINK):
             raise RefError("raw_image_uri leads through a symbolic link or a file in a folder's place") from None
         if error.errno in (errno.ENXIO, errno.ENODEV):  # a socket, or a device without a driver
             raise RefError("raw_image_uri is not a regular file") from None
         reason = errno.errorcode.get(error.errno or 0, "error")
-        raise MissingImageError(f"image {sha256} cannot be read ({reason})") from None
+        raise MissingImageError(f"image {sha256} cannot be read ({reason})", sha256=sha256) from None
 
 
 def open_without_links(root: Path, name: str) -> int:

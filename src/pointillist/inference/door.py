@@ -5,8 +5,9 @@ from typing import Final
 
 from starlette.requests import Request
 
-from pointillist.base.http_guard import HttpLimits, HttpRefusal, check_address, check_bearer, check_json
+from pointillist.base.http_guard import HttpLimits, check_address, check_bearer, check_json
 from pointillist.config import RUN_KEY
+from pointillist.errors import RequestError
 from pointillist.inference.prompt import longest_body
 
 ADMIN_PATHS: Final = ("/update_weights", "/pause", "/resume")
@@ -31,7 +32,7 @@ class Door:
         """Looks at a request's headers.
 
         Raises:
-            HttpRefusal: 400 or 403: meant for another server, or sent by a page of another site. 401: without the key.
+            RequestError: 400 or 403: meant for another server, or sent by a page of another site. 401: without the key.
                 415: a body that is not JSON.
         """
         check_address(request, loopback=self.loopback)
@@ -41,7 +42,7 @@ class Door:
         if key is not None and path != "/health":
             check_bearer(request, key)
         if admin and key is None and not self.loopback:
-            raise HttpRefusal(401, f"other machines can reach this server: set {RUN_KEY}", "AuthenticationError")
+            raise RequestError(f"other machines can reach this server: set {RUN_KEY}", status=401)
         if path in OWN_PATHS:
             check_json(request)
 

@@ -1,9 +1,6 @@
 """From a request's `features` to checked images; every fault is named by the image it belongs to."""
 
-from collections.abc import Sequence
-
-from pointillist.base.http_guard import RequestError
-from pointillist.errors import MissingImageError, PointillistError, RefError
+from pointillist.errors import MissingImageError, PointillistError, RefError, RequestError
 from pointillist.inference.protocol import PlaceholderRange, PromptFields
 from pointillist.refs.mm_refs import IMAGE, MMImageRef, check_spans, mm_token_type_ids
 from pointillist.refs.wire import decode_ref
@@ -37,16 +34,16 @@ def images_of(request: PromptFields, image_token_id: int, max_images: int) -> li
     try:
         check_spans(images, token_types)
     except RefError as error:
-        raise invalid(str(error), _param_of(error)) from None
+        raise request_error(error) from None
     return images
 
 
-def request_error(error: PointillistError, refs: Sequence[MMImageRef]) -> RequestError:
-    """The structured 400 for what materialising a request's references raised."""
+def request_error(error: PointillistError) -> RequestError:
+    """The structured 400 for what materialising a request's references raised; `param` names the image."""
+    param = _FIELD if error.image_index is None else f"{_FIELD}[{error.image_index}]"
     if isinstance(error, MissingImageError):
-        index = next((i for i, ref in enumerate(refs) if ref.hash in str(error)), 0)
-        return RequestError(str(error), type="missing_mm_image", param=f"{_FIELD}[{index}]")
-    return invalid(str(error), _param_of(error))
+        return RequestError(str(error), type="missing_mm_image", param=param)
+    return invalid(str(error), param)
 
 
 def invalid(message: str, param: str) -> RequestError:
@@ -62,10 +59,3 @@ def _image(entry: object, sha256: object, place: PlaceholderRange, index: int) -
     if sha256 != image.hash:
         raise invalid("mm_hashes and the reference name different hashes", f"{_FIELD}[{index}]")
     return image
-
-
-def _param_of(error: Exception) -> str:
-    """`features.kwargs_data.image[i]` if the message begins with `image[i]`."""
-    message = str(error)
-    prefix, bracket, _ = message.partition("]")
-    return f"features.kwargs_data.{prefix}]" if bracket and prefix.startswith("image[") else _FIELD

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from pointillist.base.http_guard import RequestError
-from pointillist.errors import MissingImageError, PointillistError
+from pointillist.errors import MissingImageError, PointillistError, RequestError
 from pointillist.families import ImageLayout, place_image
 from pointillist.images import StoredImage
 from pointillist.inference.features import images_of, invalid, request_error
@@ -112,7 +111,7 @@ def pixel_bytes(prompt: CheckedPrompt, materializer: RawImageMaterializer) -> in
     try:
         return materializer.num_bytes(prompt.images)
     except PointillistError as error:
-        raise request_error(error, prompt.images) from None
+        raise request_error(error) from None
 
 
 def check_sizes(

@@ -5,14 +5,15 @@ so that a body with something else in it is refused where it begins, and every n
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
 
-from pointillist.base.http_guard import RequestError
 from pointillist.config.sampling import BOUNDS, MAX_SEQUENCE, MAX_STOP_TOKEN_IDS, check_sampling_number
+from pointillist.errors import FieldError, RequestError
 from pointillist.refs import MMImageRef
 
 _MAX_PATH: Final = 4096
@@ -112,12 +113,12 @@ class SamplingParams(Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
         """Checks the numbers.
 
         Raises:
-            ValueError: One is out of bounds, or asks for what is not served.
+            FieldError: One is out of bounds, or asks for what is not served.
         """
         _check_numbers(lambda name: getattr(self, name))
         for name, neutral in self.NEUTRAL.items():
             if getattr(self, name) not in neutral:
-                raise ValueError(f"{name} is not served, expected {neutral[0]} or nothing")
+                raise FieldError(f"{name} is not served, expected {neutral[0]} or nothing", param=name)
 
 
 def check_params(params: Mapping[str, Any]) -> None:
@@ -131,15 +132,15 @@ def check_params(params: Mapping[str, Any]) -> None:
     """
     try:
         _check_numbers(params.get)
-    except ValueError as error:
-        raise RequestError(str(error), param=f"sampling_params.{str(error).partition(' ')[0]}") from None
+    except FieldError as error:
+        raise RequestError(str(error), param=f"sampling_params.{error.param}") from None
 
 
 def _check_numbers(value_of: Callable[[str], Any]) -> None:
     for name in BOUNDS:
         value = value_of(name)
         if isinstance(value, list) and len(value) > MAX_STOP_TOKEN_IDS:
-            raise ValueError(f"{name} is a list of {len(value)}, expected at most {MAX_STOP_TOKEN_IDS}")
+            raise FieldError(f"{name} is a list of {len(value)}, expected at most {MAX_STOP_TOKEN_IDS}", param=name)
         for number in value if isinstance(value, list) else [] if value is None else [value]:
             check_sampling_number(name, number)
 
@@ -170,10 +171,10 @@ class GenerateRequest(PromptFields, forbid_unknown_fields=True, frozen=True, kw_
         """Refuses streaming.
 
         Raises:
-            ValueError: It is asked for.
+            FieldError: It is asked for.
         """
         if self.stream:
-            raise ValueError("stream is not served, expected false")
+            raise FieldError("stream is not served, expected false", param="stream")
 
 
 class LogProb(Struct):
@@ -237,7 +238,7 @@ class GenerateResponse(Struct):
 BodyT = TypeVar("BodyT", bound=Struct)
 
 _UNKNOWN: Final = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
-_FIELD: Final = re.compile(r"Object missing required field `(\w+)`|(\w+) is ")
+_MISSING: Final = re.compile(r"Object missing required field `(\w+)`")
 
 
 def decode_body(data: bytes, type: type[BodyT]) -> BodyT:
@@ -246,27 +247,48 @@ def decode_body(data: bytes, type: type[BodyT]) -> BodyT:
     Raises:
         RequestError: 400: not JSON, or not of the wire's shape; `param` says where.
     """
-    try:
+    with _refusing():
         return msgspec.json.decode(data, type=type)
+
+
+def decode_open_body(data: bytes, type: type[BodyT]) -> tuple[BodyT, dict[str, Any]]:
+    """A request's body of which only some fields are ours, and the whole of it as JSON values.
+
+    Raises:
+        RequestError: 400: as `decode_body`.
+    """
+    with _refusing():
+        body = msgspec.json.decode(data)
+        return msgspec.convert(body, type), body
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Turns what msgspec raises into a 400."""
+    try:
+        yield
     except msgspec.ValidationError as error:
-        raise _malformed(str(error)) from None
+        raise _malformed(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise RequestError(f"body is not JSON ({str(error)[:200]})") from None
 
 
-def _malformed(text: str) -> RequestError:
-    """The 400 for what msgspec says, such as "Expected `int`, got `str` - at `$.token_ids[0]`"."""
-    message, _, path = text.partition(" - at `$")
+def _malformed(error: msgspec.ValidationError) -> RequestError:
+    """The 400 for what msgspec says, such as "Expected `int`, got `str` - at `$.token_ids[0]`".
+
+    Where it is stands nowhere but in the text; a validator of ours names its field.
+    """
+    message, _, path = str(error).partition(" - at `$")
     where = path.rstrip("`").lstrip(".")
-    unknown = _UNKNOWN.match(message)
+    unknown, missing = _UNKNOWN.match(message), _MISSING.match(message)
     if unknown is not None and where in ("features.mm_hashes", "features.mm_placeholders", "features.kwargs_data"):
         message = f"{where} has modality {unknown[1][:32]!r}, expected 'image'"
     elif unknown is not None:
         where = ".".join(filter(None, (where, unknown[1][:64])))
         message = f"{where}: no such parameter"
     else:
-        if (field := _FIELD.match(message)) is not None:
-            where = ".".join(filter(None, (where, field[1] or field[2])))
+        field = missing[1] if missing else error.__cause__.param if isinstance(error.__cause__, FieldError) else None
+        where = ".".join(filter(None, (where, field)))
         message = f"{where or 'body'}: {message}"
-    type = "invalid_mm_image_ref" if where.startswith("features") else "BadRequestError"
+    type = "invalid_mm_image_ref" if where.startswith("features") else None
     return RequestError(message, type=type, param=where or None)

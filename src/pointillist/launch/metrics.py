@@ -28,7 +28,7 @@ from starlette.routing import Route
 
 from pointillist.base.http_guard import Guard, HttpLimits, check_address, check_bearer, uvicorn_config
 from pointillist.base.jsonl import is_number, read_jsonl
-from pointillist.base.net import api_key, http_url
+from pointillist.base.net import http_url, key_from_environment
 from pointillist.config.shared import ServerConfig
 from pointillist.launch.supervisor import Supervisor
 from pointillist.runs.paths import RunPaths
@@ -110,7 +110,8 @@ class MetricsEndpoint:
         """
         registry = CollectorRegistry(auto_describe=False)
         registry.register(RunCollector(paths, supervisor, headers))
-        key = api_key(config.api_key_var) if config.api_key_var else None
+        variable = config.api_key_var
+        key = key_from_environment(variable, "the metrics endpoint's API key") if variable else None
 
         def check(request: Request) -> None:
             check_address(request, loopback=config.is_loopback)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from pointillist.base.net import api_key
+from pointillist.base.net import key_from_environment
 from pointillist.config import RUN_KEY, RLConfig
 from pointillist.config.rl import NOT_RECORDED
 from pointillist.config.shared import CARRIER
@@ -147,6 +147,10 @@ def _check_keys(config: RLConfig) -> None:
     Raises:
         ConfigError: One is not set.
     """
-    for server in (config.inference.server, config.orchestrator.gateway, config.metrics):
+    for name, server in (
+        ("inference server", config.inference.server),
+        ("gateway", config.orchestrator.gateway),
+        ("metrics endpoint", config.metrics),
+    ):
         if server.api_key_var not in (None, RUN_KEY):
-            api_key(str(server.api_key_var))
+            key_from_environment(str(server.api_key_var), f"the {name}'s API key")

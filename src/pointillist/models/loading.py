@@ -1,5 +1,7 @@
 """A model with everything that sampler and trainer must agree on: adapter, tokenizer, and the sampling mask."""
 
+import importlib
+import importlib.util
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -62,6 +64,17 @@ def pick_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
     return where
 
 
+def _torchvision_fails() -> bool:
+    """Whether a torchvision is installed that cannot be imported, which transformers does before it needs it."""
+    if importlib.util.find_spec("torchvision") is None:
+        return False
+    try:
+        importlib.import_module("torchvision")
+    except Exception:  # an operator that this torch does not have, a symbol that is missing
+        return True
+    return False
+
+
 def _from_pretrained(name: str, dtype: torch.dtype) -> Any:
     try:
         from transformers import AutoModelForImageTextToText
@@ -72,7 +85,7 @@ def _from_pretrained(name: str, dtype: torch.dtype) -> Any:
             name, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True
         )
     except RuntimeError as error:
-        if "torchvision" in str(error):
+        if _torchvision_fails():
             raise ConfigError(
                 f"the installed torchvision does not fit this torch ({error}): uninstall it (it is not needed), or "
                 "install the build that belongs to this torch"

@@ -139,10 +139,8 @@ class RawImageMaterializer:
         batch = self.materialize_many(refs)
         if batch.errors:
             index = min(batch.errors)
-            error = batch.errors[index]
-            if isinstance(error, MissingImageError):
-                raise error
-            raise RefError(f"image[{index}]: {error}") from error
+            ref = refs[index]
+            raise batch.errors[index].at(image_index=index, uri=ref.uri, sha256=ref.hash)
         return batch
 
     def materialize_many(self, refs: Sequence[MMImageRef]) -> ImageBatch:

@@ -88,7 +88,7 @@ def check_images(images: Sequence[MMImageRef]) -> None:
         try:
             check_image(image)
         except RefError as error:
-            raise RefError(f"image[{index}]: {error}") from None
+            raise error.at(image_index=index) from None
 
 
 def build_mm_refs(
@@ -123,7 +123,7 @@ def build_mm_refs(
     images: list[MMImageRef] = []
     for index, (item, sha256, place) in enumerate(zip(descriptors, mm_hashes, mm_placeholders, strict=True)):
         if not isinstance(place, Mapping) or place.keys() != {"offset", "length"}:
-            raise RefError(f"image[{index}]: placeholder is {place!r}, expected {{'offset': int, 'length': int}}")
+            raise RefError(f"placeholder is {place!r}, expected {{'offset': int, 'length': int}}", image_index=index)
         uri = item.get("raw_image_uri") if isinstance(item, dict) else None
         images.append(MMImageRef(item, sha256, uri, place["offset"], place["length"]))  # type: ignore[arg-type]
     return checked_refs(images, token_type_ids)
@@ -153,7 +153,7 @@ def check_spans(images: Sequence[MMImageRef], token_type_ids: Sequence[int]) -> 
     for index, image in enumerate(images):
         if image.offset < end:
             raise RefError(
-                f"image[{index}]: placeholder at {image.offset} begins before {end}: unsorted or overlapping"
+                f"placeholder at {image.offset} begins before {end}: unsorted or overlapping", image_index=index
             )
         if IMAGE in token_type_ids[end : image.offset]:
             raise RefError(
@@ -161,8 +161,8 @@ def check_spans(images: Sequence[MMImageRef], token_type_ids: Sequence[int]) -> 
             )
         end = image.offset + image.length
         if end > len(token_type_ids):
-            raise RefError(f"image[{index}]: placeholder ends at {end}, the sample has {len(token_type_ids)} tokens")
+            raise RefError(f"placeholder ends at {end}, the sample has {len(token_type_ids)} tokens", image_index=index)
         if any(kind != IMAGE for kind in token_type_ids[image.offset : end]):
-            raise RefError(f"image[{index}]: span {image.offset}..{end} covers tokens that are not image tokens")
+            raise RefError(f"span {image.offset}..{end} covers tokens that are not image tokens", image_index=index)
     if IMAGE in token_type_ids[end:]:
         raise RefError(f"image tokens after {end} have no image: no image token without an image")

@@ -138,7 +138,7 @@ def check_status(path: str, status: int, data: bytes) -> None:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError):
         kind, param, text = None, None, f"{path} answered {status}: {data[:200].decode(errors='replace')}"
     if status in _REFUSALS and kind != _MISSING_IMAGE:
-        raise RequestRefusedError(text, param if isinstance(param, str) else None)
+        raise RequestRefusedError(text, param=param if isinstance(param, str) else None)
     raise InferenceError(text)
 
 

@@ -12,14 +12,14 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from pointillist.base.net import api_key
+from pointillist.base.net import key_from_environment
 from pointillist.base.pools import READING
 from pointillist.config.orchestrator import ClientConfig
 from pointillist.errors import InferenceError
 from pointillist.refs import encode_features
 from pointillist.render.raw import RenderedPrompt
 from pointillist.sessions.answers import Completion, Expected, check_status, completions_of
-from pointillist.sessions.servers import Server, Servers
+from pointillist.sessions.servers import InferenceServer, InferenceServers
 
 Wire = Literal["mmraw", "content_parts"]
 """How images are named to the server: by references that say everything, or by URLs whose layout it computes."""
@@ -72,8 +72,9 @@ class InferenceClient:
         """
         headers = {"Content-Type": "application/json"}
         if api_key_var:
-            headers["Authorization"] = f"Bearer {api_key(api_key_var)}"
-        self._servers = Servers(base_urls, headers, timeout=timeout, unreachable_timeout=unreachable_timeout)
+            key = key_from_environment(api_key_var, "the inference server's API key")
+            headers["Authorization"] = f"Bearer {key}"
+        self._servers = InferenceServers(base_urls, headers, timeout=timeout, unreachable_timeout=unreachable_timeout)
         self._wire = wire
         self._unsampleable = frozenset(unsampleable)
         self._vocab_size = vocab_size
@@ -102,7 +103,7 @@ class InferenceClient:
         )
 
     @property
-    def servers(self) -> Sequence[Server]:
+    def servers(self) -> Sequence[InferenceServer]:
         """Each server by itself."""
         return self._servers.all
 
@@ -133,7 +134,7 @@ class InferenceClient:
             wait: Whether to wait a moment for others with the same prompt; those of the same moment are joined anyway.
 
         Raises:
-            RefusedRequestError: The server does not serve what is asked for.
+            RequestRefusedError: The server does not serve what is asked for.
             InferenceError: It failed the request, can not be reached, reads other tokens than were rendered, or its
                 answer is malformed.
         """

@@ -1,7 +1,7 @@
-"""The inference servers behind a client: which one gets a request, and what happens when one can not be reached.
+"""The inference servers behind a client: which one gets a request, and what happens when one cannot be reached.
 
 Requests of one group or conversation go to one server, which has their prompt in its cache; a new one goes where the
-fewest are in flight. A server that can not be reached is left alone for a moment, a little longer each time, and its
+fewest are in flight. A server that cannot be reached is left alone for a moment, a little longer each time, and its
 requests go to the others. While none can be reached a request waits: what it asks for is decided by its seed, so asking
 again, and elsewhere, gives the same.
 """
@@ -20,7 +20,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from cachetools import LRUCache
 
 from pointillist.base.pools import RESOLVING
-from pointillist.errors import InferenceError
+from pointillist.errors import InferenceError, UnreachableError
 
 _KEEPALIVE_SECONDS: Final = 4.0
 """Idle connections are closed by us before uvicorn closes them (5 s) under a request."""
@@ -31,10 +31,6 @@ _LONGEST_REST_SECONDS: Final = 2.0
 _REMEMBERED: Final = 100_000
 _ANSWER_BYTES: Final = 1024 * 1024
 _UNAVAILABLE: Final = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
-
-
-class UnreachableError(InferenceError):
-    """A server that can not be reached, or ended in the middle of an answer."""
 
 
 class _Resolver(AbstractResolver):
@@ -61,7 +57,7 @@ class _Resolver(AbstractResolver):
         """Has nothing to close."""
 
 
-class Server:
+class InferenceServer:
     """One inference server."""
 
     def __init__(self, url: str, headers: Mapping[str, str], timeout: float) -> None:
@@ -174,7 +170,7 @@ class Server:
         return self._session
 
 
-class Servers:
+class InferenceServers:
     """All of them, as one."""
 
     def __init__(
@@ -188,9 +184,9 @@ class Servers:
             timeout: Seconds that one request may take.
             unreachable_timeout: Seconds for which a request is tried again while no server can be reached.
         """
-        self.all = [Server(url, headers, timeout) for url in urls]
+        self.all = [InferenceServer(url, headers, timeout) for url in urls]
         self._unreachable_timeout = unreachable_timeout
-        self._home: LRUCache[str, Server] = LRUCache(_REMEMBERED)
+        self._home: LRUCache[str, InferenceServer] = LRUCache(_REMEMBERED)
 
     async def post(self, path: str, body: bytes, affinity: str, *, max_bytes: int = _ANSWER_BYTES) -> tuple[int, bytes]:
         """Status and body of an answer.
@@ -219,7 +215,7 @@ class Servers:
             finally:
                 server.in_flight -= 1
 
-    def _pick(self, affinity: str) -> Server:
+    def _pick(self, affinity: str) -> InferenceServer:
         """The server that knows the conversation, the least busy one, or if none can be asked the first that can."""
         home = self._home.get(affinity)
         if home is None or home.rest:

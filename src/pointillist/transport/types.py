@@ -35,7 +35,7 @@ class TrainingSample(msgspec.Struct, array_like=True, kw_only=True):
     mm_token_type_ids: list[int]
     """Per token: 0 text, 1 image, 2 video."""
     mm_refs: MMRefs | None = None
-    mm_kwargs: None = None
+    mm_kwargs: object = None
     """Refused unless None: processed tensors do not travel."""
     sample_id: str = ""
 
@@ -54,7 +54,7 @@ class MicroBatch(msgspec.Struct, array_like=True, kw_only=True):
     seq_lens: list[int]
     """Lengths of the samples, in order; they add up to the row."""
     mm_refs: MMRefs | None = None
-    mm_kwargs: None = None
+    mm_kwargs: object = None
     """Refused unless None: processed tensors do not travel."""
     sample_ids: list[str] = []
 
@@ -99,8 +99,7 @@ def decode_rank_batch(data: bytes) -> RankBatch:
     try:
         batch = _decoder.decode(data)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # the last of deep nesting
-        hint = ": mm_kwargs is not None, processed tensors do not travel" if "null" in str(error) else ""
-        raise TransportError(f"training batch is malformed ({error}){hint}") from None
+        raise TransportError(f"training batch is malformed ({error})") from None
     if batch.format != FORMAT:
         raise TransportError(f"training batch has format {batch.format!r}, expected {FORMAT!r}")
     try:

@@ -18,7 +18,8 @@ from typing import Final
 import msgspec
 import zmq
 
-from pointillist.base.channel import decode, key_from_environment, one_frame, secure_client, secure_listener
+from pointillist.base.channel import decode, one_frame, secure_client, secure_listener
+from pointillist.base.net import key_from_environment
 from pointillist.config import RUN_KEY
 from pointillist.errors import TransportError
 from pointillist.transport.types import RankBatch, decode_rank_batch, encode_rank_batch
@@ -32,6 +33,7 @@ _LARGEST_QUESTION: Final = 4096
 _LARGEST_ANSWER: Final = 4 * 1024**3
 _BATCH: Final = b"batch"
 _REFUSED: Final = b"refused"
+_KEY: Final = "the run's key, one and the same word for all its processes (the launcher sets it)"
 
 
 class _Want(msgspec.Struct, tag=True):
@@ -64,9 +66,10 @@ class ZmqSender:
             max_pending: Number of steps that are kept, at most.
 
         Raises:
-            TransportError: The address cannot be listened on, or the run has no key.
+            TransportError: The address cannot be listened on.
+            ConfigError: The run has no key.
         """
-        key = key_from_environment(RUN_KEY, "the ZMQ transport")
+        key = key_from_environment(RUN_KEY, _KEY)
         self._max_pending = max_pending
         self._needed_from = dict.fromkeys(range(num_ranks), 0)
         self._batches: dict[int, list[bytes]] = {}
@@ -181,11 +184,11 @@ class ZmqReceiver:
         """Prepares the sockets; the orchestrator need not listen yet.
 
         Raises:
-            TransportError: The run has no key.
+            ConfigError: The run has no key.
         """
         self._address = address
         self._rank = rank
-        self._key = key_from_environment(RUN_KEY, "the ZMQ transport")
+        self._key = key_from_environment(RUN_KEY, _KEY)
         self._context = zmq.Context()
         # Batches are received in the feed's thread, and given up in the trainer's: sockets belong to one thread each.
         self._done_wire = self._connected(immediate=False)

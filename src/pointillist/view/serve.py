@@ -1,6 +1,5 @@
 """`pointillist view`: opens runs and serves their pages until it is stopped."""
 
-import os
 import secrets
 import socket
 from collections import Counter
@@ -13,7 +12,7 @@ import uvicorn
 
 from pointillist.base.http_guard import uvicorn_config
 from pointillist.base.logs import plain
-from pointillist.base.net import LOOPBACK, http_url
+from pointillist.base.net import LOOPBACK, http_url, key_from_environment
 from pointillist.errors import ConfigError
 from pointillist.view.index import cache_dir
 from pointillist.view.run import ViewedRun
@@ -71,9 +70,7 @@ def open_runs(folders: Sequence[Path]) -> list[ViewedRun]:
 def _token(host: str, api_key_var: str | None) -> str | None:
     if api_key_var is None:
         return None if host in LOOPBACK else secrets.token_urlsafe(24)
-    if not (value := os.environ.get(api_key_var, "")):
-        raise ConfigError(f"environment variable {api_key_var} should hold the viewer's token, it is not set")
-    return value
+    return key_from_environment(api_key_var, "the viewer's token")
 
 
 def _address(listener: socket.socket, token: str | None) -> str:

@@ -38,7 +38,7 @@ def thumbnail(root: Path, name: str, limits: ImageLimits, size: int, cache: Path
 
     Raises:
         MissingImageError: It is not in the store.
-        RefError: It is corrupt, a link, or no regular file.
+        RefError: A link, or no regular file; a `CorruptImageError` if its bytes are not what its name says.
         ImageError: It cannot be decoded, or has too many pixels for this.
     """
     data, sha256 = read_intact(root, name, limits), sha256_in(name)

@@ -12,9 +12,8 @@ import msgspec
 from pointillist.assets.client import AssetClient
 from pointillist.assets.configured import asset_client
 from pointillist.base.digests import DIGESTS_FILE, FileDigest, fault_in, write_digests
-from pointillist.base.http_guard import RequestError
 from pointillist.config import InferenceConfig
-from pointillist.errors import InferenceError, MissingImageError
+from pointillist.errors import AssetError, InferenceError, RequestError
 from pointillist.runs.paths import WEIGHTS_FILE, RunPaths, steps_in
 from pointillist.weights.wire import MAX_WEIGHT_VERSION, UpdateWeightsRequest
 
@@ -68,7 +67,7 @@ class WeightFolders:
         if not versions and self._assets is not None:
             try:
                 newest = msgspec.json.decode(self._assets.fetch("/weights", max_bytes=1000), type=_Newest).version
-            except (MissingImageError, msgspec.MsgspecError) as error:
+            except (AssetError, msgspec.MsgspecError) as error:
                 logger.warning("beginning with the weights of the model folder: %s", error)
                 newest = None
             versions = [] if newest is None else [newest]
@@ -81,7 +80,7 @@ class WeightFolders:
             (folder / DIGESTS_FILE).unlink(missing_ok=True)
             sha256 = assets.download(f"/weights/{version}", folder / WEIGHTS_FILE)
             write_digests(folder, {WEIGHTS_FILE: FileDigest(sha256, (folder / WEIGHTS_FILE).stat().st_size)})
-        except (MissingImageError, OSError) as error:
+        except (AssetError, OSError) as error:
             raise InferenceError(f"weight version {version} cannot be fetched ({error})") from None
         for old in steps_in(self._paths.broadcasts)[:-_KEPT]:
             shutil.rmtree(self._paths.broadcast_step(old), ignore_errors=True)
@@ -125,7 +124,6 @@ def check_order(request: UpdateWeightsRequest, version: int) -> None:
         raise RequestError(
             f"weight_version is {request.weight_version}, version {version} serves already: expected that or a newer "
             "one, or rewind = true from a run that goes on after a checkpoint",
-            type="ConflictError",
+            status=409,
             param="weight_version",
-            code=409,
         )

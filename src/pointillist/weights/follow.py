@@ -10,11 +10,11 @@ from http import HTTPStatus
 import msgspec
 
 from pointillist.config.shared import RUN_KEY
-from pointillist.errors import InferenceError
+from pointillist.errors import InferenceError, UnreachableError
 from pointillist.runs.paths import RunPaths, latest_broadcast
 from pointillist.sessions import InferenceClient
 from pointillist.sessions.answers import check_status
-from pointillist.sessions.servers import Server, UnreachableError
+from pointillist.sessions.servers import InferenceServer
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ _ASK_SECONDS = 1.0
 class WeightWatcher:
     """Applies new weight versions to the servers as they appear.
 
-    A server that can not be reached holds nobody up: it loads the latest version by itself when it is started again,
+    A server that cannot be reached holds nobody up: it loads the latest version by itself when it is started again,
     what it missed in between is applied as soon as it answers, and one that says that it has an older version than it
     was given (somebody has started it anew elsewhere) is given the latest once more.
     """
@@ -33,7 +33,7 @@ class WeightWatcher:
     def __init__(self, paths: RunPaths, client: InferenceClient, first_version: int) -> None:
         self._paths = paths
         self._has = dict.fromkeys(client.servers, first_version - 1)
-        self._told: set[Server] = set()
+        self._told: set[InferenceServer] = set()
         """Servers that have taken a version from this orchestrator."""
         self._newest: int | None = None
         self._looked = 0.0
@@ -63,7 +63,7 @@ class WeightWatcher:
     def _reached(self, version: int) -> bool:
         return self.version >= version and all(has >= version or server.rest for server, has in self._has.items())
 
-    async def _follow(self, server: Server) -> None:
+    async def _follow(self, server: InferenceServer) -> None:
         ask_at = 0.0
         while True:
             if time.monotonic() >= ask_at:
@@ -82,7 +82,7 @@ class WeightWatcher:
             self._looked, self._newest = now, latest_broadcast(self._paths)
         return self._newest
 
-    async def _apply(self, server: Server, version: int) -> None:
+    async def _apply(self, server: InferenceServer, version: int) -> None:
         folder = self._paths.broadcast_step(version)
         try:
             with contextlib.suppress(UnreachableError):
@@ -98,7 +98,7 @@ class WeightWatcher:
             self._changed.notify_all()
 
 
-async def update_weights(server: Server, weight_dir: str, version: int, *, rewind: bool = False) -> None:
+async def update_weights(server: InferenceServer, weight_dir: str, version: int, *, rewind: bool = False) -> None:
     """Tells one server to load a weight version from a folder; one that has a newer version keeps it.
 
     The request brings the run's own key, where there is one. A server that somebody has started outside of the run may

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pointillist.base.http_guard import RequestError
-from pointillist.errors import InferenceError
+from pointillist.errors import InferenceError, RequestError
 from pointillist.weights.fetch import WeightFolders, check_order, load_newest_usable
 from pointillist.weights.load import (
     OpenWeights,
@@ -97,8 +96,7 @@ class WeightUpdates:
                     await self._load_in_workers(self._folder, before)
             raise RequestError(
                 f"weights could not be loaded ({error}); version {self.version} serves on",
-                type="InternalServerError",
-                code=500,
+                status=500,
             ) from error
         await self._engine.reset_prefix_cache(reset_running_requests=True)
         await self._engine.reset_mm_cache()

@@ -8,7 +8,8 @@ from typing import Final
 import zmq
 import zmq.asyncio
 
-from pointillist.base.channel import key_from_environment, secure_client
+from pointillist.base.channel import secure_client
+from pointillist.base.net import key_from_environment
 from pointillist.base.system import die_with_parent
 from pointillist.config import EnvWorkerConfig
 from pointillist.environments.executor import Executor, RolloutRequest, RolloutResult
@@ -36,12 +37,12 @@ async def serve(config: EnvWorkerConfig) -> None:
     """Serves until the orchestrator is gone.
 
     Raises:
-        ConfigError: The model folder is unusable.
-        EnvironmentLoadError: The environment can not be had.
-        TransportError: The worker has no key, or the orchestrator's message is malformed.
+        ConfigError: The model folder is unusable, or the worker has no key.
+        EnvironmentLoadError: The environment cannot be loaded.
+        TransportError: The orchestrator's message is malformed.
     """
     die_with_parent()
-    key = key_from_environment(KEY_VARIABLE, "an environment worker")
+    key = key_from_environment(KEY_VARIABLE, "the key of the workers' pool, which the orchestrator sets")
     del os.environ[KEY_VARIABLE]  # the programs that an environment starts have no use for it
     executor = Executor(config)
     await executor.start()

@@ -28,10 +28,11 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 
 from pointillist.base.budget import ByteBudget
-from pointillist.base.http_guard import Guard, HttpRefusal, RequestError, answer_json, release_body, uvicorn_config
-from pointillist.base.net import api_key
+from pointillist.base.http_errors import answer_json
+from pointillist.base.http_guard import Guard, release_body, uvicorn_config
+from pointillist.base.net import key_from_environment
 from pointillist.config import RUN_KEY, InferenceConfig
-from pointillist.errors import ConfigError, InferenceError, PointillistError
+from pointillist.errors import ConfigError, InferenceError, PointillistError, RequestError
 from pointillist.inference.door import Door, http_limits
 from pointillist.inference.embedded.batch import Prompt
 from pointillist.inference.embedded.engine import Engine, EngineRequest
@@ -49,7 +50,7 @@ from pointillist.weights.wire import UpdateWeightsRequest
 logger = logging.getLogger(__name__)
 
 
-class Server:
+class EmbeddedServer:
     """What the routes share."""
 
     def __init__(
@@ -96,7 +97,7 @@ class Server:
             engine_request.prefilled.add_done_callback(lambda _: loop.call_soon_threadsafe(share.release))
             choices = await self._await_choices(engine_request, http)
         except InferenceError as error:
-            raise RequestError(f"request {request_id} failed: {error}", type="InternalServerError", code=500) from None
+            raise RequestError(f"request {request_id} failed: {error}", status=500) from None
         finally:
             share.release()
         sampled = sum(len(choice.token_ids) for choice in choices)
@@ -118,7 +119,7 @@ class Server:
         """A body as a request, its checked prompt and the types of its tokens; runs in a worker thread."""
         request = decode_body(body, GenerateRequest)
         if request.model not in (None, self.config.model.name):
-            raise RequestError(f"model is {request.model!r}, this server has {self.config.model.name!r}", code=404)
+            raise RequestError(f"model is {request.model!r}, this server has {self.config.model.name!r}", status=404)
         max_images = self.config.multimodal.limits.max_images_per_request
         prompt = check_prompt(request, self.materializer, max_images)
         params = request.sampling_params
@@ -161,7 +162,7 @@ class Server:
         try:
             arrays = self.materializer.materialize(images, "uint8")
         except PointillistError as error:
-            raise request_error(error, images) from None
+            raise request_error(error) from None
         self.metrics.images.materialized(len(images), time.perf_counter() - started, self.materializer.cache)
         return as_tensors(arrays)
 
@@ -174,11 +175,11 @@ class Server:
         hung_up.cancel()
         if not answer.done():
             self.engine.abort(request)
-            raise RequestError("client closed the connection", code=499)
+            raise RequestError("client closed the connection", status=499)
         return answer.result()
 
 
-def create_app(server: Server) -> FastAPI:
+def create_app(server: EmbeddedServer) -> FastAPI:
     """The web application, without its guard.
 
     Args:
@@ -222,7 +223,7 @@ def create_app(server: Server) -> FastAPI:
     @app.get("/health")
     async def health() -> Response:
         if server.engine.failure is not None:
-            raise RequestError(f"engine died: {server.engine.failure!r}", type="InternalServerError", code=503)
+            raise RequestError(f"engine died: {server.engine.failure!r}", status=503)
         return JSONResponse({"status": "ok", "weight_version": server.engine.weight_version})
 
     @app.get("/v1/models")
@@ -244,7 +245,8 @@ def serve(config: InferenceConfig) -> None:
         ConfigError: No such model, or a missing API key.
         InferenceError: The engine died.
     """
-    key = api_key(config.server.api_key_var) if config.server.api_key_var else None
+    variable = config.server.api_key_var
+    key = key_from_environment(variable, "the inference server's API key") if variable else None
     torch.set_num_threads(config.engine.num_threads)
     loaded = load_model(config.model.name, device=config.engine.device, dtype=config.engine.dtype)
 
@@ -253,7 +255,7 @@ def serve(config: InferenceConfig) -> None:
         http_server.should_exit = http_server.force_exit = True
 
     _refuse_other_caches(loaded)
-    server = Server(config, loaded, RawImageMaterializer.for_run(loaded.family, config), end_process)
+    server = EmbeddedServer(config, loaded, RawImageMaterializer.for_run(loaded.family, config), end_process)
     limits = http_limits(config.seq_len, config.multimodal.limits.max_images_per_request)
     door = Door(loopback=config.server.is_loopback, key=key, run_key=os.environ.get(RUN_KEY))
 
@@ -270,14 +272,14 @@ def serve(config: InferenceConfig) -> None:
 
 
 def _refuse_other_caches(loaded: LoadedModel) -> None:
-    """The running batch is made of keys and values; the state of linear attention can not be joined that way.
+    """The running batch is made of keys and values; the state of linear attention cannot be joined that way.
 
     Raises:
         ConfigError: The model has layers with another kind of cache.
     """
     layers = getattr(loaded.model.config.get_text_config(), "layer_types", None) or []
     if other := sorted(set(layers) - {"full_attention", "sliding_attention"}):
-        raise ConfigError(f"the embedded server can not decode models with {', '.join(other)} layers; use vLLM")
+        raise ConfigError(f"the embedded server cannot decode models with {', '.join(other)} layers; use vLLM")
 
 
 def _eos_token_ids(loaded: LoadedModel) -> frozenset[int]:
@@ -291,9 +293,9 @@ async def _disconnected(http: Request) -> None:
         pass
 
 
-def _add_error_handlers(app: FastAPI, server: Server) -> None:
-    @app.exception_handler(HttpRefusal)
-    async def refused(request: Request, error: HttpRefusal) -> Response:
+def _add_error_handlers(app: FastAPI, server: EmbeddedServer) -> None:
+    @app.exception_handler(RequestError)
+    async def refused(request: Request, error: RequestError) -> Response:
         server.metrics.refused.inc()
         return answer_json(request, error)
 
@@ -301,4 +303,4 @@ def _add_error_handlers(app: FastAPI, server: Server) -> None:
     async def failed(request: Request, error: Exception) -> Response:
         logger.error("request failed", exc_info=error)
         server.metrics.refused.inc()
-        return answer_json(request, HttpRefusal(500, type(error).__name__, "InternalServerError"))
+        return answer_json(request, error)

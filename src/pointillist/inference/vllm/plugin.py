@@ -25,15 +25,17 @@ from vllm.entrypoints.serve.utils.api_utils import load_aware_call, with_cancell
 from vllm.sampling_params import SamplingParams
 
 from pointillist.base.budget import ByteBudget
-from pointillist.base.http_guard import Guard, HttpRefusal, RequestError, answer_json, guarded_protocol, release_body
-from pointillist.base.net import api_key, is_loopback
+from pointillist.base.http_errors import answer_json
+from pointillist.base.http_guard import Guard, guarded_protocol, release_body
+from pointillist.base.net import is_loopback, key_from_environment
 from pointillist.config import RUN_KEY, InferenceConfig, MultimodalConfig
 from pointillist.config.shared import CARRIER, ModelConfig
+from pointillist.errors import RequestError
 from pointillist.families import load_family, resolve_model_dir
 from pointillist.inference.door import OWN_PATHS, Door, http_limits
 from pointillist.inference.metrics import ImageMetrics
 from pointillist.inference.prompt import CheckedPrompt, ServerBounds, check_prompt, check_sizes, pixel_bytes
-from pointillist.inference.protocol import Placeholders, PromptFields, check_params, decode_body
+from pointillist.inference.protocol import Placeholders, PromptFields, check_params, decode_body, decode_open_body
 from pointillist.inference.vllm.serve import CONFIG_VARIABLE
 from pointillist.inference.vllm.serving import ItemMaker, RawServingTokens
 from pointillist.inference.vllm.versions import check_vllm
@@ -58,7 +60,7 @@ class PointillistPlugin:
     def attach_router(self, app: FastAPI) -> None:
         """Adds the routes, and a guard around vLLM's and ours alike."""
         app.include_router(router)
-        app.exception_handler(HttpRefusal)(_answer)
+        app.exception_handler(RequestError)(_answer)
         app.add_middleware(_LateGuard)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
@@ -99,9 +101,10 @@ class _Shared:
         self.bounds = ServerBounds(model.max_model_len, model.get_vocab_size(), scheduler.max_num_seqs)
         self.budget = ByteBudget(self.config.reader.inflight_bytes)
         self.limits = http_limits(model.max_model_len, self.config.multimodal.limits.max_images_per_request)
+        variable = self.config.server.api_key_var
         self.door = Door(
             loopback=is_loopback(args.host or ""),
-            key=api_key(self.config.server.api_key_var) if self.config.server.api_key_var else None,
+            key=key_from_environment(variable, "the inference server's API key") if variable else None,
             run_key=os.environ.get(RUN_KEY),
         )
         self.weights = WeightUpdates(engine, resolve_model_dir(self.config.model.name), WeightFolders(self.config))
@@ -178,9 +181,8 @@ async def _generate(body: bytes, raw_request: Request) -> Response:
 
 def _read(body: bytes, shared: _Shared) -> tuple[GenerateRequest, CheckedPrompt]:
     """A body as vLLM's request and its checked prompt; runs in a worker thread."""
-    fields = decode_body(body, PromptFields)
+    fields, given_body = decode_open_body(body, PromptFields)
     prompt = check_prompt(fields, shared.materializer, shared.config.multimodal.limits.max_images_per_request)
-    given_body = msgspec.json.decode(body)
     if isinstance(given_params := given_body.get("sampling_params"), dict):
         check_params(given_params)
     request = _stock_request(given_body, prompt)
@@ -258,5 +260,5 @@ def _refuse_unknown(body: dict[str, Any]) -> None:
             raise RequestError(f"{prefix}{unknown[0]}: no such parameter", param=f"{prefix}{unknown[0]}")
 
 
-async def _answer(request: Request, error: HttpRefusal) -> Response:
+async def _answer(request: Request, error: RequestError) -> Response:
     return answer_json(request, error)

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import torch
 
-from pointillist.base.net import api_key
+from pointillist.base.net import key_from_environment
 from pointillist.config import InferenceConfig
 from pointillist.inference.vllm.versions import check_vllm
 from pointillist.runs.config_files import write_toml
@@ -25,7 +25,7 @@ def serve(config: InferenceConfig) -> None:
     check_vllm()
     environ = {**os.environ, "VLLM_PLUGINS": "pointillist"}
     if config.server.api_key_var is not None:
-        environ["VLLM_API_KEY"] = api_key(config.server.api_key_var)
+        environ["VLLM_API_KEY"] = key_from_environment(config.server.api_key_var, "the inference server's API key")
     if config.deterministic:
         environ["VLLM_BATCH_INVARIANT"] = "1"
     path = config.output_dir.absolute() / "configs" / f"inference.vllm.{config.server.port}.toml"

@@ -68,7 +68,7 @@ class ItemMaker:
         try:
             batch = self.materializer.load(prompt.images)
         except PointillistError as error:
-            raise request_error(error, prompt.images) from None
+            raise request_error(error) from None
         distinct = [self._item(image) for image in batch.images]
         return [distinct[which] for which in batch.index]
 

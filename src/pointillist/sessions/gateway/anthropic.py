@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pointillist.config.sampling import MAX_VOCABULARY
+from pointillist.errors import RequestError
 from pointillist.render.raw import Message
 from pointillist.sessions.gateway.call import Call, common, message_list, optional, positive, stop_texts
-from pointillist.sessions.gateway.errors import ApiError
 from pointillist.sessions.session import Turn
 
 
@@ -15,7 +15,7 @@ def parse(body: dict[str, Any]) -> Call:
     """Reads a request.
 
     Raises:
-        ApiError: 400.
+        RequestError: 400.
     """
     messages: list[Message] = []
     if body.get("system"):
@@ -23,11 +23,11 @@ def parse(body: dict[str, Any]) -> Call:
     for index, message in enumerate(message_list(body, "messages")):
         where = f"messages[{index}]"
         if not isinstance(message, dict):
-            raise ApiError(f"{where} is not an object", param=where)
+            raise RequestError(f"{where} is not an object", param=where)
         messages += _converted(message, where)
     choice = optional(body, "tool_choice", dict) or {}
     if choice.get("disable_parallel_tool_use"):
-        raise ApiError("tool_choice.disable_parallel_tool_use is not supported", param="tool_choice")
+        raise RequestError("tool_choice.disable_parallel_tool_use is not supported", param="tool_choice")
     tools = [_tool(tool, index) for index, tool in enumerate(optional(body, "tools", list) or [])]
     return common(
         body,
@@ -100,7 +100,9 @@ def _converted(message: Mapping[str, Any], where: str) -> list[Message]:
 
 def _tool(tool: Any, index: int) -> dict[str, Any]:
     if not isinstance(tool, Mapping) or not isinstance(tool.get("name"), str) or "input_schema" not in tool:
-        raise ApiError(f"tools[{index}] has no name and input_schema: built-in tools are not supported", param="tools")
+        raise RequestError(
+            f"tools[{index}] has no name and input_schema: built-in tools are not supported", param="tools"
+        )
     function = {"name": tool["name"], "description": tool.get("description", ""), "parameters": tool["input_schema"]}
     return {"type": "function", "function": function}
 

@@ -8,8 +8,8 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from pointillist.config.sampling import MAX_SEQUENCE, MIN_TEMPERATURE
+from pointillist.errors import RequestError, shown
 from pointillist.render.raw import Message
-from pointillist.sessions.gateway.errors import ApiError
 from pointillist.sessions.session import Sampling
 
 T = TypeVar("T")
@@ -26,10 +26,7 @@ MAX_NAME_CHARACTERS: Final = 512
 """Of the names of a model, a session or a response."""
 _MIN_TOP_P: Final = 1e-6
 """Below it a float32 sum of probabilities may leave no token at all."""
-_LONG_BITS: Final = 128
 _KINDS: Final = {str: "a text", int: "an integer", bool: "true or false", list: "a list", dict: "an object"}
-_SHOWN: Final = 80
-"""Characters of a value that an error repeats."""
 
 # Fields that change what is sampled, and the values of theirs that change nothing.
 _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
@@ -96,12 +93,12 @@ def common(body: Mapping[str, Any], messages: list[Message], **fields: Any) -> C
     """A call with the fields that all APIs name alike.
 
     Raises:
-        ApiError: 400: a field of the wrong type, or one that asks for what is not done here.
+        RequestError: 400: a field of the wrong type, or one that asks for what is not done here.
     """
     for name, values in _NEUTRAL.items():
         value = body.get(name)
         if value is not None and value not in values:
-            raise ApiError(f"{name} = {shown(value)} is not supported", param=name, code="unsupported_parameter")
+            raise RequestError(f"{name} = {shown(value)} is not supported", param=name, code="unsupported_parameter")
     _refuse_forced_tools(body.get("tool_choice"))
     tools = fields.get("tools", [])
     check_count(tools, "tools", MAX_TOOLS)
@@ -109,7 +106,7 @@ def common(body: Mapping[str, Any], messages: list[Message], **fields: Any) -> C
     _check_bytes(optional(body, "metadata", dict) or {}, "metadata", MAX_METADATA_BYTES)
     seed = optional(body, "seed", int)  # not used: a session has its own
     if seed is not None and not -(2**63) <= seed < 2**63:
-        raise ApiError(f"seed is {shown(seed)}, expected an integer of 64 bits", param="seed")
+        raise RequestError(f"seed is {shown(seed)}, expected an integer of 64 bits", param="seed")
     return Call(
         messages=messages,
         model=optional(body, "model", str) or "",
@@ -125,15 +122,15 @@ def optional(body: Mapping[str, Any], name: str, kind: type[T]) -> T | None:
     """A field that may be absent or null.
 
     Raises:
-        ApiError: 400: of another type, or a name that is too long.
+        RequestError: 400: of another type, or a name that is too long.
     """
     value = body.get(name)
     if value is None:
         return None
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ApiError(f"{name} is {shown(value)}, expected {_KINDS[kind]}", param=name)
+        raise RequestError(f"{name} is {shown(value)}, expected {_KINDS[kind]}", param=name)
     if name in _NAMES and isinstance(value, str) and len(value) > MAX_NAME_CHARACTERS:
-        raise ApiError(f"{name} has {len(value)} characters, expected at most {MAX_NAME_CHARACTERS}", param=name)
+        raise RequestError(f"{name} has {len(value)} characters, expected at most {MAX_NAME_CHARACTERS}", param=name)
     return value
 
 
@@ -141,11 +138,11 @@ def message_list(body: Mapping[str, Any], name: str) -> list[Any]:
     """A list of messages.
 
     Raises:
-        ApiError: 400: absent, of another type, or too long.
+        RequestError: 400: absent, of another type, or too long.
     """
     value = optional(body, name, list)
     if value is None:
-        raise ApiError(f"{name} is missing, expected a list", param=name)
+        raise RequestError(f"{name} is missing, expected a list", param=name)
     check_count(value, name, MAX_MESSAGES)
     return value
 
@@ -154,28 +151,28 @@ def check_count(values: Sequence[object], name: str, most: int) -> None:
     """Checks how many entries a list has.
 
     Raises:
-        ApiError: 400: too many.
+        RequestError: 400: too many.
     """
     if len(values) > most:
-        raise ApiError(f"{name} has {len(values)} entries, expected at most {most}", param=name)
+        raise RequestError(f"{name} has {len(values)} entries, expected at most {most}", param=name)
 
 
 def _check_bytes(value: object, name: str, most: int) -> None:
     if (size := len(msgspec.json.encode(value))) > most:
-        raise ApiError(f"{name} has {size} bytes, expected at most {most}", param=name)
+        raise RequestError(f"{name} has {size} bytes, expected at most {most}", param=name)
 
 
 def number(body: Mapping[str, Any], name: str, low: float, high: float) -> float | None:
     """A number that may be absent or null.
 
     Raises:
-        ApiError: 400: not a number, or out of range.
+        RequestError: 400: not a number, or out of range.
     """
     value = body.get(name)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ApiError(f"{name} is {shown(value)}, expected a number from {low:g} to {high:g}", param=name)
+        raise RequestError(f"{name} is {shown(value)}, expected a number from {low:g} to {high:g}", param=name)
     return float(value)
 
 
@@ -183,7 +180,7 @@ def _temperature(body: Mapping[str, Any]) -> float | None:
     """0 or a temperature that logits can be divided by (`config.sampling`)."""
     value = number(body, "temperature", 0, 2)
     if value is not None and 0 < value < MIN_TEMPERATURE:
-        raise ApiError(f"temperature is {value:g}, expected 0 or {MIN_TEMPERATURE:g} to 2", param="temperature")
+        raise RequestError(f"temperature is {value:g}, expected 0 or {MIN_TEMPERATURE:g} to 2", param="temperature")
     return value
 
 
@@ -196,11 +193,11 @@ def positive(body: Mapping[str, Any], name: str, high: int = MAX_SEQUENCE) -> in
         high: Largest value.
 
     Raises:
-        ApiError: 400: not an integer from 1 to `high`.
+        RequestError: 400: not an integer from 1 to `high`.
     """
     value = optional(body, name, int)
     if value is not None and not 1 <= value <= high:
-        raise ApiError(f"{name} is {shown(value)}, expected an integer from 1 to {high}", param=name)
+        raise RequestError(f"{name} is {shown(value)}, expected an integer from 1 to {high}", param=name)
     return value
 
 
@@ -208,14 +205,14 @@ def stop_texts(body: Mapping[str, Any], name: str) -> list[str]:
     """Texts that end an answer: a string or a list of them.
 
     Raises:
-        ApiError: 400: something else, an empty text, or more of them than are looked for.
+        RequestError: 400: something else, an empty text, or more of them than are looked for.
     """
     value = body.get(name)
     texts = [value] if isinstance(value, str) else value or []
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
-        raise ApiError(f"{name} must be a text or a list of texts, none of them empty", param=name)
+        raise RequestError(f"{name} must be a text or a list of texts, none of them empty", param=name)
     if len(texts) > MAX_STOP_TEXTS or sum(map(len, texts)) > MAX_STOP_CHARACTERS:
-        raise ApiError(
+        raise RequestError(
             f"{name} has {len(texts)} texts of {sum(map(len, texts))} characters together, expected at most "
             f"{MAX_STOP_TEXTS} of {MAX_STOP_CHARACTERS}",
             param=name,
@@ -223,21 +220,10 @@ def stop_texts(body: Mapping[str, Any], name: str) -> list[str]:
     return texts
 
 
-def shown(value: Any) -> str:
-    """The beginning of a value, for an error; it costs little, whatever the value is."""
-    if isinstance(value, str):
-        return repr(value[:_SHOWN])
-    if isinstance(value, int) and value.bit_length() > _LONG_BITS:
-        return f"an integer of {value.bit_length()} bits"  # Python refuses to print one of 5,000 digits
-    if isinstance(value, dict | list):
-        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
-    return str(value)
-
-
 def _refuse_forced_tools(choice: Any) -> None:
     kind = choice.get("type") if isinstance(choice, Mapping) else choice
     if kind not in (None, "auto", "none"):
-        raise ApiError(
+        raise RequestError(
             f"tool_choice {shown(choice)} is not supported, expected 'auto' or 'none': nothing forces the policy",
             param="tool_choice",
             code="unsupported_parameter",

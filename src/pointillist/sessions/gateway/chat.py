@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pointillist.config.sampling import MAX_CHOICES
+from pointillist.errors import RequestError
 from pointillist.sessions.gateway.call import Call, common, message_list, optional, positive, stop_texts
-from pointillist.sessions.gateway.errors import ApiError
 from pointillist.sessions.session import Turn
 
 
@@ -14,18 +14,18 @@ def parse(body: dict[str, Any]) -> Call:
     """Reads a request.
 
     Raises:
-        ApiError: 400.
+        RequestError: 400.
     """
     tools = optional(body, "tools", list) or []
     for index, tool in enumerate(tools):
         if not isinstance(tool, dict) or tool.get("type") != "function" or not _is_function(tool.get("function")):
-            raise ApiError(
+            raise RequestError(
                 f"tools[{index}] is not {{type: 'function', function: {{name, ...}}}}", param=f"tools[{index}]"
             )
     messages = message_list(body, "messages")
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
-            raise ApiError(f"messages[{index}] is not an object", param=f"messages[{index}]")
+            raise RequestError(f"messages[{index}] is not an object", param=f"messages[{index}]")
     stream_options = optional(body, "stream_options", dict) or {}
     return common(
         body,

@@ -4,9 +4,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from pointillist.errors import RequestError
 from pointillist.render.raw import Message
 from pointillist.sessions.gateway.call import MAX_MESSAGES, Call, check_count, common, optional, positive
-from pointillist.sessions.gateway.errors import ApiError
 from pointillist.sessions.session import Turn
 
 
@@ -14,12 +14,12 @@ def parse(body: dict[str, Any]) -> Call:
     """Reads a request.
 
     Raises:
-        ApiError: 400.
+        RequestError: 400.
     """
     given = body.get("input")
     items = [{"role": "user", "content": given}] if isinstance(given, str) else given
     if not isinstance(items, list):
-        raise ApiError("input must be a text or a list of items", param="input")
+        raise RequestError("input must be a text or a list of items", param="input")
     check_count(items, "input", MAX_MESSAGES)
     messages: list[Message] = []
     if instructions := optional(body, "instructions", str):
@@ -28,7 +28,7 @@ def parse(body: dict[str, Any]) -> Call:
         _add(messages, item, f"input[{index}]")
     text_format = (optional(body, "text", dict) or {}).get("format") or {}
     if not isinstance(text_format, dict) or text_format.get("type", "text") != "text":
-        raise ApiError("text.format other than text is not supported", param="text", code="unsupported_parameter")
+        raise RequestError("text.format other than text is not supported", param="text", code="unsupported_parameter")
     tools = [_tool(tool, index) for index, tool in enumerate(optional(body, "tools", list) or [])]
     return common(
         body,
@@ -107,14 +107,16 @@ def _add(messages: list[Message], item: Any, where: str) -> None:
     elif kind == "function_call_output":
         messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")})
     elif kind != "reasoning":  # reasoning is in the record
-        raise ApiError(
+        raise RequestError(
             f"{where} has type {str(kind)[:40]!r}, which is not supported", param=where, code="unsupported_content"
         )
 
 
 def _tool(tool: Any, index: int) -> dict[str, Any]:
     if not isinstance(tool, Mapping) or tool.get("type") != "function" or not isinstance(tool.get("name"), str):
-        raise ApiError(f"tools[{index}] is not a function: built-in tools are not supported", param=f"tools[{index}]")
+        raise RequestError(
+            f"tools[{index}] is not a function: built-in tools are not supported", param=f"tools[{index}]"
+        )
     function = {key: tool[key] for key in ("name", "description", "parameters") if tool.get(key) is not None}
     return {"type": "function", "function": function}
 

@@ -34,14 +34,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from pointillist.base.http_guard import Guard, HttpLimits, HttpRefusal, check_address, release_body, uvicorn_config
-from pointillist.base.net import api_key, http_url
+from pointillist.base.http_errors import Api, answer_json, as_request_error
+from pointillist.base.http_guard import Guard, HttpLimits, check_address, check_bearer, release_body, uvicorn_config
+from pointillist.base.net import http_url, key_from_environment
 from pointillist.base.pools import READING, WRITING
 from pointillist.config import GatewayConfig
-from pointillist.errors import ConfigError, PointillistError
+from pointillist.errors import ConfigError, PointillistError, RequestError, RequestRefusedError, shown
 from pointillist.sessions.gateway import anthropic, chat, responses
-from pointillist.sessions.gateway.call import Call, shown
-from pointillist.sessions.gateway.errors import ApiError, api_error
+from pointillist.sessions.gateway.call import Call
 from pointillist.sessions.session import Conversation, Session, Turn
 
 logger = logging.getLogger(__name__)
@@ -74,10 +74,10 @@ class _Entry:
         """Counts a request.
 
         Raises:
-            ApiError: 429: there are too many.
+            RequestError: 429: there are too many.
         """
         if self._requests >= most:
-            raise ApiError(
+            raise RequestError(
                 f"session has {self._requests} requests under way, gateway.max_session_requests is {most}",
                 status=429,
                 code="too_many_requests",
@@ -114,10 +114,11 @@ class Gateway:
         self._config = config
         self._model_name = model_name
         self._open_session = open_session
-        self._key = api_key(config.api_key_var) if config.api_key_var else None
+        variable = config.api_key_var
+        self._key = key_from_environment(variable, "the gateway's API key") if variable else None
         self._entries: dict[str, _Entry] = {}
         self._closed: OrderedDict[str, None] = OrderedDict()
-        self._server: _Server | None = None
+        self._server: _GuestServer | None = None
         self._task: asyncio.Task[None] | None = None
         self.url = ""
         """Where it listens, once started."""
@@ -139,7 +140,7 @@ class Gateway:
             idle_seconds=600,
         )
         app = Guard(self.app(), limits, check=self._check, answer=_refuse)
-        self._server = _Server(uvicorn_config(app, limits, host=self._config.host, port=port, lifespan="off"))
+        self._server = _GuestServer(uvicorn_config(app, limits, host=self._config.host, port=port, lifespan="off"))
         self._task = asyncio.get_running_loop().create_task(self._server.serve(sockets=[listener]))
         await self._server.listening.wait()
 
@@ -175,25 +176,20 @@ class Gateway:
                 Route("/sessions/{key}", self._look),
                 Route("/sessions/{key}", self._end, methods=["DELETE"]),
             ]
-        handlers: dict[Any, Any] = {404: _no_route, 405: _no_route, 500: _failed, ApiError: _refuse}
+        handlers: dict[Any, Any] = {404: _no_route, 405: _no_route, 500: _failed, RequestError: _refuse}
         return Starlette(routes=routes, exception_handlers=handlers)
 
     def _check(self, request: Request) -> None:
         """Looks at a request before its body is read.
 
         Raises:
-            ApiError: 401, 404 or 410.
-            HttpRefusal: It was sent by a page of another site.
+            RequestError: 401, 404 or 410; 400 or 403 if it was sent by a page of another site.
         """
         # Not `request.url`, which is made from what the client says in Host.
         if request.scope["path"] == "/health":
             return
         if self._key is not None:
-            given = request.headers.get("x-api-key") or _bearer(request.headers.get("authorization", ""))
-            if not secrets.compare_digest(given.encode(), self._key.encode()):
-                raise ApiError(
-                    "expected Authorization: Bearer <API key> or x-api-key", status=401, code="invalid_api_key"
-                )
+            check_bearer(request, self._key, header="x-api-key")
         elif request.scope["path"].startswith("/sessions"):
             # Whoever may open sessions needs no key on loopback, so at least no page of the web may.
             check_address(request, loopback=self._config.is_loopback)
@@ -227,14 +223,14 @@ class Gateway:
         """A request's messages, their pictures stored; nothing of its body is held afterwards."""
         most = entry.session.max_images
         if call.images > most:
-            raise ApiError(
+            raise RequestError(
                 f"request has {call.images} images, expected at most {most}", param="messages", code="too_many_images"
             )
         messages, call.messages = call.messages, []
         conversation = await entry.session.read(messages, from_client=True)
         before = entry.responses.get(call.previous or "")
         if call.previous is not None and before is None:
-            raise ApiError(
+            raise RequestError(
                 f"previous_response_id {call.previous[:64]!r} is not a response of this session, or it was forgotten: "
                 f"the newest {_RESPONSES_REMEMBERED} are remembered",
                 status=404, param="previous_response_id", code="previous_response_not_found",
@@ -275,15 +271,15 @@ class Gateway:
         """What a body says; runs in a thread."""
         call = _parsed(api, body)
         if call.n > self._config.max_choices:
-            raise ApiError(f"n is {call.n}, expected an integer from 1 to {self._config.max_choices}", param="n")
+            raise RequestError(f"n is {call.n}, expected an integer from 1 to {self._config.max_choices}", param="n")
         return call
 
     def _entry(self, key: str) -> _Entry:
         if key in self._entries:
             return self._entries[key]
         if key in self._closed:
-            raise ApiError("session is closed", status=410, code="session_closed")
-        raise ApiError("no such session", status=404, code="session_not_found")
+            raise RequestError("session is closed", status=410, code="session_closed")
+        raise RequestError("no such session", status=404, code="session_not_found")
 
     async def _models(self, request: Request) -> Response:
         self._entry(request.path_params["key"])
@@ -292,9 +288,9 @@ class Gateway:
 
     async def _open(self, _: Request) -> Response:
         if self._open_session is None:
-            raise ApiError("sessions belong to rollouts here", status=404)
+            raise RequestError("sessions belong to rollouts here", status=404)
         if len(self._entries) >= self._config.max_sessions:
-            raise ApiError(
+            raise RequestError(
                 f"{len(self._entries)} sessions are open, gateway.max_sessions is {self._config.max_sessions}: close "
                 "those that are over", status=429, code="too_many_sessions",
             )  # fmt: skip
@@ -313,8 +309,8 @@ class Gateway:
         return Response(await WRITING.run(_state, session), media_type="application/json")
 
 
-class _Server(uvicorn.Server):
-    """A server inside somebody else's process: signals are that process' affair."""
+class _GuestServer(uvicorn.Server):
+    """A server in a process that handles signals itself."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -360,26 +356,26 @@ def _parsed(api: Any, body: bytes) -> Call:
     """What a body asks for; runs in a thread.
 
     Raises:
-        ApiError: 400: not JSON, not this API's, or more than is taken.
+        RequestError: 400: not JSON, not this API's, or more than is taken.
     """
     # Before it is decoded: 20 MB of empty lists are 560 MB of memory. What stands in texts is counted too, so the
     # bound is generous.
     values = body.count(b",") + body.count(b"[") + body.count(b"{")
     if values > _MAX_VALUES:
-        raise ApiError(f"body has about {values} values, at most {_MAX_VALUES} are accepted")
+        raise RequestError(f"body has about {values} values, at most {_MAX_VALUES} are accepted")
     try:
         data = msgspec.json.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise ApiError(f"body is not JSON that can be read ({error})") from None
+        raise RequestError(f"body is not JSON that can be read ({error})") from None
     if not isinstance(data, dict):
-        raise ApiError("body is not a JSON object")
+        raise RequestError("body is not a JSON object")
     images = _count_images(data)
     try:
         call: Call = api.parse(data)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         # A shape that a parser does not expect is its sender's fault, and costs this request only.
         logger.warning("a request of an unexpected shape was refused", exc_info=error)
-        raise ApiError("a field of the request has a shape that this API does not have") from None
+        raise RequestError("a field of the request has a shape that this API does not have") from None
     call.images = images
     return call
 
@@ -388,7 +384,7 @@ def _count_images(body: dict[str, Any]) -> int:
     """Counts the images of a body; refuses what code that walks through it, or writes it again, might fail at.
 
     Raises:
-        ApiError: 400: nested too deeply, or an integer of more than 63 bits.
+        RequestError: 400: nested too deeply, or an integer of more than 63 bits.
     """
     images = 0
     level: list[Any] = [value for value in body.values() if isinstance(value, dict | list)]
@@ -402,30 +398,24 @@ def _count_images(body: dict[str, Any]) -> int:
             elif isinstance(value, list):
                 below += value
             elif isinstance(value, int) and value.bit_length() > _INTEGER_BITS:
-                raise ApiError(f"body has {shown(value)}, expected integers of at most {_INTEGER_BITS} bits")
+                raise RequestError(f"body has {shown(value)}, expected integers of at most {_INTEGER_BITS} bits")
         if not below:
             return images
         level = below
-    raise ApiError(f"body is nested more than {_MAX_DEPTH} levels deep")
-
-
-def _bearer(header: str) -> str:
-    scheme, _, key = header.partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else header
+    raise RequestError(f"body is nested more than {_MAX_DEPTH} levels deep")
 
 
 def _refuse(request: Request, error: Exception) -> Response:
     """The answer to a request that is not served, in the shape of its API."""
-    if isinstance(error, HttpRefusal):
-        refusal = ApiError(str(error), status=error.status)
-    elif isinstance(error, ApiError):
-        refusal = error
-    elif isinstance(error, PointillistError):
-        refusal = api_error(error)
-    else:
-        refusal = ApiError("internal error", status=500)
-    anthropic_api = request.scope["path"].endswith("/messages")
-    return JSONResponse(refusal.anthropic() if anthropic_api else refusal.openai(), status_code=refusal.status)
+    api: Api = "anthropic" if request.scope["path"].endswith("/messages") else "openai"
+    return answer_json(request, _as_chat_error(error), api)
+
+
+def _as_chat_error(error: Exception) -> RequestError:
+    """What a chat client is told: it knows its own fields by their last name, and its pictures as those of messages."""
+    if isinstance(error, RequestRefusedError):
+        return RequestError(str(error), param=error.param and error.param.rpartition(".")[2], code=error.code)
+    return as_request_error(error, param="messages")
 
 
 async def _unless_client_leaves(answering: "asyncio.Future[list[Turn]]", request: Request) -> list[Turn]:
@@ -457,9 +447,9 @@ async def _health(_: Request) -> Response:
 
 
 async def _no_route(request: Request, _: Exception) -> Response:
-    error = ApiError(f"no route {request.method} {request.scope['path']}", status=404, code="unknown_route")
-    return JSONResponse(error.openai(), status_code=404)
+    error = RequestError(f"no route {request.method} {request.scope['path']}", status=404, code="unknown_route")
+    return answer_json(request, error, "openai")
 
 
-async def _failed(_: Request, error: Exception) -> Response:
-    return JSONResponse(ApiError(type(error).__name__, status=500, code="internal_error").openai(), status_code=500)
+async def _failed(request: Request, error: Exception) -> Response:
+    return answer_json(request, error, "openai")

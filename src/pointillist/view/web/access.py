@@ -14,8 +14,9 @@ from starlette.middleware.base import RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
-from pointillist.base.http_guard import HttpLimits, HttpRefusal, check_address
-from pointillist.errors import PointillistError
+from pointillist.base.http_errors import as_request_error
+from pointillist.base.http_guard import HttpLimits, check_address, has_bearer, same_secret
+from pointillist.errors import PointillistError, RequestError
 
 LIMITS_OF_REQUESTS: Final = HttpLimits(body_bytes=0)
 """No request has a body."""
@@ -54,33 +55,29 @@ class Access:
     def _refusal(self, request: Request) -> Response | None:
         if self.token is None:
             return None
-        if (given := request.query_params.get("token")) is not None and _same(given, self.token):
+        if (given := request.query_params.get("token")) is not None and same_secret(given, self.token):
             query = urlencode([pair for pair in request.query_params.multi_items() if pair[0] != "token"])
             path = "/" + quote(request.scope["path"].lstrip("/\\"))  # two slashes would name another host
             redirect = RedirectResponse(f"{path}?{query}" if query else path, 303)
             redirect.set_cookie(self.cookie, self.session, httponly=True, samesite="lax", path="/")
             return redirect
-        bearer = request.headers.get("authorization", "")
-        if _same(bearer, f"Bearer {self.token}") or _same(request.cookies.get(self.cookie, ""), self.session):
+        if has_bearer(request, self.token) or same_secret(request.cookies.get(self.cookie, ""), self.session):
             return None
-        return PlainTextResponse("expected the token: open the address that `pointillist view` printed", 401)
-
-
-def _same(given: str, expected: str) -> bool:
-    return secrets.compare_digest(given.encode(), expected.encode())
+        message = "expected the token: open the address that `pointillist view` printed"
+        return answer(request, RequestError(message, status=401))
 
 
 def check(request: Request, token: str | None) -> None:
     """Checks what a request's first lines say: method, address, origin.
 
     Raises:
-        HttpRefusal: 400, 403 or 405.
+        RequestError: 400, 403 or 405.
     """
     if request.method not in ("GET", "HEAD"):
-        raise HttpRefusal(405, "the viewer only reads: expected GET")
+        raise RequestError("the viewer only reads: expected GET", status=405)
     check_address(request, loopback=token is None)
 
 
 def answer(_: Request, error: PointillistError) -> Response:
     """A refusal as text."""
-    return PlainTextResponse(str(error), error.status if isinstance(error, HttpRefusal) else 400, HEADERS)
+    return PlainTextResponse(str(error), as_request_error(error).status, HEADERS)

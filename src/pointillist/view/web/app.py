@@ -31,7 +31,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from pointillist.base.http_guard import Guard
-from pointillist.errors import ImageError, MissingImageError, RefError
+from pointillist.errors import CorruptImageError, ImageError, MissingImageError, RefError
 from pointillist.images.store import STORED_NAME, read_stored
 from pointillist.runs.paths import number_of
 from pointillist.view.queries import (
@@ -290,7 +290,13 @@ def _root(run: ViewedRun, name: str) -> Path:
 
 
 def _no_picture(error: Exception) -> Response:
-    word = "missing" if isinstance(error, MissingImageError) else "corrupt" if "corrupt" in str(error) else "not shown"
+    word = (
+        "missing"
+        if isinstance(error, MissingImageError)
+        else "corrupt"
+        if isinstance(error, CorruptImageError)
+        else "not shown"
+    )
     drawn = (
         '<svg xmlns="http://www.w3.org/2000/svg" width="96" height="96"><rect width="96" height="96" fill="#7f1d1d"/>'
         f'<text x="48" y="52" fill="#fff" font-size="14" font-family="sans-serif" text-anchor="middle">{word}</text>'
