@@ -553,7 +553,7 @@ def verdict_table(results: Results) -> str:
             f"{bound:.0%} hits; the client keeps a group on its server",
             "bends",
             "as soon as the live rollouts of a server have more pictures than fit",
-            f"`multimodal.cache_bytes` of 1 GiB: {roomy:.0%}",
+            f"`inference.reader.cache_bytes` of 1 GiB: {roomy:.0%}",
         ],
         [
             "groups putting the same picture at once",

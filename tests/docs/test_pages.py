@@ -25,6 +25,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from pointillist.cli import cli
+from pointillist.cli.options import parse_cli
 from pointillist.config import (
     EnvWorkerConfig,
     GatewayServerConfig,
@@ -32,11 +33,10 @@ from pointillist.config import (
     OrchestratorConfig,
     RLConfig,
     TrainerConfig,
-    load_toml,
-    parse_cli,
 )
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.inference.protocol import GenerateRequest, decode_body
+from pointillist.runs.config_files import load_toml
 from tests.conftest import ROOT, encoded, picture
 from tests.docs.blocks import Block, blocks, commands, pages
 

@@ -12,9 +12,10 @@ import time
 from itertools import count
 from pathlib import Path
 
-from pointillist.config import OrchestratorConfig, load_toml
+from pointillist.config import OrchestratorConfig
 from pointillist.environments.executor import RolloutRequest
 from pointillist.environments.workers import WorkerPool
+from pointillist.runs.config_files import load_toml
 from pointillist.sessions import Sampling
 from tests.hostile.prober import SECONDS, Log
 

@@ -17,9 +17,10 @@ from typing import Any, Final
 
 import psutil
 
-from pointillist.config import EnvConfig, OrchestratorConfig, WorkersConfig, load_toml, write_toml
+from pointillist.config import EnvConfig, OrchestratorConfig, WorkersConfig
 from pointillist.config.orchestrator import ClientConfig
 from pointillist.config.shared import ModelConfig
+from pointillist.runs.config_files import load_toml, write_toml
 from tests.conftest import ROOT
 from tests.hostile import prober
 from tests.hostile.gateway_inputs import GOOD

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from pointillist.base.jsonl import read_jsonl
-from pointillist.config import TrainerConfig, write_toml
+from pointillist.config import TrainerConfig
 from pointillist.config.shared import ModelConfig
 from pointillist.families import Family
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.orchestrator.packing import pack
+from pointillist.runs.config_files import write_toml
 from pointillist.runs.paths import RunPaths, latest_checkpoint
 from pointillist.transport import FilesystemSender, RankBatch, TrainingSample
 from tests.made_samples import trained_sample

@@ -335,7 +335,7 @@ def test_bad_input_is_told_before_the_start(digits_run: Digits) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        _assert_clear(*digits_run.run("--inference.server.port", port), f"can not listen on 127.0.0.1:{port}")
+        _assert_clear(*digits_run.run("--inference.server.port", port), f"cannot listen on 127.0.0.1:{port}")
     left = digits_run.output_dir.iterdir() if digits_run.output_dir.exists() else []
     assert {path.name for path in left} <= {"run.lock"}
 

@@ -2,10 +2,13 @@ from pathlib import Path
 
 import pytest
 
-from pointillist.config import InferenceConfig, MultimodalConfig, RLConfig, load_toml, parse_cli, write_toml
+from pointillist.cli.options import options_of, parse_cli
+from pointillist.config import InferenceConfig, MultimodalConfig, RLConfig
+from pointillist.config.base import Config
 from pointillist.config.shared import CARRIER, LIMITS_CARRIER, LimitsConfig
 from pointillist.errors import ConfigError
 from pointillist.images import ImageLimits
+from pointillist.runs.config_files import load_toml, write_toml
 from pointillist.runs.image_dir import resolve_image_dir, writer_image_dir, writer_limits
 
 TOML = """
@@ -105,6 +108,13 @@ def test_unknown_keys_name_the_nearest(toml: str, override: str, hint: str) -> N
         (["--max-steps", "0"], "greater than 0"),
         ([f"--env_vars.{CARRIER}", "/x"], "offload_dir"),
         (["--multimodal.offload_dir", " "], "empty"),
+        (["--multimodal.cache_bytes", "1"], "set inference.reader.cache_bytes and trainer.reader.cache_bytes"),
+        (["--multimodal.materialize_threads", "1"], "set inference.reader.threads and trainer.reader.threads"),
+        (
+            ["--inference.backend", "vllm", "--inference.engine.admission_window", "1"],
+            "engine.admission_window = 1.0",
+        ),
+        (["--inference.backend", "vllm", "--inference.engine.device", "cpu"], "engine.device = cpu has no effect"),
     ],
 )
 def test_values_that_can_not_work(toml: str, overrides: list[str], message: str) -> None:
@@ -155,3 +165,53 @@ def test_image_dir_of_a_writer_is_what_it_was_told() -> None:
 def test_unset_variables_are_errors() -> None:
     with pytest.raises(ConfigError, match="NOT_SET"):
         resolve_image_dir(MultimodalConfig(offload_dir="${NOT_SET}/x"), OUT, {})
+
+
+def _config_classes(base: type[Config] = Config) -> list[type[Config]]:
+    return [each for below in base.__subclasses__() for each in (below, *_config_classes(below))]
+
+
+def test_every_key_says_what_it_is() -> None:
+    """A table is described where its keys are, by the docstring of its class."""
+    silent = [
+        f"{config_class.__name__}.{option.key}"
+        for config_class in _config_classes()
+        for option in options_of(config_class)
+        if not (option.table.__doc__ if option.table else option.field.description)
+    ]
+    assert silent == []
+
+
+def test_readers_may_differ() -> None:
+    words = [
+        "--model.name",
+        "m",
+        "--env.id",
+        "e",
+        "--inference.reader.threads",
+        "2",
+        "--trainer.reader.cache_bytes",
+        "0",
+    ]
+    config = parse_cli(RLConfig, words)
+    assert (config.inference.reader.threads, config.trainer.reader.threads) == (2, None)
+    assert config.trainer.reader.cache_bytes == 0 < config.inference.reader.cache_bytes
+
+
+def test_keys_that_hold_for_vllm_are_taken_and_defaults_are_no_choice(toml: str, tmp_path: Path) -> None:
+    config = _parse(toml, "--inference.backend", "vllm", "--inference.engine.dtype", "bfloat16").inference
+    write_toml(config, tmp_path / "inference.toml")
+    assert load_toml(InferenceConfig, tmp_path / "inference.toml") == config
+
+
+def test_a_copy_changes_what_components_share_and_the_config_stays(toml: str) -> None:
+    config = _parse(toml)
+    before = config.model_dump()
+    changed = config.with_values({"output_dir": Path("/x"), "multimodal.assets.port": 7, "trainer.num_workers": 2})
+    for part in (changed, changed.trainer, changed.orchestrator, changed.inference):
+        assert (part.output_dir, part.multimodal.assets.port) == (Path("/x"), 7)
+    assert changed.orchestrator.num_train_workers == 2
+    assert config.model_dump() == before
+    assert RLConfig.model_validate(changed.model_dump()) == changed
+    with pytest.raises(KeyError, match="no key 'prot'"):
+        config.with_values({"multimodal.assets.prot": 7})

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,19 +15,22 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
-from pointillist.base.digests import seal_folder
+from pointillist.base.digests import seal_folder, take_note
 from pointillist.base.jsonl import read_jsonl
-from pointillist.config import RLConfig, SlurmConfig, SupervisionConfig, load_toml, parse_cli, write_toml
+from pointillist.cli.options import parse_cli
+from pointillist.config import RLConfig, SlurmConfig, SupervisionConfig, TrainerConfig
 from pointillist.config.shared import ServerConfig
 from pointillist.errors import ConfigError, LaunchError
 from pointillist.launch.devices import gpu_shares
 from pointillist.launch.metrics import MetricsEndpoint
-from pointillist.launch.placement import Layout, Node, settle, specs, write_configs
+from pointillist.launch.placement import Machine, Placement
+from pointillist.launch.prepare import complete, environment
 from pointillist.launch.rendezvous import Rendezvous
-from pointillist.launch.rl import environment, prepare
 from pointillist.launch.run_dir import resume_step, rewind
 from pointillist.launch.slurm import render
+from pointillist.launch.supervise import Part, interruptible, supervise, where_it_goes_on
 from pointillist.launch.supervisor import Spec, Supervisor
+from pointillist.runs.config_files import load_toml, write_toml
 from pointillist.runs.image_dir import resolve_image_dir
 from pointillist.runs.paths import RunPaths, latest_checkpoint, steps_in
 
@@ -38,8 +42,8 @@ def _config(*arguments: object) -> RLConfig:
     return parse_cli(RLConfig, [*BASE, *map(str, arguments)])
 
 
-def _node(index: int, servers: int, host: str = "10.0.0.") -> Node:
-    return Node(
+def _machine(index: int, servers: int, host: str = "10.0.0.") -> Machine:
+    return Machine(
         index=index, host=f"{host}{index}", server_ports=[8000 + n for n in range(servers)], transport_port=7000,
         assets_port=7001, rendezvous_port=7002,
     )  # fmt: skip
@@ -69,12 +73,11 @@ def test_what_does_not_fit_together_is_told(
 
 def test_one_machine_has_every_role(tmp_path: Path) -> None:
     config = _config("--num-servers", 2, "--multimodal.assets.serve", "true", "--output-dir", tmp_path)
-    layout, nodes, paths = Layout(config), [_node(0, 2, host="127.0.0.")], RunPaths(tmp_path)
-    settle(config, layout, nodes)
-    write_configs(config, layout, nodes, paths)
-    assert config.orchestrator.client.base_url == ["http://127.0.0.1:8000", "http://127.0.0.1:8001"]
-    assert config.inference.multimodal.assets.urls == ["http://127.0.0.1:7001"]
-    found = specs(config, layout, nodes, 0, paths, {})
+    placement = Placement.of(config, [_machine(0, 2, host="127.0.0.")])
+    placement.write_configs()
+    assert placement.config.orchestrator.client.base_url == ["http://127.0.0.1:8000", "http://127.0.0.1:8001"]
+    assert placement.config.inference.multimodal.assets.urls == ["http://127.0.0.1:7001"]
+    found = placement.processes(0, {})
     assert [spec.name for spec in found] == ["inference_0", "inference_1", "assets", "trainer", "orchestrator"]
     assert [spec.health_url for spec in found] == [
         "http://127.0.0.1:8000/health", "http://127.0.0.1:8001/health", "http://127.0.0.1:7001/health", None, None,
@@ -87,23 +90,26 @@ def test_roles_are_spread_over_a_jobs_nodes(tmp_path: Path) -> None:
         "--slurm.job_name", "x", "--slurm.inference_nodes", 2, "--slurm.trainer_nodes", 2, "--trainer.num_workers", 8,
         "--num-servers", 2, "--transport.type", "zmq", "--output-dir", tmp_path,
     )  # fmt: skip
-    layout, paths = Layout(config), RunPaths(tmp_path)
-    nodes = [_node(0, 2), _node(1, 2), _node(2, 0), _node(3, 0)]
-    settle(config, layout, nodes)
-    assert config.orchestrator.client.base_url == [
+    before = config.model_dump()
+    placement = Placement.of(config, [_machine(0, 2), _machine(1, 2), _machine(2, 0), _machine(3, 0)])
+    assert config.model_dump() == before
+    placed = placement.config
+    assert placed.orchestrator.client.base_url == [
         "http://10.0.0.0:8000", "http://10.0.0.0:8001", "http://10.0.0.1:8000", "http://10.0.0.1:8001",
     ]  # fmt: skip
-    assert config.orchestrator.client.api_key_var == config.inference.server.api_key_var == "POINTILLIST_RUN_KEY"
-    assert config.trainer.transport.address == config.orchestrator.transport.address == "tcp://10.0.0.2:7000"
-    write_configs(config, layout, nodes, paths)
-    names = [[spec.name for spec in specs(config, layout, nodes, index, paths, {})] for index in range(4)]
+    assert placed.orchestrator.client.api_key_var == placed.inference.server.api_key_var == "POINTILLIST_RUN_KEY"
+    assert placed.trainer.transport.address == placed.orchestrator.transport.address == "tcp://10.0.0.2:7000"
+    placement.resumed_after(3).write_configs()
+    assert (placed.trainer.resume_step, placement.paths) == (None, RunPaths(tmp_path))
+    assert load_toml(TrainerConfig, placement.paths.configs / "trainer.toml").resume_step == 3
+    names = [[spec.name for spec in placement.processes(index, {})] for index in range(4)]
     assert names == [
         ["inference_0", "inference_1"], ["inference_2", "inference_3"], ["trainer_0", "orchestrator"], ["trainer_1"],
     ]  # fmt: skip
-    second = " ".join(specs(config, layout, nodes, 3, paths, {})[0].command)
+    second = " ".join(placement.processes(3, {})[0].command)
     for argument in ("--nnodes=2", "--nproc-per-node=4", "--node-rank=1", "--master-addr=10.0.0.2"):
         assert argument in second
-    assert 'host = "10.0.0.1"' in (paths.configs / "inference_3.toml").read_text()
+    assert 'host = "10.0.0.1"' in (placement.paths.configs / "inference_3.toml").read_text()
 
 
 def test_gpus_are_shared_out(tmp_path: Path) -> None:
@@ -130,23 +136,23 @@ def test_a_template_of_ones_own(tmp_path: Path) -> None:
     slurm = SlurmConfig(job_name="x", template=own)
     assert render(slurm, RunPaths(tmp_path)).splitlines()[1] == "# x on 1"
     own.write_text("{{ nothing }}")
-    with pytest.raises(LaunchError, match="can not be rendered"):
+    with pytest.raises(LaunchError, match="cannot be rendered"):
         render(slurm, RunPaths(tmp_path))
 
 
 def test_nodes_meet(tmp_path: Path) -> None:
     meetings = [Rendezvous(tmp_path / "1.0", 2, 5.0) for _ in range(2)]
-    first = threading.Thread(target=meetings[0].join, args=(_node(0, 1),))
+    first = threading.Thread(target=meetings[0].join, args=(_machine(0, 1),))
     first.start()
-    meetings[1].join(_node(1, 0))
-    assert [node.index for node in meetings[1].nodes()] == [0, 1]
-    meetings[0].announce(7)
-    assert meetings[1].wait_for_go().resume_step == 7
+    meetings[1].join(_machine(1, 0))
+    assert [machine.index for machine in meetings[1].machines()] == [0, 1]
+    meetings[0].announce()
+    meetings[1].wait_for_go()
     assert not meetings[1].is_finished()
     meetings[0].finish()
     assert meetings[1].is_finished()
     with pytest.raises(LaunchError, match="for nodes 2 in"):
-        Rendezvous(tmp_path / "1.0", 3, 0.1).nodes()
+        Rendezvous(tmp_path / "1.0", 3, 0.1).machines()
     # The next start of the job meets elsewhere: nobody of the last one is mistaken for somebody of this one.
     with pytest.raises(LaunchError, match="for the head's configs"):
         Rendezvous(tmp_path / "1.1", 2, 0.1).wait_for_go()
@@ -420,8 +426,8 @@ def test_a_job_resolves_the_image_folder_as_a_local_run_does(
     expected = expected.format(out=tmp_path / "out", cwd=tmp_path)
     resolved = []
     for extra in ([], ["--slurm.job_name", "x"]):
-        config = _config(*arguments, *extra)
-        paths = prepare(config)
+        config = complete(_config(*arguments, *extra))
+        paths = RunPaths(config.output_dir)
         write_toml(config, paths.configs / "rl.toml")
         # A node reads the file that was written; what its environment has must not matter any more.
         with monkeypatch.context() as node:
@@ -441,8 +447,7 @@ def test_what_a_node_was_told_by_others_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("VF_RENDERER_IMAGE_OFFLOAD_DIR", "/stale")
-    config = _config("--output-dir", tmp_path / "out")
-    prepare(config)
+    config = complete(_config("--output-dir", tmp_path / "out"))
     assert "VF_RENDERER_IMAGE_OFFLOAD_DIR was /stale in the environment" in capsys.readouterr().out
     assert environment(config, "key")["VF_RENDERER_IMAGE_OFFLOAD_DIR"] == f"{tmp_path}/out/assets/images"
 
@@ -464,3 +469,86 @@ def test_the_metrics_endpoint_reads_what_it_can_and_refuses_pages_of_other_sites
         assert httpx.request("GET", endpoint.url, content=b"x", timeout=120).status_code == 413
     finally:
         endpoint.stop()
+
+
+_WORKER = """
+import sys
+from pathlib import Path
+from pointillist.runs.heartbeat import beating
+with beating(Path(sys.argv[1]), "work"):
+    Path(sys.argv[2]).touch()
+    while not Path(sys.argv[3]).exists():
+        pass
+"""
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_node_of_a_job_serves_metrics_as_a_machine_alone_does(
+    tmp_path: Path, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head, number 1, reports the steps; each node reports its own processes, and ends when its part is over."""
+    job = [*JOB, "--slurm.trainer_nodes", 1, "--output-dir", tmp_path]
+    placement = Placement.of(_config(*job), [_machine(0, 1), _machine(1, 0)])
+    placement.paths.metrics.mkdir()
+    (placement.paths.metrics / "trainer.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    up, go = tmp_path / "up", tmp_path / "go"
+    command = [sys.executable, "-c", _WORKER, str(placement.paths.state), str(up), str(go)]
+    spec = Spec("work", command, {}, tmp_path / "work.log", state=placement.paths.state)
+    monkeypatch.setattr(Placement, "processes", lambda *_: [spec])
+    monkeypatch.setattr("pointillist.launch.supervise.summarize", lambda *_, **__: None)
+    urls: list[str] = []
+    monkeypatch.setattr("pointillist.launch.supervise.say", lambda text: urls.append(text.rpartition(" ")[2]))
+    answers: list[str] = []
+
+    def ask() -> bool:
+        if up.exists() and not go.exists():
+            answers.append(httpx.get(urls[0], timeout=120).text)
+            go.touch()
+        return bool(answers)
+
+    with interruptible() as signals:
+        part = Part(placement, index, {"POINTILLIST_RUN_KEY": "k"}, signals, None)
+        thread = threading.Thread(target=_until, args=(ask,))
+        thread.start()
+        assert supervise(part) == 0
+        thread.join()
+    assert 'pointillist_process_up{process="work"} 1.0' in answers[0]
+    assert ("pointillist_trainer_loss 0.5" in answers[0]) == (index == 1)
+
+
+def _until(done: Callable[[], bool]) -> None:
+    while not done():
+        time.sleep(0.01)
+
+
+def test_a_checkpoint_is_read_once_on_resume_unless_it_was_written_since(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    paths.configs.mkdir()
+    (paths.configs / "rl.toml").touch()
+    folder = _checkpoint(paths, 6)
+    note = paths.checkpoint_note(6)
+    assert resume_step(paths) == 6
+    assert not take_note(note, folder)
+    assert resume_step(paths, for_trainer=True) == 6
+    assert steps_in(paths.checkpoints) == [6]
+    assert take_note(note, folder)
+    assert not take_note(note, folder)  # a later start reads the bytes itself
+    for act, _ in DAMAGE.values():
+        shutil.rmtree(folder)
+        _checkpoint(paths, 6)
+        assert resume_step(paths, for_trainer=True) == 6
+        act(folder)
+        assert not take_note(note, folder)
+    note.write_bytes(b"[1")
+    assert not take_note(note, folder)
+
+
+def test_what_is_said_after_a_signal_reads_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The grace of a job is short, and a large model's checkpoint takes minutes to read."""
+    paths = RunPaths(tmp_path)
+    assert where_it_goes_on(paths) == "there is no checkpoint yet: --resume begins at step 1"
+    _checkpoint(paths, 3)
+    _checkpoint(paths, 6)
+    monkeypatch.setattr("pointillist.base.digests._digest_file", None)
+    assert where_it_goes_on(paths) == "--resume goes on after step 6"

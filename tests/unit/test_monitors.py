@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from pointillist.base.jsonl import append_jsonl
-from pointillist.config import MonitorsConfig, RLConfig, parse_cli
+from pointillist.cli.options import parse_cli
+from pointillist.config import MonitorsConfig, RLConfig
 from pointillist.errors import ConfigError
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.launch.monitors import Monitor, Row, Watching, check_monitors
@@ -232,7 +233,8 @@ def test_tensorboard_files_can_be_read_back(run: Run) -> None:
 _WANDB = """
 import sys
 from pathlib import Path
-from pointillist.config import RLConfig, parse_cli
+from pointillist.config import RLConfig
+from pointillist.cli.options import parse_cli
 from pointillist.runs import RunPaths
 from pointillist.launch.monitors import Watching
 from tests.unit.test_monitors import Run

@@ -8,13 +8,14 @@ from click.testing import CliRunner
 from rich.console import Console
 from starlette.testclient import TestClient
 
-from pointillist.config import OrchestratorConfig, write_toml
+from pointillist.base.image_limits import STORED_LIMITS
+from pointillist.config import OrchestratorConfig
 from pointillist.errors import PointillistError
 from pointillist.images import ImageLimits
-from pointillist.images.decode import STORED_LIMITS
 from pointillist.images.inventory import add_user
 from pointillist.launch.monitors.following import rows_of
 from pointillist.runs import image_dir
+from pointillist.runs.config_files import write_toml
 from pointillist.runs.image_dir import limits_of
 from pointillist.runs.paths import RunPaths
 from pointillist.upkeep.commands import store as commands

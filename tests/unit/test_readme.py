@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pointillist.config import RLConfig, load_toml
+from pointillist.config import RLConfig
 from pointillist.environments import load_environment
+from pointillist.runs.config_files import load_toml
 
 README = Path(__file__).parent.parent.parent / "README.md"
 

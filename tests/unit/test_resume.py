@@ -23,10 +23,11 @@ from pointillist.errors import ConfigError, LaunchError
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.images.inventory import add_user
 from pointillist.images.store import local_path
-from pointillist.launch.changes import config_changes, model_changes, record_start, refuse_changes
-from pointillist.launch.placement import write_configs
-from pointillist.launch.rl import Interrupted, Signals, begin, environment, interruptible
+from pointillist.launch.changes import config_changes, model_changes, model_record, record_start, refuse_changes
+from pointillist.launch.placement import Placement, choose_ports
+from pointillist.launch.prepare import begin, environment
 from pointillist.launch.run_dir import check_fresh, make_fresh, wait_for_survivors
+from pointillist.launch.supervise import Interrupted, interruptible
 from pointillist.runs.lock import RunLock
 from pointillist.runs.paths import RunPaths
 from tests.conftest import encoded, picture
@@ -40,12 +41,18 @@ def _config(model_dir: Path, run: Path, **fields: Any) -> RLConfig:
 
 def _begun(config: RLConfig) -> RunPaths:
     """A run that was begun with a config."""
-    from pointillist.launch.placement import Layout
+    placement = _placed(config)
+    placement.write_configs()
+    record_start(config, placement.paths, model_record(config.model.name))
+    return placement.paths
 
-    paths = RunPaths(config.output_dir)
-    write_configs(config, Layout(config), [], paths)
-    record_start(config, paths)
-    return paths
+
+def _placed(config: RLConfig) -> Placement:
+    return Placement.of(config, [choose_ports(config)])
+
+
+def _refuse(config: RLConfig, paths: RunPaths, step: int) -> None:
+    refuse_changes(config, paths, step, model_record(config.model.name))
 
 
 MEANING = [
@@ -72,7 +79,7 @@ FREE = [
     {"orchestrator": {"max_concurrent": 8, "workers": {"count": 2}, "eval": {"interval": 7}}},
     {"trainer": {"ckpt": {"interval": 3}, "num_threads": 2}},
     {"transport": {"type": "zmq"}},
-    {"multimodal": {"cache_bytes": 1000}},
+    {"trainer": {"reader": {"cache_bytes": 1000}}, "inference": {"reader": {"threads": 1}}},
     {"env_vars": {"TOKEN": "secret"}},
 ]
 
@@ -81,9 +88,9 @@ FREE = [
 def test_another_run_is_refused_by_name(model_dir: Path, tmp_path: Path, fields: dict[str, Any], said: str) -> None:
     paths = _begun(_config(model_dir, tmp_path))
     with pytest.raises(ConfigError, match="--resume-with-changes") as caught:
-        refuse_changes(_config(model_dir, tmp_path, **fields), paths, 3)
+        _refuse(_config(model_dir, tmp_path, **fields), paths, 3)
     assert said in str(caught.value)
-    refuse_changes(_config(model_dir, tmp_path, resume_with_changes=True, **fields), paths, 3)
+    _refuse(_config(model_dir, tmp_path, resume_with_changes=True, **fields), paths, 3)
 
 
 @pytest.mark.parametrize("fields", FREE)
@@ -94,9 +101,9 @@ def test_the_same_run_elsewhere_or_faster_goes_on(model_dir: Path, tmp_path: Pat
 
 def test_fewer_steps_than_are_done_are_refused(model_dir: Path, tmp_path: Path) -> None:
     paths = _begun(_config(model_dir, tmp_path))
-    refuse_changes(_config(model_dir, tmp_path, max_steps=8), paths, 8)
+    _refuse(_config(model_dir, tmp_path, max_steps=8), paths, 8)
     with pytest.raises(ConfigError, match="max_steps = 4, but the run goes on after step 8"):
-        refuse_changes(_config(model_dir, tmp_path, max_steps=4, resume_with_changes=True), paths, 8)
+        _refuse(_config(model_dir, tmp_path, max_steps=4, resume_with_changes=True), paths, 8)
 
 
 def test_another_model_is_refused_where_an_older_version_recorded_its_name_only(
@@ -105,7 +112,7 @@ def test_another_model_is_refused_where_an_older_version_recorded_its_name_only(
     paths = _begun(_config(model_dir, tmp_path / "run"))
     paths.model_record.unlink()
     with pytest.raises(ConfigError, match=r"model\.name"):
-        refuse_changes(_config(tmp_path / "other", tmp_path / "run"), paths, 3)
+        refuse_changes(_config(tmp_path / "other", tmp_path / "run"), paths, 3, {})
 
 
 def test_a_dry_run_of_resuming_compares_and_writes_nothing(model_dir: Path, tmp_path: Path) -> None:
@@ -159,12 +166,12 @@ def test_a_trainer_that_outlives_its_launcher_is_waited_for(tmp_path: Path, what
 def test_a_second_job_does_not_begin_in_what_the_first_one_has_done(model_dir: Path, tmp_path: Path) -> None:
     config = _config(model_dir, tmp_path)
     paths = _begun(config)
-    begin(config, paths, Signals(), is_job=True)
+    begin(_placed(config), lambda: False, is_job=True)
     assert (paths.configs / "rl.toml").is_file()
     paths.metrics.mkdir()
     (paths.metrics / "trainer.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(LaunchError, match="already holds"):
-        begin(config, paths, Signals(), is_job=True)
+        begin(_placed(config), lambda: False, is_job=True)
 
 
 @pytest.mark.parametrize(("answer", "refused"), [("echo PENDING", True), ("true", False), ("exit 1", False)])
@@ -215,13 +222,13 @@ def test_another_model_is_refused(model_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(model_dir, model)
     config = _config(model, run)
     paths = _begun(config)
-    assert model_changes(config, paths) == []
+    assert model_changes(model_record(config.model.name), paths) == []
     moved = shutil.copytree(model, tmp_path / "moved")
-    refuse_changes(_config(moved, run), paths, 3)  # the same model in another place
+    _refuse(_config(moved, run), paths, 3)  # the same model in another place
     settings = json.loads((model / "preprocessor_config.json").read_text())
     settings["image_mean"] = [0.1] * 3
     (model / "preprocessor_config.json").write_text(json.dumps(settings))
-    changes = model_changes(config, paths)
+    changes = model_changes(model_record(config.model.name), paths)
     assert [change.split(":")[0] for change in changes] == [
         "model layout_fingerprint",
         "model preprocessor_config.json",
@@ -335,7 +342,8 @@ def test_a_dollar_in_the_folder_is_a_dollar(model_dir: Path, tmp_path: Path) -> 
         cli, ["rl", "--model.name", str(model_dir), "--env.id", "digits", "--output-dir", str(folder), "--dry-run"]
     )
     assert result.exit_code == 0, result.output
-    from pointillist.config import OrchestratorConfig, load_toml
+    from pointillist.config import OrchestratorConfig
+    from pointillist.runs.config_files import load_toml
     from pointillist.runs.image_dir import resolve_image_dir
 
     config = load_toml(OrchestratorConfig, folder / "configs/orchestrator.toml")

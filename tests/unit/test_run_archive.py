@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pointillist.base.digests import seal_folder
+from pointillist.base.image_limits import STORED_LIMITS
 from pointillist.errors import LaunchError, PointillistError
-from pointillist.images.decode import STORED_LIMITS
 from pointillist.launch.run_dir import resume_step
 from pointillist.runs.paths import RunPaths
 from pointillist.upkeep.archive import FORMAT, export_run, import_run

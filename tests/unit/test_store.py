@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pointillist.base.http_errors import as_request_error
+from pointillist.base.image_limits import STORED_LIMITS
 from pointillist.errors import ConfigError, ImageError, MissingImageError, RefError, StorageError
 from pointillist.images import ImageLimits, ImageStore, inventory, read_verified
-from pointillist.images.decode import STORED_LIMITS
 from pointillist.images.inventory import StoreEntry, list_store, verify_store
 from pointillist.images.store import local_path, write_image
 from tests.conftest import encoded, open_files, picture

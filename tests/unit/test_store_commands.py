@@ -10,11 +10,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from pointillist.cli import cli
-from pointillist.config import OrchestratorConfig, write_toml
+from pointillist.config import OrchestratorConfig
 from pointillist.errors import PointillistError
 from pointillist.families import Family, place_image
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.images.store import local_path
+from pointillist.runs.config_files import write_toml
 from pointillist.runs.paths import RunPaths
 from pointillist.runs.records import Fault, append_fault
 from pointillist.upkeep.commands import store as commands

@@ -16,11 +16,11 @@ from PIL import Image
 from rich.console import Console
 from starlette.testclient import TestClient
 
+from pointillist.base.image_limits import STORED_LIMITS
 from pointillist.base.jsonl import append_jsonl
 from pointillist.cli import cli
 from pointillist.errors import ConfigError, MissingImageError, PointillistError
 from pointillist.images import ImageStore
-from pointillist.images.decode import STORED_LIMITS
 from pointillist.images.store import local_path
 from pointillist.runs.records import BranchRecord, RolloutRecord, SampledPiece
 from pointillist.view.index import RunIndex, is_intact

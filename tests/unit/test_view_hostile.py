@@ -18,10 +18,11 @@ from starlette.testclient import TestClient
 
 from pointillist.base.jsonl import MAX_LINE_BYTES, read_jsonl
 from pointillist.base.logs import set_up_logging
-from pointillist.config import OrchestratorConfig, load_toml
+from pointillist.config import OrchestratorConfig
 from pointillist.errors import ConfigError, PointillistError
 from pointillist.images.store import local_path
 from pointillist.launch.monitors.following import MetricsFollower, numbers, rows_of
+from pointillist.runs.config_files import load_toml
 from pointillist.upkeep.references import run_hashes
 from pointillist.view.run import ViewedRun
 from pointillist.view.terminal import show_rollout

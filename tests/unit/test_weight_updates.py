@@ -40,9 +40,7 @@ def weights(model_dir: Path) -> Weights:
 def server(model_dir: Path, tmp_path: Path) -> Iterator[EmbeddedServer]:
     config = InferenceConfig(model=ModelConfig(name=str(model_dir)), seq_len=128, output_dir=tmp_path)
     loaded = load_model(str(model_dir), device="cpu", dtype="float32")
-    server = EmbeddedServer(
-        config, loaded, RawImageMaterializer.for_run(loaded.family, config.multimodal, config.output_dir)
-    )
+    server = EmbeddedServer(config, loaded, RawImageMaterializer.for_run(loaded.family, config))
     server.engine.start()
     yield server
     assert server.engine.failure is None

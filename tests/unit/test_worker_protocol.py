@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pointillist.base.channel import secure_client
-from pointillist.config import EnvConfig, EnvWorkerConfig, OrchestratorConfig, WorkersConfig, load_toml
+from pointillist.config import EnvConfig, EnvWorkerConfig, OrchestratorConfig, WorkersConfig
 from pointillist.config.shared import ModelConfig
 from pointillist.environments.executor import RolloutRequest, RolloutResult
 from pointillist.environments.workers import WorkerPool, protocol
@@ -22,6 +22,7 @@ from pointillist.environments.workers.pool import _Worker
 from pointillist.errors import TransportError
 from pointillist.images import Sources
 from pointillist.render import RawRenderer
+from pointillist.runs.config_files import load_toml
 from pointillist.sessions import Branch, Completion, Sampling, Session
 from tests.conftest import picture
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from pointillist.assets.client import AssetClient
+from pointillist.base.image_limits import ImageLimits
 from pointillist.errors import AssetError, MissingImageError, RefError, StorageError
-from pointillist.images.decode import ImageLimits
 from pointillist.images.inventory import StoreEntry, list_store
 from pointillist.images.store import STORED_NAME, read_intact, usable_folder, write_image
 

@@ -30,10 +30,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from pointillist.base.digests import DIGESTS_FILE, MAX_DIGESTS_BYTES, decode_digests
 from pointillist.base.http_errors import answer_json
 from pointillist.base.http_guard import Guard, HttpLimits, check_bearer, uvicorn_config
+from pointillist.base.image_limits import ImageLimits
 from pointillist.base.net import key_from_environment
 from pointillist.config import AssetServerConfig
 from pointillist.errors import MissingImageError, RefError, RequestError
-from pointillist.images.decode import ImageLimits
 from pointillist.images.store import STORED_NAME, open_without_links, read_stored
 from pointillist.runs.image_dir import writer_image_dir
 from pointillist.runs.paths import WEIGHTS_FILE, RunPaths, latest_broadcast, number_of

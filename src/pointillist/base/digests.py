@@ -96,6 +96,43 @@ def fault_in(folder: Path) -> str | None:
         return next((f"{name} {fault}" for name, fault in zip(names, faults, strict=True) if fault), None)
 
 
+FilesState = dict[str, tuple[int, int, int]]
+"""Inode, length and time of change (ns) of each file below a folder, by its relative name."""
+
+
+def files_state(folder: Path) -> FilesState:
+    """The state of a folder's files, which tells whether they were written since; no bytes are read.
+
+    Raises:
+        OSError: A file cannot be looked at.
+    """
+    files = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {
+        path.relative_to(folder).as_posix(): (status.st_ino, status.st_size, status.st_mtime_ns)
+        for path, status in files
+    }
+
+
+def note_whole(note: Path, state: FilesState) -> None:
+    """Notes that a sealed folder was found whole, so that the next process need not read it again.
+
+    Args:
+        note: File to write.
+        state: State of the folder's files before `fault_in` read them.
+    """
+    write_atomically(note, msgspec.json.encode(state))
+
+
+def take_note(note: Path, folder: Path) -> bool:
+    """Whether a folder is noted as whole and none of its files was written since; a note counts once."""
+    try:
+        noted = msgspec.json.decode(note.read_bytes(), type=FilesState)
+        note.unlink()
+        return noted == files_state(folder)
+    except (OSError, msgspec.MsgspecError):
+        return False
+
+
 def _fault_of(path: Path, expected: FileDigest) -> str | None:
     try:
         status = path.stat()

@@ -1,7 +1,7 @@
 """Configuration. Validates everything that can be known before a process starts."""
 
 from pointillist.config.assets import AssetServerConfig
-from pointillist.config.base import Config, load_toml, parse_cli, write_toml
+from pointillist.config.base import Config
 from pointillist.config.inference import InferenceConfig
 from pointillist.config.launch import SlurmConfig, SupervisionConfig
 from pointillist.config.monitors import MonitorsConfig, WandbConfig
@@ -56,9 +56,4 @@ __all__ = [
     "TransportConfig",
     "WandbConfig",
     "WorkersConfig",
-    "literal_dir",
-    "load_toml",
-    "parse_cli",
-    "write_toml",
-    "writer_limits",
 ]

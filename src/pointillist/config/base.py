@@ -1,111 +1,104 @@
-"""The base of every config class: TOML files, dotted overrides, and errors that name the key.
-
-Parsing is `prime-pydantic-config`, the convention of the ecosystem (`@ file.toml`, `--trainer.optim.lr 3e-4`). What
-is added here: an unknown key is an error with the nearest known name, wherever it stands.
-"""
+"""The base of every config class: checks that name the key, copies with other values, values that components share."""
 
 import difflib
-import tomllib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import ClassVar, Final, Self, TypeVar
 
-import tomli_w
-from pydantic import BaseModel, ConfigDict, model_validator
-from pydantic_config import BaseConfig, ConfigFileError, cli
-from pydantic_core import PydanticSerializationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from pointillist.base.files import write_atomically
 from pointillist.errors import ConfigError
 
+_SHOWN: Final = 200
 
-class Config(BaseConfig):
+
+class Config(BaseModel):
     """Base of all config classes: unknown keys are errors, values are checked again when they are assigned."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
 
+    shared: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Key -> keys below that always hold the same value; it is set once, under the former."""
+
     @model_validator(mode="before")
     @classmethod
-    def _name_the_nearest_key(cls, data: Any) -> Any:
-        if isinstance(data, Mapping):
-            for key in data:
-                if key not in cls.model_fields:
-                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
-                    hint = f", did you mean {near[0]!r}?" if near else f"; known keys are {sorted(cls.model_fields)}"
-                    raise ValueError(f"unknown key {key!r} in {cls.__name__}{hint}")
-        return data
+    def _name_the_nearest_key(cls, data: object) -> object:
+        if not isinstance(data, Mapping):
+            return data
+        for key in data:
+            if key not in cls.model_fields:
+                near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
+                hint = f", did you mean {near[0]!r}?" if near else f"; known keys are {sorted(cls.model_fields)}"
+                raise ValueError(f"unknown key {key!r} in {cls.__name__}{hint}")
+        # TOML has no null: "None" stands for it there and on the command line.
+        return {key: None if isinstance(value, str) and value == "None" else value for key, value in data.items()}
+
+    def with_values(self, values: Mapping[str, object]) -> Self:
+        """A copy with other values, also of keys that share them; the config itself stays as it is.
+
+        Args:
+            values: New values by dotted key; they are not validated again.
+
+        Raises:
+            KeyError: A key that the config does not have.
+
+        Example:
+            `config.with_values({"server.port": 8000}).server.port == 8000`
+        """
+        changed = self
+        for key, value in values.items():
+            for place in (key, *self._sharing(key)):
+                changed = changed._with_value(place, value)
+        return changed
+
+    def _sharing(self, key: str) -> list[str]:
+        """Keys below that hold the same value as a key."""
+        return [
+            target + key.removeprefix(top)
+            for top, targets in self.shared.items()
+            for target in targets
+            if f"{key}.".startswith(f"{top}.")
+        ]
+
+    def _with_value(self, key: str, value: object) -> Self:
+        name, _, rest = key.partition(".")
+        if name not in type(self).model_fields:
+            raise KeyError(f"{type(self).__name__} has no key {name!r}")
+        new = getattr(self, name)._with_value(rest, value) if rest else value
+        copy: Self = self.model_copy(update={name: new})
+        return copy
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
-def parse_cli(config_class: type[ConfigT], arguments: list[str]) -> ConfigT:
-    """Builds a config from command line arguments: `@ file.toml` and dotted `--key value` overrides.
+def validated(config_class: type[ConfigT], data: Mapping[str, object]) -> ConfigT:
+    """Builds a config from raw tables.
 
     Raises:
-        ConfigError: A file that can not be read, an unknown key, or a value that does not validate.
-        SystemExit: After `--help` was printed.
+        ConfigError: An unknown key or a value that does not validate; the message has a line for each, which begins
+            with the dotted key.
     """
     try:
-        return cli(config_class, args=arguments)
-    except ConfigFileError as error:
-        raise ConfigError(str(error).strip()) from None
-    except (RecursionError, ValueError) as error:  # the TOML parser's: nested too deeply, a number of 5,000 digits
-        raise ConfigError(f"config cannot be read ({error})") from None
+        return config_class.model_validate(data)
+    except ValidationError as error:
+        faults = [
+            _fault(".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, "), each["input"])
+            for each in error.errors()
+        ]
+        raise ConfigError("\n  ".join(["the config cannot work:", *faults])) from None
 
 
-def load_toml(config_class: type[ConfigT], path: Path) -> ConfigT:
-    """Builds a config from one TOML file.
-
-    Raises:
-        ConfigError: As `parse_cli`.
-    """
-    return parse_cli(config_class, ["@", str(path)])
+def _fault(key: str, message: str, value: object) -> str:
+    came = "" if value is None or isinstance(value, Mapping | list) else f" (got {str(value)[:_SHOWN]!r})"
+    return f"{key}: {message}{came}" if key else message
 
 
-def write_toml(config: BaseModel, path: Path) -> None:
-    """Writes a config so that `load_toml` gives it back; keys that are None are left out.
-
-    The file is for its user only: arguments of environments and commands of jobs may hold secrets.
-
-    Raises:
-        ConfigError: A value that is not Unicode text, such as a path in another encoding than UTF-8.
-    """
-    write_atomically(path, dump_toml(config).encode(), private=True)
-
-
-def dump_toml(config: BaseModel) -> str:
-    """A config as TOML; keys that are None are left out.
-
-    Raises:
-        ConfigError: As `write_toml`.
-    """
-    try:
-        text = tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
-        text.encode()
-    except (UnicodeError, PydanticSerializationError):
-        raise ConfigError("a value of the config is not UTF-8 text, such as a path in another encoding") from None
-    return text
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file as a dict.
-
-    Raises:
-        ConfigError: Missing or not TOML.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path} can not be read as TOML ({error})") from None
-
-
-def share(data: dict[str, Any], shared: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+def share(data: dict[str, object], shared: Mapping[str, tuple[str, ...]]) -> dict[str, object]:
     """Copies values that are set at the top into the components that have the same key and leave it unset.
 
     Args:
         data: Raw config, before validation.
-        shared: Top-level key -> dotted keys in the components that must hold the same value.
+        shared: Dotted key -> dotted keys in the components that must hold the same value.
 
     Returns:
         A new dict. Tables are merged key by key.
@@ -113,10 +106,11 @@ def share(data: dict[str, Any], shared: Mapping[str, tuple[str, ...]]) -> dict[s
     Raises:
         ValueError: A component sets another value; the message names both keys.
     """
-    result: dict[str, Any] = _copy_tables(data)
+    result = {key: _copy_tables(value) for key, value in data.items()}
     conflicts = []
     for key, targets in shared.items():
-        at_top = dict(_leaves(data[key], ())) if key in data else {}
+        set_at_top = _get(data, key)
+        at_top = {} if set_at_top is None else dict(_leaves(set_at_top, ()))
         for target in targets:
             for path, value in _leaves(_get(data, target), ()):
                 if path and path not in at_top:
@@ -132,7 +126,7 @@ def share(data: dict[str, Any], shared: Mapping[str, tuple[str, ...]]) -> dict[s
     return result
 
 
-def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _leaves(value: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], object]]:
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _leaves(item, (*path, str(key)))
@@ -140,8 +134,8 @@ def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...]
         yield path, value
 
 
-def _get(data: Mapping[str, Any], dotted: str) -> Any:
-    node: Any = data
+def _get(data: Mapping[str, object], dotted: str) -> object:
+    node: object = data
     for key in dotted.split("."):
         node = node.get(key) if isinstance(node, Mapping) else None
     return node
@@ -151,7 +145,7 @@ def _dotted(key: str, path: tuple[str, ...]) -> str:
     return ".".join((key, *path))
 
 
-def _fill(data: dict[str, Any], path: tuple[str, ...], value: Any) -> tuple[Any] | None:
+def _fill(data: dict[str, object], path: tuple[str, ...], value: object) -> tuple[object] | None:
     """Sets a value where none is; returns the value that is there if it is another one."""
     node = data
     for key in path[:-1]:
@@ -163,5 +157,5 @@ def _fill(data: dict[str, Any], path: tuple[str, ...], value: Any) -> tuple[Any]
     return None if str(present) == str(value) else (present,)
 
 
-def _copy_tables(value: Any) -> Any:
+def _copy_tables(value: object) -> object:
     return {key: _copy_tables(item) for key, item in value.items()} if isinstance(value, Mapping) else value

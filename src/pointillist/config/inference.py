@@ -1,12 +1,14 @@
 """Config of the inference server."""
 
-from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import Field, model_validator
 
 from pointillist.config.base import Config
-from pointillist.config.shared import LogLevel, ModelConfig, MultimodalConfig, ServerConfig
+from pointillist.config.shared import ModelConfig, ReadingConfig, ServerConfig
+
+_KEYS_FOR_VLLM: Final = ("dtype", "num_threads", "max_batch_size")
+"""Keys of `inference.engine` that hold for vLLM as well."""
 
 
 class EngineConfig(Config):
@@ -36,7 +38,7 @@ class VLLMConfig(Config):
     `--name` and `--no-name`. They win over what Pointillist sets."""
 
 
-class InferenceConfig(Config):
+class InferenceConfig(ReadingConfig):
     """The inference server: `pointillist inference @ inference.toml`."""
 
     backend: Literal["embedded", "vllm"] = "embedded"
@@ -53,18 +55,28 @@ class InferenceConfig(Config):
     """Whether what a request gets is the same bit for bit whatever else is in flight: each sequence is decoded by
     itself (vLLM: its batch-invariant kernels)."""
 
-    output_dir: Path = Path("outputs/run")
-    """The run's folder; weights are taken from below it only."""
-
-    multimodal: MultimodalConfig = MultimodalConfig()
     server: ServerConfig = ServerConfig()
     engine: EngineConfig = EngineConfig()
-    """`dtype`, `num_threads` and `max_batch_size` hold for both backends."""
+    """The embedded engine; vLLM takes `dtype`, `num_threads` and `max_batch_size` from here as well, and no others."""
 
     vllm: VLLMConfig = VLLMConfig()
-    log_level: LogLevel = "info"
 
     @model_validator(mode="after")
     def _key_beyond_loopback(self) -> "InferenceConfig":
         self.server.require_key("server")
+        return self
+
+    @model_validator(mode="after")
+    def _engine_keys_have_an_effect(self) -> "InferenceConfig":
+        # Configs that a run writes name every key, so a default is no choice of the user's.
+        ignored = [
+            name
+            for name, field in EngineConfig.model_fields.items()
+            if name not in _KEYS_FOR_VLLM and getattr(self.engine, name) != field.default
+        ]
+        if self.backend == "vllm" and ignored:
+            raise ValueError(
+                f"engine.{ignored[0]} = {getattr(self.engine, ignored[0])} has no effect with backend = "
+                f"'vllm': only {', '.join(_KEYS_FOR_VLLM)} have; vLLM's own arguments go into vllm.args"
+            )
         return self

@@ -50,6 +50,8 @@ class SlurmConfig(Config):
     """
 
     job_name: str
+    """Name of the job; setting it makes a run a job."""
+
     inference_nodes: int = Field(0, ge=0)
     """Nodes with inference servers (`num_servers` on each)."""
 
@@ -57,14 +59,26 @@ class SlurmConfig(Config):
     """Nodes with trainer ranks (`trainer.num_workers` in all); the first also has the orchestrator."""
 
     partition: str | None = None
+    """Partition, as sbatch takes it; so are the following."""
+
     account: str | None = None
+    """Account that pays for the job."""
+
     qos: str | None = None
+    """Quality of service."""
+
     time: str | None = None
     """Time limit, as sbatch takes it."""
 
     nodelist: str | None = None
+    """Nodes that the job must have."""
+
     exclude: str | None = None
+    """Nodes that the job must not have."""
+
     gpus_per_node: int | None = Field(None, gt=0)
+    """GPUs of each node."""
+
     cpus_per_task: int | None = Field(None, gt=0)
     """Cores of each node's one task."""
 
@@ -81,7 +95,7 @@ class SlurmConfig(Config):
     """Whether a preempted job goes back to the queue; it resumes from its last checkpoint."""
 
     grace: int = Field(60, ge=0)
-    """Seconds before a time limit or preemption at which the processes are told to stop."""
+    """Seconds before a time limit or preemption at which the processes get SIGTERM."""
 
     startup_timeout: float = Field(600.0, gt=0)
     """Seconds that nodes wait for each other."""

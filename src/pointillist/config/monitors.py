@@ -11,14 +11,16 @@ class WandbConfig(Config):
     """Weights & Biases; needs `pip install '.[monitors]'`."""
 
     project: str = "pointillist"
+    """Project that the run belongs to there."""
+
     name: str | None = None
-    """Of the run there; by default that of its folder."""
+    """Name of the run there; by default that of its folder."""
 
     entity: str | None = None
     """User or team; the library's own default if it is not set."""
 
     mode: Literal["offline", "online"] = "offline"
-    """`offline` writes files that `wandb sync` uploads, and talks to nobody."""
+    """`offline` writes files that `wandb sync` uploads, and opens no connection."""
 
 
 class MonitorsConfig(Config):

@@ -1,13 +1,12 @@
 """Config of the environment side: sessions, gateway, environments, and the orchestrator over them."""
 
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pointillist.config.base import Config
 from pointillist.config.sampling import MAX_CHOICES, check_sampling_number
-from pointillist.config.shared import LogLevel, ModelConfig, MultimodalConfig, ServerConfig, TransportConfig
+from pointillist.config.shared import ModelConfig, ProcessConfig, ServerConfig, TransportConfig
 
 
 class EnvConfig(Config):
@@ -16,7 +15,7 @@ class EnvConfig(Config):
     id: str
     """Name of an entry point in group `pointillist.environments`, or an import path `module:Class`."""
 
-    args: dict[str, Any] = {}
+    args: dict[str, object] = {}
     """Keyword arguments of the environment's class."""
 
     blank_images: bool = False
@@ -87,7 +86,7 @@ class ClientConfig(Config):
 
     @field_validator("base_url", mode="before")
     @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
+    def _one_is_a_list(cls, value: object) -> object:
         return [value] if isinstance(value, str) and not value.startswith("[") else value
 
 
@@ -112,18 +111,15 @@ class GatewayConfig(ServerConfig):
     what the others need."""
 
 
-class PolicyConfig(Config):
+class PolicyConfig(ProcessConfig):
     """What every process that holds sessions needs: the model, the store, and where the policy is served."""
 
     model: ModelConfig
     seq_len: int = Field(2048, gt=0)
     """Longest sample and length of a packed row, in tokens."""
 
-    output_dir: Path = Path("outputs/run")
-    multimodal: MultimodalConfig = MultimodalConfig()
     client: ClientConfig = ClientConfig()
     gateway: GatewayConfig = GatewayConfig()
-    log_level: LogLevel = "info"
 
     @model_validator(mode="after")
     def _key_beyond_loopback(self) -> Self:
@@ -135,7 +131,7 @@ class GatewayServerConfig(PolicyConfig):
     """A gateway by itself: `pointillist gateway @ gateway.toml`. Sessions are opened and closed over HTTP."""
 
     sampling: SamplingConfig = SamplingConfig()
-    """Of requests that ask for nothing else."""
+    """How requests are sampled that ask for nothing else."""
 
 
 class RolloutsConfig(PolicyConfig):

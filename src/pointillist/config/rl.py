@@ -6,7 +6,7 @@ another value is one error that names both keys.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import ClassVar, Final, Self
 
 from pydantic import Field, ValidationInfo, field_serializer, field_validator, model_validator
 
@@ -21,23 +21,23 @@ from pointillist.config.trainer import TrainerConfig
 NOT_RECORDED: Final = "<not recorded>"
 """What a written config has for the value of an environment variable."""
 
-# Key at the top -> the components' keys that hold the same value.
-SHARED: Final[Mapping[str, tuple[str, ...]]] = {
-    "model": ("trainer.model", "orchestrator.model", "inference.model"),
-    "env": ("orchestrator.env",),
-    "seq_len": ("trainer.seq_len", "orchestrator.seq_len", "inference.seq_len"),
-    "max_steps": ("trainer.max_steps", "orchestrator.max_steps"),
-    "seed": ("trainer.seed", "orchestrator.seed", "inference.seed"),
-    "output_dir": ("trainer.output_dir", "orchestrator.output_dir", "inference.output_dir"),
-    "multimodal": ("trainer.multimodal", "orchestrator.multimodal", "inference.multimodal"),
-    "transport": ("trainer.transport", "orchestrator.transport"),
-    "deterministic": ("trainer.deterministic", "inference.deterministic"),
-    "log_level": ("trainer.log_level", "orchestrator.log_level", "inference.log_level"),
-}
-
 
 class RLConfig(Config):
     """A run: environment, inference server, orchestrator and trainer."""
+
+    shared: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "model": ("trainer.model", "orchestrator.model", "inference.model"),
+        "env": ("orchestrator.env",),
+        "seq_len": ("trainer.seq_len", "orchestrator.seq_len", "inference.seq_len"),
+        "max_steps": ("trainer.max_steps", "orchestrator.max_steps"),
+        "seed": ("trainer.seed", "orchestrator.seed", "inference.seed"),
+        "output_dir": ("trainer.output_dir", "orchestrator.output_dir", "inference.output_dir"),
+        "multimodal": ("trainer.multimodal", "orchestrator.multimodal", "inference.multimodal"),
+        "transport": ("trainer.transport", "orchestrator.transport"),
+        "deterministic": ("trainer.deterministic", "inference.deterministic"),
+        "log_level": ("trainer.log_level", "orchestrator.log_level", "inference.log_level"),
+        "trainer.num_workers": ("orchestrator.num_train_workers",),
+    }
 
     model: ModelConfig
     env: EnvConfig
@@ -48,12 +48,16 @@ class RLConfig(Config):
     """Optimiser steps."""
 
     seed: int = 0
+    """Seed of the order of tasks, of sampling and of the trainer."""
+
     output_dir: Path = Path("outputs/run")
     """The run's folder; must not hold another run unless `resume` is set."""
 
     multimodal: MultimodalConfig = MultimodalConfig()
     transport: TransportConfig = TransportConfig()
     log_level: LogLevel = "info"
+    """Least important messages that are logged, by every process."""
+
     env_vars: dict[str, str] = {}
     """Environment variables of every process. Configs that a run writes keep their names, not their values: these come
     anew from the config that is given to `--resume`."""
@@ -91,7 +95,7 @@ class RLConfig(Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _share(cls, data: Any) -> Any:
+    def _share(cls, data: object) -> object:
         if not isinstance(data, Mapping):
             return data
         defaults = {
@@ -101,12 +105,7 @@ class RLConfig(Config):
         data = {**defaults, **data}
         for component in ("trainer", "orchestrator", "inference"):
             data.setdefault(component, {})
-        data = share(data, SHARED)
-        workers = data["trainer"].get("num_workers") if isinstance(data["trainer"], dict) else None
-        if workers is not None and isinstance(data["orchestrator"], dict):
-            data = share({**data, "_": workers}, {"_": ("orchestrator.num_train_workers",)})
-            del data["_"]
-        return data
+        return share(data, cls.shared)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -131,7 +130,7 @@ class RLConfig(Config):
             )
         if self.slurm and self.slurm.trainer_nodes and self.trainer.num_workers % self.slurm.trainer_nodes:
             raise ValueError(
-                f"trainer.num_workers = {self.trainer.num_workers} can not be spread evenly over slurm.trainer_nodes = "
+                f"trainer.num_workers = {self.trainer.num_workers} cannot be spread evenly over slurm.trainer_nodes = "
                 f"{self.slurm.trainer_nodes}"
             )
         return self

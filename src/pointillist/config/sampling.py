@@ -1,4 +1,4 @@
-"""The bounds of every number that says how to sample, for whoever takes such numbers: config, gateway, servers.
+"""The bounds of every number that says how to sample, for all that take such numbers: config, gateway, servers.
 
 A number outside of them either means nothing (a temperature of infinity) or overflows somewhere on its way to the
 logits, where it would fail others than the one who sent it.

@@ -1,21 +1,24 @@
 """Config that several components share; set once at the top of an `rl` config."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Literal, get_args
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from pointillist.base.image_limits import ImageFormat, ImageLimits
 from pointillist.base.net import LOOPBACK
 from pointillist.config.base import Config
-from pointillist.images.decode import ImageLimits
-from pointillist.images.sniff import ImageFormat
 
 CARRIER: Final = "VF_RENDERER_IMAGE_OFFLOAD_DIR"
 """Environment variable with the image folder, which the launcher sets for the processes that write images."""
 LIMITS_CARRIER: Final = "POINTILLIST_IMAGE_LIMITS"
 """Environment variable with `multimodal.limits` as JSON, for the same processes."""
 RUN_KEY: Final = "POINTILLIST_RUN_KEY"
-"""Environment variable with the word that the processes of one run know each other by; the launcher makes it up."""
+"""Environment variable with the secret that the processes of one run share; the launcher makes it up."""
+
+
+LogLevel = Literal["debug", "info", "warning"]
 
 
 class ModelConfig(Config):
@@ -88,7 +91,7 @@ class AssetsConfig(ServerConfig):
     """Whether the launcher starts the asset endpoint (`pointillist assets`) beside the orchestrator."""
 
     api_key_var: str = RUN_KEY
-    """Name of the environment variable that holds the endpoint's key, without which it answers nobody; by default the
+    """Name of the environment variable that holds the endpoint's key, which every request must bring; by default the
     run's own."""
 
     urls: list[str] = []
@@ -105,6 +108,26 @@ class AssetsConfig(ServerConfig):
     """Seconds that one answer of an endpoint may take, headers included, beside one for each MiB that has come."""
 
 
+class ReaderConfig(Config):
+    """How fast one process reads images, and the memory that it may use for them; results do not depend on it."""
+
+    threads: int | None = Field(None, gt=0)
+    """Images that are decoded at once; one a core by default."""
+
+    cache_bytes: int = Field(256 * 1024 * 1024, ge=0)
+    """Decoded images that are kept, in bytes of uint8 pixels: groups and turns bring the same ones again."""
+
+    inflight_bytes: int = Field(1024 * 1024 * 1024, gt=0)
+    """Decoded images that may wait, in bytes of uint8 pixels: those of requests in the inference server, those of rows
+    in the trainer. One that is larger by itself is served alone."""
+
+
+_MOVED: Final = {
+    "materialize_threads": "threads", "cache_bytes": "cache_bytes", "inflight_bytes": "inflight_bytes",
+}  # fmt: skip
+"""Former keys of `multimodal`, and what each is called in a `reader` table."""
+
+
 class MultimodalConfig(Config):
     """Images: where they lie, who may read them, what they may be."""
 
@@ -115,12 +138,10 @@ class MultimodalConfig(Config):
     """Further folders that references may point into; the run's own image store always is one."""
 
     limits: LimitsConfig = LimitsConfig()
-
     allow_remote: bool = False
     """Whether http(s) URLs in messages are fetched, once, with limits on size, time and address."""
 
     assets: AssetsConfig = AssetsConfig()
-
     missing_image_policy: Literal["placeholder_zero_loss", "error"] = "placeholder_zero_loss"
     """What the trainer does with a sample one of whose images is not there: train the others and give this one zero
     images and no loss, or stop."""
@@ -131,18 +152,18 @@ class MultimodalConfig(Config):
     missing_image_max_fraction: float = Field(0.05, ge=0, le=1)
     """Part of a step's images that may be missing, and part that may be corrupt, before the trainer stops."""
 
-    materialize_threads: int | None = Field(None, gt=0)
-    """Images that a reader decodes at once; one a core by default."""
-
-    cache_bytes: int = Field(256 * 1024 * 1024, ge=0)
-    """Decoded images that each reader keeps, in bytes of uint8 pixels: groups and turns bring the same ones again."""
-
-    inflight_bytes: int = Field(1024 * 1024 * 1024, gt=0)
-    """Decoded images that may wait in the inference server, and rows of them in the trainer, in bytes of uint8 pixels;
-    beyond it requests wait. One that is larger by itself is served alone."""
-
     overlong_policy: Literal["drop", "error"] = "drop"
     """What the orchestrator does with a sample that is longer than `seq_len`; it is never cut."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_new_place(cls, data: object) -> object:
+        for key in _MOVED.keys() & set(data if isinstance(data, Mapping) else ()):
+            raise ValueError(
+                f"multimodal.{key} belongs to each reader now: set inference.reader.{_MOVED[key]} and "
+                f"trainer.reader.{_MOVED[key]}"
+            )
+        return data
 
     @field_validator("offload_dir")
     @classmethod
@@ -163,4 +184,20 @@ class TransportConfig(Config):
     """Where the orchestrator listens with `zmq`; port 0 lets the launcher choose a free one."""
 
 
-LogLevel = Literal["debug", "info", "warning"]
+class ProcessConfig(Config):
+    """What every process of a run has in its config."""
+
+    output_dir: Path = Path("outputs/run")
+    """The run's folder."""
+
+    multimodal: MultimodalConfig = MultimodalConfig()
+    """Images: folder, limits and where else to look for them."""
+
+    log_level: LogLevel = "info"
+    """Least important messages that are logged."""
+
+
+class ReadingConfig(ProcessConfig):
+    """What a process has in its config that reads images as tensors."""
+
+    reader: ReaderConfig = ReaderConfig()

@@ -1,12 +1,11 @@
 """Config of the trainer."""
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from pointillist.config.base import Config
-from pointillist.config.shared import LogLevel, ModelConfig, MultimodalConfig, TransportConfig
+from pointillist.config.shared import ModelConfig, ReadingConfig, TransportConfig
 
 
 class SchedulerConfig(Config):
@@ -29,8 +28,14 @@ class OptimConfig(Config):
     """AdamW."""
 
     lr: float = Field(1e-6, gt=0)
+    """Learning rate after the warm-up."""
+
     weight_decay: float = Field(0.01, ge=0)
+    """Part of each weight that is taken away in a step, times the learning rate."""
+
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the running means of gradients and of their squares."""
+
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this norm."""
 
@@ -72,7 +77,7 @@ class CheckpointConfig(Config):
     """Checkpoints to resume from."""
 
     interval: int | None = Field(None, gt=0)
-    """Steps between checkpoints, beside those by time; the last step, and a trainer that is told to stop, always make
+    """Steps between checkpoints, beside those by time; the last step, and a trainer that is stopped, always make
     one."""
 
     interval_minutes: float | None = Field(10.0, gt=0)
@@ -82,7 +87,7 @@ class CheckpointConfig(Config):
     """Checkpoints kept."""
 
 
-class TrainerConfig(Config):
+class TrainerConfig(ReadingConfig):
     """The trainer: `pointillist trainer @ trainer.toml`, under torchrun for several ranks."""
 
     model: ModelConfig
@@ -93,13 +98,15 @@ class TrainerConfig(Config):
     """Optimiser steps."""
 
     seed: int = 0
-    output_dir: Path = Path("outputs/run")
-    multimodal: MultimodalConfig = MultimodalConfig()
+    """Seed of torch, and so of dropout and of new adapters."""
+
     transport: TransportConfig = TransportConfig()
     num_workers: int = Field(1, gt=0)
     """Data-parallel ranks; above 1 the model is sharded by FSDP2."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of the model; auto takes a GPU if there is one."""
+
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations; weights and optimiser state are always float32."""
 
@@ -128,7 +135,6 @@ class TrainerConfig(Config):
     optim: OptimConfig = OptimConfig()
     loss: LossConfig = LossConfig()
     ckpt: CheckpointConfig = CheckpointConfig()
-    log_level: LogLevel = "info"
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> "TrainerConfig":

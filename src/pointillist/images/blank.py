@@ -4,7 +4,8 @@ import io
 
 from PIL import Image
 
-from pointillist.images.decode import STORED_LIMITS, ImageLimits, read_header
+from pointillist.base.image_limits import STORED_LIMITS, ImageLimits
+from pointillist.images.decode import read_header
 
 _GREY = (128, 128, 128)
 

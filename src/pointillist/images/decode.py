@@ -17,7 +17,7 @@ import importlib.util
 import io
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 import numpy as np
@@ -35,9 +35,10 @@ from PIL import (
     features,
 )
 
+from pointillist.base.image_limits import ImageFormat, ImageLimits
 from pointillist.errors import ImageError
 from pointillist.images.orientation import EXCHANGE_SIDES, turn_of
-from pointillist.images.sniff import ALL_FORMATS, ImageFormat, describe, format_of
+from pointillist.images.sniff import describe, format_of
 from pointillist.images.structure import check_structure
 
 PIXEL_RULES: Final = "exif-anywhere;alpha-on-white;deep-grey-upper-byte-of-its-bits;rgb"
@@ -70,24 +71,6 @@ _UNSIGNED: Final = frozenset({1, 4})
 
 _LEVELS_OF_A_PICTURE: Final = 16
 """Brightest minus darkest level, of 256, from which on a colour is not called nearly constant."""
-
-
-@dataclass(frozen=True, slots=True)
-class ImageLimits:
-    """What an image may be at most; checked before it is decoded."""
-
-    max_bytes: int = 32 * 1024 * 1024
-    """Size of the file, in bytes."""
-    max_pixels: int = 64_000_000
-    """Width times height."""
-    max_side: int = 16_384
-    """The longer side, in pixels."""
-    formats: tuple[ImageFormat, ...] = field(default=ALL_FORMATS)
-    """Formats that are accepted, by the extension of their files in the store."""
-
-
-STORED_LIMITS: Final = ImageLimits(max_bytes=1024**3, max_pixels=1_000_000_000, max_side=1_000_000)
-"""For pictures that some run has accepted already, where that run's own limits are not known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Final, Literal
 
 from pointillist.base.files import write_atomically
+from pointillist.base.image_limits import ImageLimits
 from pointillist.errors import ImageError, PointillistError
-from pointillist.images.decode import ImageLimits, decode_rgb
+from pointillist.images.decode import decode_rgb
 from pointillist.images.sniff import format_of
 from pointillist.images.store import STORED_NAME, TEMPORARY_SUFFIX
 

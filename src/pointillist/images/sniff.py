@@ -4,12 +4,9 @@ Only the bytes decide, never a name or a media type that a sender gives.
 """
 
 import re
-from typing import Final, Literal, get_args
+from typing import Final
 
-ImageFormat = Literal["png", "jpg", "webp", "gif", "bmp", "tiff", "avif", "heic"]
-"""Formats of pictures, by the extension of their files in the store."""
-
-ALL_FORMATS: Final[tuple[ImageFormat, ...]] = get_args(ImageFormat)
+from pointillist.base.image_limits import ImageFormat
 
 _HEAD: Final = 4096
 """Bytes that are looked at."""

@@ -27,8 +27,9 @@ from urllib.parse import unquote_to_bytes
 import numpy as np
 from PIL import Image
 
+from pointillist.base.image_limits import ImageLimits
 from pointillist.errors import ImageError, MissingImageError, RefError, SourceError, StorageError
-from pointillist.images.decode import ImageLimits, encode_pillow
+from pointillist.images.decode import encode_pillow
 from pointillist.images.remote import FETCHED_AT_ONCE
 from pointillist.images.store import ImageStore, StoredImage, local_path, read_intact, stored_name
 

@@ -23,9 +23,9 @@ from typing import Final
 from urllib.parse import unquote_to_bytes
 
 from pointillist.base.files import flush_folder
+from pointillist.base.image_limits import ALL_FORMATS, ImageLimits
 from pointillist.errors import ConfigError, CorruptImageError, MissingImageError, RefError, StorageError
-from pointillist.images.decode import ImageHeader, ImageLimits, OpenedImage
-from pointillist.images.sniff import ALL_FORMATS
+from pointillist.images.decode import ImageHeader, OpenedImage
 
 SHA256_HEX: Final = re.compile(r"[0-9a-f]{64}")
 STORED_NAME: Final = re.compile(

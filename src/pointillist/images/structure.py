@@ -7,8 +7,8 @@ after ten seconds of Python. Real files have pieces of hundreds of bytes. The wa
 import struct
 from typing import Final
 
+from pointillist.base.image_limits import ImageFormat
 from pointillist.errors import ImageError
-from pointillist.images.sniff import ImageFormat
 
 _PIECES: Final = 10_000
 _BYTES_A_PIECE: Final = 128

@@ -10,14 +10,14 @@ import json
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from pointillist.base.files import write_atomically
 from pointillist.config import RLConfig
-from pointillist.config.base import dump_toml
 from pointillist.errors import ConfigError, LaunchError
 from pointillist.families import load_family
 from pointillist.images.inventory import add_user
+from pointillist.runs.config_files import dump_toml
 from pointillist.runs.image_dir import resolve_image_dir
 from pointillist.runs.paths import RunPaths, number_of
 
@@ -36,7 +36,7 @@ _FREE: Final = (
 # Of the run as of every component: its log and folder, how batches travel, and how images are read.
 _FREE_ANYWHERE: Final = (
     "log_level", "max_steps", "multimodal.assets", "multimodal.cache_bytes", "multimodal.inflight_bytes",
-    "multimodal.materialize_threads", "multimodal.missing_image_retries", "output_dir", "transport",
+    "multimodal.materialize_threads", "multimodal.missing_image_retries", "output_dir", "reader", "transport",
 )  # fmt: skip
 _COMPONENTS: Final = ("trainer", "orchestrator", "inference")
 _SMALL_BYTES: Final = 64 * 1024 * 1024
@@ -74,12 +74,12 @@ def config_changes(config: RLConfig, paths: RunPaths) -> list[str]:
     return changes
 
 
-def model_changes(config: RLConfig, paths: RunPaths) -> list[str]:
+def model_changes(model: Mapping[str, str], paths: RunPaths) -> list[str]:
     """Files of the model folder that are not what the run was begun with.
 
     Args:
-        config: Of the run.
-        paths: Its folder.
+        model: Its record, as `model_record` makes it.
+        paths: The run's folder.
     """
     try:
         old = json.loads(paths.model_record.read_bytes())
@@ -87,11 +87,10 @@ def model_changes(config: RLConfig, paths: RunPaths) -> list[str]:
         return []
     if not isinstance(old, dict):
         return []
-    new = model_record(config.model.name)
     return [
-        f"model {key}: {old.get(key)} -> {new.get(key)}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
+        f"model {key}: {old.get(key)} -> {model.get(key)}"
+        for key in sorted(old.keys() | model.keys())
+        if old.get(key) != model.get(key)
     ]
 
 
@@ -112,23 +111,29 @@ def model_record(name: str) -> dict[str, str]:
     return record
 
 
-def record_start(config: RLConfig, paths: RunPaths) -> None:
-    """Keeps this start's config beside those before it, what the model folder holds, and in the store who uses it."""
+def record_start(config: RLConfig, paths: RunPaths, model: Mapping[str, str]) -> None:
+    """Keeps this start's config beside those before it, what the model folder holds, and in the store who uses it.
+
+    Args:
+        config: Config of the run.
+        paths: Its folder, in which the config is written.
+        model: Record of its model, as `model_record` makes it.
+    """
     numbers = [number for path in paths.history.glob("*.toml") if (number := number_of(path.stem)) is not None]
     text = (paths.configs / "rl.toml").read_bytes()
     write_atomically(paths.history / f"{max(numbers, default=0) + 1}.toml", text, private=True)
-    record = json.dumps(model_record(config.model.name), indent=1).encode()
-    write_atomically(paths.model_record, record)
+    write_atomically(paths.model_record, json.dumps(model, indent=1).encode())
     add_user(resolve_image_dir(config.multimodal, paths.output_dir, {}), paths.output_dir)
 
 
-def refuse_changes(config: RLConfig, paths: RunPaths, step: int) -> None:
+def refuse_changes(config: RLConfig, paths: RunPaths, step: int, model: Mapping[str, str]) -> None:
     """Makes sure that a resumed run is the run that was begun.
 
     Args:
         config: As it is to go on.
         paths: The run's folder.
         step: The step that it goes on after.
+        model: Record of its model, as `model_record` makes it.
 
     Raises:
         ConfigError: It is another one, of which the message names every difference, or it is beyond `max_steps`.
@@ -139,7 +144,7 @@ def refuse_changes(config: RLConfig, paths: RunPaths, step: int) -> None:
         )
     if config.resume_with_changes:
         return
-    if changes := [*config_changes(config, paths), *model_changes(config, paths)]:
+    if changes := [*config_changes(config, paths), *model_changes(model, paths)]:
         raise ConfigError(
             "--resume with a config that means another run:\n  "
             + "\n  ".join(changes)
@@ -153,7 +158,7 @@ def _with_defaults(config: RLConfig) -> RLConfig:
     return made
 
 
-def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(table: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, value in table.items():
         if isinstance(value, dict) and value:
             yield from _leaves(value, f"{prefix}{key}.")
@@ -170,7 +175,7 @@ def _is_free(key: str) -> bool:
 
 
 def _is_same_place(
-    key: str, before: Any, after: Any, old: Mapping[str, Any], config: RLConfig, paths: RunPaths
+    key: str, before: object, after: object, old: Mapping[str, object], config: RLConfig, paths: RunPaths
 ) -> bool:
     """Whether a path differs only since the run's folder, or the model's, was moved."""
     if key.endswith("model.name"):
@@ -180,6 +185,6 @@ def _is_same_place(
     return False
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = "not set" if value is None else repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

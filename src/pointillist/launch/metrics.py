@@ -1,8 +1,8 @@
-"""All of a run's metrics at one address, for Prometheus: `GET /metrics`, and `GET /health` for people.
+"""The metrics of a machine's processes at one address, for Prometheus: `GET /metrics`, and `GET /health` for people.
 
-- `pointillist_<component>_<name>`: the newest record of each component's per-step metrics;
+- `pointillist_<component>_<name>`: the newest record of each component's per-step metrics, on the run's head;
 - `pointillist_process_up`, `_restarts_total`, `_resident_bytes` of each process;
-- what the inference servers say of themselves, with a label `process`.
+- the metrics of the inference servers, with a label `process`.
 """
 
 import re
@@ -40,22 +40,23 @@ _CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class RunCollector(Collector):
-    """Reads everything anew each time it is asked."""
+    """Reads everything anew at each request."""
 
-    def __init__(self, paths: RunPaths, supervisor: Supervisor, headers: Mapping[str, str]) -> None:
+    def __init__(self, paths: RunPaths | None, supervisor: Supervisor, headers: Mapping[str, str]) -> None:
         self._paths = paths
         self._supervisor = supervisor
         self._headers = headers
 
     def collect(self) -> Iterator[Metric]:
         """The metrics of this module's docstring."""
-        yield from self._steps()
+        if self._paths is not None:
+            yield from self._steps(self._paths)
         yield from self._processes()
         yield from self._servers()
 
-    def _steps(self) -> Iterator[Metric]:
+    def _steps(self, paths: RunPaths) -> Iterator[Metric]:
         for component in ("trainer", "orchestrator", "eval"):
-            for record in read_jsonl(self._paths.metrics / f"{component}.jsonl")[-1:]:
+            for record in read_jsonl(paths.metrics / f"{component}.jsonl")[-1:]:
                 for name, value in record.items():
                     metric = re.sub(r"[^a-zA-Z0-9_]", "_", f"pointillist_{component}_{name}")
                     if is_number(value):
@@ -93,18 +94,18 @@ class MetricsEndpoint:
     """A small server in a thread of the launcher."""
 
     def __init__(
-        self, config: ServerConfig, paths: RunPaths, supervisor: Supervisor, headers: Mapping[str, str]
+        self, config: ServerConfig, paths: RunPaths | None, supervisor: Supervisor, headers: Mapping[str, str]
     ) -> None:
         """Binds.
 
         Args:
-            config: Where it listens.
-            paths: The run's folder.
-            supervisor: Of the run's processes.
-            headers: With which the inference servers are asked.
+            config: Address to listen on.
+            paths: The run's folder; None on a machine that does not report the steps.
+            supervisor: Supervisor of the machine's processes.
+            headers: HTTP headers for the inference servers.
 
         Raises:
-            OSError: The address can not be had.
+            OSError: The address is taken.
             ConfigError: The variable of the API key is not set.
         """
         registry = CollectorRegistry(auto_describe=False)

@@ -1,255 +1,263 @@
-"""Which machine runs what, and where everybody is reached: the same for one machine and for many.
+"""Which machine runs what, and where each process is reached: the same for one machine and for many.
 
-A run on one machine has one node with every role. In a SLURM job of several, the first `inference_nodes` serve and the
-others train; the first of those is the head, which also has the orchestrator, the environments and the asset endpoint.
-Every node chooses free ports of its own, so several runs can share a machine.
+A run on one machine gives it every role. In a SLURM job of several, the first `inference_nodes` serve and the others
+train; the first of those is the head, which also has the orchestrator, the environments and the asset endpoint. Each
+machine chooses free ports of its own (`choose_ports`), so several runs can share one; `Placement.of` turns the
+machines of a run into the configs and the processes of each. Nothing here changes a config in place.
 """
 
-import socket
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass, replace
+from typing import Final
 
 import msgspec
 
-from pointillist.base.net import free_port, http_url, key_from_environment
-from pointillist.config import RUN_KEY, AssetServerConfig, RLConfig, write_toml
+from pointillist.base.net import free_port, http_url
+from pointillist.config import RUN_KEY, AssetServerConfig, RLConfig
 from pointillist.errors import LaunchError
 from pointillist.launch.devices import gpu_shares
 from pointillist.launch.supervisor import Spec
-from pointillist.runs.image_dir import literal_dir
+from pointillist.runs.config_files import write_toml
 from pointillist.runs.paths import RunPaths
 
+_HERE: Final = "127.0.0.1"
 
-class Node(msgspec.Struct, frozen=True, kw_only=True):
-    """A machine of the run, and the ports that it has chosen."""
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """A machine of the run and the ports that it chose; a port is 0 where the machine has no such role."""
 
     index: int
     host: str
-    """Address at which the other nodes reach it."""
+    """Address at which the other machines reach it."""
     server_ports: list[int]
+    """Ports of its inference servers."""
     transport_port: int
     assets_port: int
     rendezvous_port: int
-    """Of torchrun, on the head."""
+    """Port of torchrun's rendezvous."""
 
 
-class Layout:
-    """Who runs what."""
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """Which machines serve and which train, by index; on one machine these are the same."""
 
-    def __init__(self, config: RLConfig) -> None:
-        """Reads the numbers of nodes."""
-        slurm = config.slurm
-        serving, training = (slurm.inference_nodes, slurm.trainer_nodes) if slurm else (0, 0)
-        self.num_nodes = max(1, serving + training)
-        self.serving = range(serving) if serving else range(1)
-        self.training = range(serving, serving + training) if training else range(1)
-        self.head = self.training[0]
+    serving: range
+    training: range
+
+    @classmethod
+    def of(cls, config: RLConfig) -> "Roles":
+        """The roles that a config asks for."""
+        if config.slurm is None or not config.slurm.inference_nodes:
+            return cls(range(1), range(1))
+        serving = config.slurm.inference_nodes
+        return cls(range(serving), range(serving, serving + config.slurm.trainer_nodes))
+
+    @property
+    def num_machines(self) -> int:
+        """Machines of the run."""
+        return self.training.stop
+
+    @property
+    def head(self) -> int:
+        """Machine of the orchestrator and of the trainer's main rank."""
+        return self.training.start
 
 
-def choose_ports(config: RLConfig, layout: Layout, index: int, host: str) -> Node:
-    """This machine's ports: those that the config names, and free ones.
+def choose_ports(config: RLConfig, index: int = 0, host: str = _HERE) -> Machine:
+    """A machine with its ports: those that the config names, and free ones.
 
     Args:
-        config: Of the run.
-        layout: Who runs what.
-        index: Of this machine.
-        host: Address at which it is reached.
+        config: Config of the run.
+        index: Number of this machine.
+        host: Address at which the others reach it.
 
     Raises:
         LaunchError: A port that the config names is taken.
     """
-    server, assets = config.inference.server, config.multimodal.assets
-    transport_port = int(config.transport.address.rpartition(":")[2])
-    one_machine = layout.num_nodes == 1
-    is_head = index == layout.head
+    roles, server, assets = Roles.of(config), config.inference.server, config.multimodal.assets
+    alone, is_head = roles.num_machines == 1, index == roles.head
     taken: set[int] = set()
-    return Node(
+
+    def port_of(name: str, own_host: str, port: int) -> int:
+        return _choose_port(name, own_host if alone else host, port, taken)
+
+    return Machine(
         index=index,
         host=host,
         server_ports=[
-            _port("inference.server", server.host if one_machine else host, server.port, taken)
-            for _ in range(config.num_servers if index in layout.serving else 0)
+            port_of("inference.server", server.host, server.port)
+            for _ in range(config.num_servers if index in roles.serving else 0)
         ],
-        transport_port=_port("transport.address", host, transport_port, taken) if is_head else 0,
-        assets_port=_port("multimodal.assets", assets.host if one_machine else host, assets.port, taken)
-        if is_head
-        else 0,
-        rendezvous_port=_port("torchrun", host, 0, taken) if is_head else 0,
+        transport_port=port_of("transport.address", host, _transport(config)[1]) if is_head else 0,
+        assets_port=port_of("multimodal.assets", assets.host, assets.port) if is_head else 0,
+        rendezvous_port=port_of("torchrun", host, 0) if is_head else 0,
     )
 
 
-def settle(config: RLConfig, layout: Layout, nodes: Sequence[Node]) -> None:
-    """Writes into the config where everybody is reached, so that each process finds it in its own."""
-    head = nodes[layout.head]
-    server, client = config.inference.server, config.orchestrator.client
-    if layout.num_nodes > 1:
-        server.api_key_var = server.api_key_var or RUN_KEY
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A run on its machines."""
+
+    config: RLConfig
+    """Config of the run with the addresses of all its processes."""
+    machines: tuple[Machine, ...]
+
+    @classmethod
+    def of(cls, config: RLConfig, machines: Sequence[Machine]) -> "Placement":
+        """Places a run.
+
+        Args:
+            config: Config of the run; its `output_dir` is absolute.
+            machines: All machines by index, as `choose_ports` made them.
+        """
+        return cls(config.with_values(_addresses(config, machines)), tuple(machines))
+
+    @property
+    def roles(self) -> Roles:
+        """Which machines serve and which train."""
+        return Roles.of(self.config)
+
+    @property
+    def paths(self) -> RunPaths:
+        """The run's folder."""
+        return RunPaths(self.config.output_dir)
+
+    def resumed_after(self, step: int) -> "Placement":
+        """The same run going on after a step; 0 is its beginning."""
+        values = {"trainer.resume_step": step or None, "orchestrator.resume_step": step or None}
+        return replace(self, config=self.config.with_values(values))
+
+    def write_configs(self) -> None:
+        """Writes the run's config and that of each process to the run's folder."""
+        config, folder = self.config, self.paths.configs
+        # Whether a start resumes is no part of what the run is.
+        write_toml(config.with_values({"resume": False, "resume_with_changes": False}), folder / "rl.toml")
+        write_toml(config.orchestrator, folder / "orchestrator.toml")
+        write_toml(config.trainer, folder / "trainer.toml")
+        write_toml(
+            AssetServerConfig(output_dir=config.output_dir, multimodal=config.multimodal, log_level=config.log_level),
+            folder / "assets.toml",
+        )
+        for name, machine, port in self._servers():
+            values = {"server.host": self._server_host(machine), "server.port": port}
+            write_toml(config.inference.with_values(values), folder / f"{name}.toml")
+
+    def processes(self, index: int, environ: Mapping[str, str]) -> list[Spec]:
+        """The processes of one machine, in the order in which they are started.
+
+        Args:
+            index: Number of the machine.
+            environ: Environment of its processes; GPUs are shared out on top of it.
+        """
+        is_head, trains = index == self.roles.head, index in self.roles.training
+        shares = gpu_shares(
+            environ,
+            servers=len(self.machines[index].server_ports),
+            ranks=self._ranks_per_machine if trains else 0,
+        )
+        found = []
+        for name, machine, port in self._servers():
+            if machine.index == index:
+                own = {**environ, **shares.server(machine.server_ports.index(port))}
+                found.append(self._spec(name, "inference", own, url=_url(self._server_host(machine), port)))
+        if is_head and self.config.multimodal.assets.serve:
+            assets = self.config.multimodal.assets
+            found.append(self._spec("assets", "assets", environ, url=_url(assets.host, assets.port)))
+        if trains:
+            found.append(self._trainer(index, {**environ, **shares.trainer()}))
+        if is_head:
+            found.append(self._spec("orchestrator", "orchestrator", environ, beats=True))
+        return found
+
+    @property
+    def _ranks_per_machine(self) -> int:
+        return self.config.trainer.num_workers // len(self.roles.training)
+
+    def _servers(self) -> list[tuple[str, Machine, int]]:
+        """Name, machine and port of each inference server."""
+        places = [(machine, port) for machine in self.machines for port in machine.server_ports]
+        return [
+            ("inference" if len(places) == 1 else f"inference_{number}", machine, port)
+            for number, (machine, port) in enumerate(places)
+        ]
+
+    def _server_host(self, machine: Machine) -> str:
+        return self.config.inference.server.host if len(self.machines) == 1 else machine.host
+
+    def _trainer(self, index: int, environ: Mapping[str, str]) -> Spec:
+        """One machine's trainer ranks, under torchrun if the run has several."""
+        training, head = self.roles.training, self.machines[self.roles.head]
+        torchrun: list[str] = []
+        if self.config.trainer.num_workers > 1:
+            torchrun = [
+                "torch.distributed.run",
+                f"--nnodes={len(training)}",
+                f"--nproc-per-node={self._ranks_per_machine}",
+                f"--node-rank={training.index(index)}",
+                f"--master-addr={head.host}",
+                f"--master-port={head.rendezvous_port}",
+                "-m",
+            ]
+        name = "trainer" if len(training) == 1 else f"trainer_{training.index(index)}"
+        return self._spec(name, "trainer", environ, before=torchrun, beats=True)
+
+    def _spec(
+        self,
+        name: str,
+        command: str,
+        environ: Mapping[str, str],
+        *,
+        url: str | None = None,
+        before: Sequence[str] = (),
+        beats: bool = False,
+    ) -> Spec:
+        # The trainer's machines have one config; their logs are apart.
+        toml = self.paths.configs / ("trainer.toml" if command == "trainer" else f"{name}.toml")
+        return Spec(
+            name,
+            [sys.executable, "-m", *before, "pointillist", command, "@", str(toml)],
+            environ,
+            self.paths.logs / f"{name}.log",
+            health_url=f"{url}/health" if url else None,
+            metrics_url=f"{url}/metrics" if url and command == "inference" else None,
+            state=self.paths.state if beats else None,
+            saves=command == "trainer",
+        )
+
+
+def _addresses(config: RLConfig, machines: Sequence[Machine]) -> dict[str, object]:
+    """Config values that say where each process is reached."""
+    alone, head = len(machines) == 1, machines[Roles.of(config).head]
+    server, assets = config.inference.server, config.multimodal.assets
+    values: dict[str, object] = {}
+    key = server.api_key_var
+    if not alone and key is None:
+        key = values["inference.server.api_key_var"] = RUN_KEY
     if config.num_servers:
-        client.api_key_var = server.api_key_var
-        client.base_url = [
-            _url(server.host if layout.num_nodes == 1 else node.host, port)
-            for node in nodes
-            for port in node.server_ports
+        values["orchestrator.client.api_key_var"] = key
+        values["orchestrator.client.base_url"] = [
+            _url(server.host if alone else machine.host, port) for machine in machines for port in machine.server_ports
         ]
     if config.transport.type == "zmq":
-        host = config.transport.address.removeprefix("tcp://").rpartition(":")[0]
-        address = f"tcp://{host if layout.num_nodes == 1 else head.host}:{head.transport_port}"
-        for transport in (config.transport, config.orchestrator.transport, config.trainer.transport):
-            transport.address = address
-    if config.multimodal.assets.serve:
-        for component in (config, config.inference, config.orchestrator, config.trainer):
-            assets = component.multimodal.assets
-            assets.host = assets.host if layout.num_nodes == 1 else head.host
-            assets.port = head.assets_port
-            assets.urls = [_url(assets.host, head.assets_port)]
+        host = _transport(config)[0] if alone else head.host
+        values["transport.address"] = f"tcp://{host}:{head.transport_port}"
+    if assets.serve:
+        host = assets.host if alone else head.host
+        values["multimodal.assets.host"] = host
+        values["multimodal.assets.port"] = head.assets_port
+        values["multimodal.assets.urls"] = [_url(host, head.assets_port)]
+    return values
 
 
-def write_configs(config: RLConfig, layout: Layout, nodes: Sequence[Node], paths: RunPaths) -> None:
-    """Writes the run's config and that of each process."""
-    for component in (config.inference, config.orchestrator, config.trainer):
-        component.output_dir = paths.output_dir
-    # How this start was told to go on is no part of what the run is.
-    write_toml(config.model_copy(update={"resume": False, "resume_with_changes": False}), paths.configs / "rl.toml")
-    write_toml(config.orchestrator, paths.configs / "orchestrator.toml")
-    write_toml(config.trainer, paths.configs / "trainer.toml")
-    write_toml(
-        AssetServerConfig(output_dir=paths.output_dir, multimodal=config.multimodal, log_level=config.log_level),
-        paths.configs / "assets.toml",
-    )
-    for (node, port), name in _servers(nodes).items():
-        one = config.inference.model_copy(deep=True)
-        one.server.port = port
-        if layout.num_nodes > 1:
-            one.server.host = nodes[node].host
-        write_toml(one, paths.configs / f"{name}.toml")
+def _transport(config: RLConfig) -> tuple[str, int]:
+    """Host and port of `transport.address`."""
+    host, _, port = config.transport.address.removeprefix("tcp://").rpartition(":")
+    return host, int(port)
 
 
-def specs(
-    config: RLConfig,
-    layout: Layout,
-    nodes: Sequence[Node],
-    index: int,
-    paths: RunPaths,
-    environ: Mapping[str, str],
-) -> list[Spec]:
-    """The processes of one machine, in the order in which they are started."""
-    shares = gpu_shares(
-        environ,
-        servers=len(nodes[index].server_ports),
-        ranks=_ranks(config, layout) if index in layout.training else 0,
-    )
-    found = []
-    for (node, port), name in _servers(nodes).items():
-        if node == index:
-            host = config.inference.server.host if layout.num_nodes == 1 else nodes[index].host
-            own = {**environ, **shares.server(nodes[index].server_ports.index(port))}
-            found.append(_spec(name, "inference", paths, own, url=_url(host, port)))
-    if index == layout.head and config.multimodal.assets.serve:
-        assets = config.multimodal.assets
-        found.append(_spec("assets", "assets", paths, environ, url=_url(assets.host, assets.port)))
-    if index in layout.training:
-        found.append(_trainer_spec(config, layout, nodes, index, paths, {**environ, **shares.trainer()}))
-    if index == layout.head:
-        found.append(_spec("orchestrator", "orchestrator", paths, environ, beats=True))
-    return found
-
-
-def image_dir_everywhere(config: RLConfig, image_dir: Path) -> None:
-    """Writes the one resolution of the image folder into every component, in a form that no reader expands again."""
-    for component in (config, config.inference, config.orchestrator, config.trainer):
-        component.multimodal.offload_dir = literal_dir(image_dir)
-
-
-def host_of(address: str) -> str:
-    """Address at which a server on `address` is asked from its own machine."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)  # noqa: S104 - asks, does not bind
-
-
-def address_towards(other: str) -> str:
-    """This machine's address on the way to another one."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((other, 9))  # a datagram socket: nothing is sent
-        return str(probe.getsockname()[0])
-
-
-def check_keys(config: RLConfig) -> None:
-    """Makes sure that the keys that a config names are there.
-
-    Raises:
-        ConfigError: One is not set.
-    """
-    for name, server in (
-        ("inference server", config.inference.server),
-        ("gateway", config.orchestrator.gateway),
-        ("metrics endpoint", config.metrics),
-    ):
-        if server.api_key_var not in (None, RUN_KEY):
-            key_from_environment(str(server.api_key_var), f"the {name}'s API key")
-
-
-def _trainer_spec(
-    config: RLConfig,
-    layout: Layout,
-    nodes: Sequence[Node],
-    index: int,
-    paths: RunPaths,
-    environ: Mapping[str, str],
-) -> Spec:
-    """One machine's trainer ranks, under torchrun if there are several."""
-    torchrun: list[str] = []
-    if config.trainer.num_workers > 1:
-        head = nodes[layout.head]
-        torchrun = [
-            "torch.distributed.run",
-            f"--nnodes={len(layout.training)}",
-            f"--nproc-per-node={_ranks(config, layout)}",
-            f"--node-rank={layout.training.index(index)}",
-            f"--master-addr={head.host}",
-            f"--master-port={head.rendezvous_port}",
-            "-m",
-        ]
-    name = "trainer" if len(layout.training) == 1 else f"trainer_{layout.training.index(index)}"
-    return _spec(name, "trainer", paths, environ, before=torchrun, beats=True)
-
-
-def _spec(
-    name: str,
-    command: str,
-    paths: RunPaths,
-    environ: Mapping[str, str],
-    *,
-    url: str | None = None,
-    before: Sequence[str] = (),
-    beats: bool = False,
-) -> Spec:
-    # The trainer's nodes have one config; their logs are apart.
-    toml = "trainer" if command == "trainer" else name
-    line = [sys.executable, "-m", *before, "pointillist", command, "@", str(paths.configs / f"{toml}.toml")]
-    return Spec(
-        name,
-        line,
-        environ,
-        paths.logs / f"{name}.log",
-        health_url=f"{url}/health" if url else None,
-        metrics_url=f"{url}/metrics" if url and command == "inference" else None,
-        state=paths.state if beats else None,
-        saves=command == "trainer",
-    )
-
-
-def _servers(nodes: Sequence[Node]) -> dict[tuple[int, int], str]:
-    """Name of each inference server, by node and port."""
-    places = [(node.index, port) for node in nodes for port in node.server_ports]
-    return {place: "inference" if len(places) == 1 else f"inference_{i}" for i, place in enumerate(places)}
-
-
-def _ranks(config: RLConfig, layout: Layout) -> int:
-    return config.trainer.num_workers // len(layout.training)
-
-
-def _port(name: str, host: str, port: int, taken: set[int]) -> int:
-    """The port if it is free, or for 0 one that is and was not given to another process of this machine before."""
+def _choose_port(name: str, host: str, port: int, taken: set[int]) -> int:
+    """The port if it is free, or for 0 one that is free and that no other process of this machine was given."""
     try:
         found = free_port(host, port)
         while found in taken and port == 0:
@@ -258,9 +266,10 @@ def _port(name: str, host: str, port: int, taken: set[int]) -> int:
         return found
     except OSError as error:
         raise LaunchError(
-            f"{name} can not listen on {host}:{port} ({error.strerror}); choose another port, or 0 for a free one"
+            f"{name} cannot listen on {host}:{port} ({error.strerror}); choose another port, or 0 for a free one"
         ) from None
 
 
 def _url(host: str, port: int) -> str:
-    return http_url(host_of(host), port)
+    """Address at which a client reaches a server that binds `host`."""
+    return http_url({"0.0.0.0": _HERE, "::": "::1"}.get(host, host), port)  # noqa: S104 - asks, does not bind

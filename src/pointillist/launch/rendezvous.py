@@ -9,15 +9,9 @@ import msgspec
 
 from pointillist.base.files import write_atomically
 from pointillist.errors import LaunchError
-from pointillist.launch.placement import Node
+from pointillist.launch.placement import Machine
 
 _POLL_SECONDS: Final = 0.2
-
-
-class Go(msgspec.Struct, frozen=True):
-    """The head's word that everything is settled."""
-
-    resume_step: int
 
 
 class Rendezvous:
@@ -27,7 +21,7 @@ class Rendezvous:
         """Nothing is written yet.
 
         Args:
-            folder: Of this start of the job, on a file system that all nodes share.
+            folder: Folder of this start of the job, on a file system that all nodes share.
             num_nodes: Nodes that will come.
             timeout: Seconds that they may take.
         """
@@ -35,12 +29,12 @@ class Rendezvous:
         self._num_nodes = num_nodes
         self._timeout = timeout
 
-    def join(self, node: Node) -> None:
+    def join(self, machine: Machine) -> None:
         """Says where this node is."""
-        write_atomically(self._folder / f"node_{node.index}.json", msgspec.json.encode(node))
+        write_atomically(self._folder / f"node_{machine.index}.json", msgspec.json.encode(machine))
 
-    def nodes(self) -> list[Node]:
-        """All nodes, in order; waits for them.
+    def machines(self) -> list[Machine]:
+        """All nodes, by index; waits for them.
 
         Raises:
             LaunchError: Some did not come.
@@ -50,28 +44,27 @@ class Rendezvous:
             lambda: all(path.is_file() for path in paths),
             lambda: f"nodes {', '.join(str(i) for i, path in enumerate(paths) if not path.is_file())}",
         )
-        return [msgspec.json.decode(path.read_bytes(), type=Node) for path in paths]
+        return [msgspec.json.decode(path.read_bytes(), type=Machine) for path in paths]
 
-    def announce(self, resume_step: int) -> None:
-        """The head's word that configs are written and processes may start."""
-        write_atomically(self._folder / "go.json", msgspec.json.encode(Go(resume_step)))
+    def announce(self) -> None:
+        """The head says that configs are written and processes may start."""
+        write_atomically(self._folder / "go.json", b"{}")
 
-    def wait_for_go(self) -> Go:
-        """Waits for the head's word.
+    def wait_for_go(self) -> None:
+        """Waits until the head says so.
 
         Raises:
-            LaunchError: It did not come.
+            LaunchError: It did not do so in time.
         """
         path = self._folder / "go.json"
         self._wait(path.is_file, lambda: "the head's configs")
-        return msgspec.json.decode(path.read_bytes(), type=Go)
 
     def finish(self) -> None:
-        """The head's word that the run is over."""
+        """The head says that the run is over."""
         write_atomically(self._folder / "finished.json", b"{}")
 
     def is_finished(self) -> bool:
-        """Whether it has been said."""
+        """Whether the head has said so."""
         return (self._folder / "finished.json").is_file()
 
     def _wait(self, ready: Callable[[], bool], what: Callable[[], str]) -> None:

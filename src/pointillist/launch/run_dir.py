@@ -7,8 +7,8 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from pointillist.base.digests import files_state, note_whole
 from pointillist.base.files import write_atomically
 from pointillist.base.jsonl import read_jsonl
 from pointillist.base.system import kill_process
@@ -44,7 +44,7 @@ def check_fresh(paths: RunPaths) -> None:
         raise LaunchError(f"output_dir {paths.output_dir} is not a folder")
     found = sorted(path.name for path in paths.output_dir.iterdir())
     foreign = [name for name in found if name not in (*_LEFT, *_KEPT)]
-    trained = read_jsonl(paths.metrics / "trainer.jsonl") or latest_checkpoint(paths) is not None
+    trained = read_jsonl(paths.metrics / "trainer.jsonl")  # checkpoints count as foreign
     is_ours = (paths.configs / "rl.toml").is_file() or not [name for name in found if name not in _KEPT]
     if foreign or trained or not is_ours:
         raise LaunchError(
@@ -94,25 +94,45 @@ def wait_for_survivors(
         kill_process(beat.pid, beat.process_start, signal.SIGKILL)
 
 
-def resume_step(paths: RunPaths) -> int:
-    """Step of a run's last whole checkpoint; 0, its beginning, if it died before the first.
-
-    Nothing is removed here: `rewind` cuts what comes after that step, once its checkpoint is known to be good.
+def newest_step(paths: RunPaths) -> int:
+    """Step of a run's newest checkpoint by its name, 0 if it has none; its bytes are not read.
 
     Raises:
-        LaunchError: There is no run, its checkpoints came out of an archive, or all of them are damaged.
+        LaunchError: There is no run, or its checkpoints came out of an archive.
     """
     if not (paths.configs / "rl.toml").is_file():
         raise LaunchError(f"nothing to resume: {paths.output_dir} holds no run")
     if paths.imported.exists():
         raise LaunchError(f"checkpoints of an imported run are programs; if you trust them, remove {paths.imported}")
+    return max(steps_in(paths.checkpoints), default=0)
+
+
+def resume_step(paths: RunPaths, *, for_trainer: bool = False) -> int:
+    """Step of a run's last whole checkpoint; 0, its beginning, if it died before the first.
+
+    Nothing is removed here: `rewind` cuts what comes after that step, once its checkpoint is known to be good. All
+    bytes of a checkpoint are read for that, which takes minutes for a large model.
+
+    Args:
+        paths: The run's folder.
+        for_trainer: Whether to leave a note for the trainer, which then does not read them again.
+
+    Raises:
+        LaunchError: As `newest_step`, or all of its checkpoints are damaged.
+    """
+    if not newest_step(paths):
+        return 0
+    found = steps_in(paths.checkpoints)
+    states = {step: files_state(paths.checkpoint_step(step)) for step in found}
     step = latest_checkpoint(paths)
-    if step is None and (found := steps_in(paths.checkpoints)):
+    if step is None:
         raise LaunchError(
             f"none of the checkpoints {found} in {paths.checkpoints} is whole, so this run cannot be continued; "
             "nothing was removed. To begin it again from step 0, remove that folder"
         )
-    return step or 0
+    if for_trainer:
+        note_whole(paths.checkpoint_note(step), states[step])
+    return step
 
 
 def rewind(paths: RunPaths, step: int) -> None:
@@ -143,7 +163,7 @@ def _keep_until(path: Path, step: int) -> None:
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
-def _step_of(record: dict[str, Any]) -> float:
+def _step_of(record: dict[str, object]) -> float:
     """Of a record that has none, infinity: it is not kept."""
     step = record.get("step")
     return step if isinstance(step, int | float) else math.inf

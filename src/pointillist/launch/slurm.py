@@ -1,7 +1,7 @@
 """A run as a SLURM job: `submit` renders the script and hands it to sbatch, `run_node` is each node's task in it.
 
 The script has no logic: which roles a node has, where images and logs lie, what is resumed and what the processes find
-in their environment is decided here and in `launch.layout`, by the functions that a local run calls, too.
+in their environment is decided by the functions that a run on one machine calls, too.
 """
 
 import json
@@ -9,48 +9,35 @@ import os
 import re
 import secrets
 import shlex
-import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Final
 
 import jinja2
-from rich.console import Console
 
 from pointillist.base.files import write_atomically
-from pointillist.config import RLConfig, SlurmConfig, write_toml
+from pointillist.config import RLConfig, SlurmConfig
 from pointillist.errors import LaunchError
-from pointillist.launch.changes import record_start, refuse_changes
-from pointillist.launch.monitors import Watching
-from pointillist.launch.placement import Layout, Node, address_towards, choose_ports, settle, specs, write_configs
+from pointillist.launch.changes import model_record, refuse_changes
+from pointillist.launch.console import console, say
+from pointillist.launch.local import run_on_one_machine
+from pointillist.launch.placement import Placement, Roles, choose_ports
+from pointillist.launch.prepare import begin, check_model, environment
 from pointillist.launch.rendezvous import Rendezvous
-from pointillist.launch.rl import (
-    Interrupted,
-    Signals,
-    begin,
-    check_model,
-    environment,
-    in_a_hurry,
-    interruptible,
-    keep_lock,
-    run_on_one_node,
-    show_death,
-    where_it_goes_on,
-)
-from pointillist.launch.run_dir import make_fresh, resume_step
-from pointillist.launch.summary import summarize
-from pointillist.launch.supervisor import Supervisor
+from pointillist.launch.run_dir import make_fresh, newest_step
+from pointillist.launch.supervise import Interrupted, Part, interruptible, supervise
+from pointillist.runs.config_files import write_toml
 from pointillist.runs.lock import Job, RunLock, refuse_if_held
 from pointillist.runs.paths import RunPaths
 
 _TEMPLATE: Final = Path(__file__).parent / "templates" / "rl.sbatch.j2"
 _SCRIPT: Final = "rl.sbatch"
 _KEY_FILE: Final = ".run_key"
-"""What the job's processes know each other by."""
+"""Holds the secret that the job's processes share."""
 _ENVIRONMENT_FILE: Final = ".run_env"
 """Values of `env_vars`, which no config holds."""
 _JOB_FILE: Final = ".job"
@@ -63,7 +50,7 @@ def render(slurm: SlurmConfig, paths: RunPaths) -> str:
     """The job's script.
 
     Raises:
-        LaunchError: A template of the user's that can not be read or rendered.
+        LaunchError: A template of the user's that cannot be read or rendered.
     """
     template = slurm.template or _TEMPLATE
     try:
@@ -75,77 +62,88 @@ def render(slurm: SlurmConfig, paths: RunPaths) -> str:
             config=shlex.quote(str(paths.configs / "rl.toml")),
         )
     except (OSError, jinja2.TemplateError) as error:
-        raise LaunchError(f"slurm.template {template} can not be rendered ({error})") from None
+        raise LaunchError(f"slurm.template {template} cannot be rendered ({error})") from None
 
 
-def submit(config: RLConfig, paths: RunPaths, console: Console) -> int:
+def submit(config: RLConfig, slurm: SlurmConfig) -> int:
     """Writes the run's config and the job's script, and submits it; with `dry_run` only shows the script.
 
+    Args:
+        config: Config of the run, as `complete` made it.
+        slurm: Its job.
+
+    Returns:
+        Exit code 0.
+
     Raises:
-        ConfigError: The model can not be had.
+        ConfigError: The model is not there.
         LaunchError: The folder holds another run, or sbatch refused the job.
     """
-    slurm = config.slurm
-    assert slurm is not None  # noqa: S101 - the caller's condition
+    paths = RunPaths(config.output_dir)
     script = render(slurm, paths)
     if config.dry_run:
         console.print(script, markup=False, highlight=False, soft_wrap=True, end="")
         return 0
-    check_model(config)
+    config = check_model(config)
     refuse_if_held(paths.output_dir)
     _refuse_waiting_job(paths.output_dir / _JOB_FILE)
     if config.resume:
-        refuse_changes(config, paths, resume_step(paths))
+        refuse_changes(config, paths, newest_step(paths), model_record(config.model.name))
     else:
-        make_fresh(paths, console.print)
+        make_fresh(paths, say)
     write_toml(config, paths.configs / "rl.toml")
     paths.logs.mkdir(parents=True, exist_ok=True)  # SLURM does not make it
     _write_secrets(paths.output_dir, config.env_vars)
     write_atomically(paths.output_dir / _SCRIPT, script.encode(), private=True)  # pre_run may hold secrets
     job = _sbatch(paths.output_dir / _SCRIPT)
     write_atomically(paths.output_dir / _JOB_FILE, job.encode())
-    console.print(f"submitted job {job}; logs are in {paths.logs}", highlight=False, soft_wrap=True)
+    say(f"submitted job {job}; logs are in {paths.logs}")
     return 0
 
 
-def run_node(config: RLConfig, console: Console) -> int:
+def run_node(config: RLConfig) -> int:
     """One node's task: meets the others, starts this node's processes, and watches them until the run is over.
+
+    Args:
+        config: Config of the run, as `submit` wrote it.
+
+    Returns:
+        Exit code, as `supervise` has it.
 
     Raises:
         LaunchError: Not in a SLURM job, or the nodes did not find each other.
     """
-    paths = RunPaths(config.output_dir)
-    config.env_vars = _read_environment(paths.output_dir / _ENVIRONMENT_FILE)
-    environ = environment(config, _read_key(paths.output_dir / _KEY_FILE))
-    layout = Layout(config)
-    index = int(_variable("SLURM_NODEID"))
+    folder = config.output_dir
     # A job that was requeued continues its run; one that is submitted with --resume does, too.
-    config.resume = config.resume or _restart_count() > 0
-    if layout.num_nodes == 1:
-        return run_on_one_node(config, paths, environ, _job())
+    resume = config.resume or _restart_count() > 0
+    config = config.with_values({"env_vars": _read_environment(folder / _ENVIRONMENT_FILE), "resume": resume})
+    environ = environment(config, _read_key(folder / _KEY_FILE))
+    num_nodes, index = Roles.of(config).num_machines, int(_variable("SLURM_NODEID"))
+    if num_nodes == 1 or config.slurm is None:
+        return run_on_one_machine(config, environ, _job())
     start = f"{_variable('SLURM_JOB_ID')}.{_restart_count()}"
-    assert config.slurm is not None  # noqa: S101 - several nodes
-    meeting = Rendezvous(paths.output_dir / "nodes" / start, layout.num_nodes, config.slurm.startup_timeout)
-    node = choose_ports(config, layout, index, address_towards(_variable("SLURM_LAUNCH_NODE_IPADDR")))
-    meeting.join(node)
-    nodes = meeting.nodes()
-    settle(config, layout, nodes)
+    meeting = Rendezvous(folder / "nodes" / start, num_nodes, config.slurm.startup_timeout)
+    meeting.join(choose_ports(config, index, _address_towards(_variable("SLURM_LAUNCH_NODE_IPADDR"))))
+    placement = Placement.of(config, meeting.machines())
     with ExitStack() as stack, interruptible() as signals:
         lock = None
         try:
-            if index == layout.head:
-                lock = stack.enter_context(RunLock.take(paths.output_dir, job=_job(), say=console.print))
-                begin(config, paths, signals, is_job=True)
-                write_configs(config, layout, nodes, paths)
-                record_start(config, paths)
-                meeting.announce(config.orchestrator.resume_step or 0)
+            if index == placement.roles.head:
+                lock = stack.enter_context(RunLock.take(folder, job=_job(), say=say))
+                placement = begin(placement, signals.hurry, is_job=True)
+                meeting.announce()
             else:
                 meeting.wait_for_go()
         except Interrupted as interrupt:
-            name = signal.Signals(interrupt.number).name
-            console.print(f"node {index} stopped by {name} before anything was started", soft_wrap=True)
-            return 128 + interrupt.number
-        return _watch(config, layout, nodes, index, paths, environ, meeting, console, lock, signals)
+            say(f"node {index} stopped by {interrupt.name} before anything was started")
+            return interrupt.exit_code
+        part = Part(placement, index, environ, signals, lock)
+        code = supervise(part, is_over=lambda: part.trains or meeting.is_finished(), resumes=_restart_count())
+    if code == 0 and part.is_head:
+        meeting.finish()
+    if code == 1:
+        _requeue(config)
+    return code
 
 
 def _job() -> Job:
@@ -153,50 +151,18 @@ def _job() -> Job:
     return Job(_variable("SLURM_JOB_ID"), _restart_count())
 
 
-def _watch(
-    config: RLConfig,
-    layout: Layout,
-    nodes: list[Node],
-    index: int,
-    paths: RunPaths,
-    environ: Mapping[str, str],
-    meeting: Rendezvous,
-    console: Console,
-    lock: RunLock | None,
-    signals: Signals,
-) -> int:
-    supervisor = Supervisor(specs(config, layout, nodes, index, paths, environ), config.supervision, console.print)
-    serves_only = index not in layout.training
-    watching = Watching.of(config, paths, console.print)
-    hurry = partial(in_a_hurry, signals, lock)
-    try:
-        supervisor.start()
-        if index == layout.head:
-            watching.start()
-        dead = supervisor.run(lambda: not serves_only or meeting.is_finished(), partial(keep_lock, lock))
-    except Interrupted as interrupt:
-        supervisor.stop(hurry)
-        name = signal.Signals(interrupt.number).name
-        console.print(f"node {index} stopped by {name}; {where_it_goes_on(paths)}", soft_wrap=True)
-        return 128 + interrupt.number
-    finally:
-        supervisor.stop(hurry)
-        watching.stop()
-    if dead is not None:
-        show_death(dead)
-        _requeue(config, console)
-        return 1
-    if index == layout.head:
-        meeting.finish()
-        summarize(config, paths, console, restarts=supervisor.restarts(), resumes=_restart_count())
-    return 0
+def _address_towards(other: str) -> str:
+    """This machine's address on the way to another one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((other, 9))  # a datagram socket: nothing is sent
+        return str(probe.getsockname()[0])
 
 
-def _requeue(config: RLConfig, console: Console) -> None:
+def _requeue(config: RLConfig) -> None:
     """Puts the job back into the queue, as often as the config allows: it goes on from its last checkpoint."""
     if _restart_count() < config.supervision.max_resumes:
         job = _variable("SLURM_JOB_ID")
-        console.print(f"requeueing job {job} ({_restart_count() + 1} of {config.supervision.max_resumes}, max_resumes)")
+        say(f"requeueing job {job} ({_restart_count() + 1} of {config.supervision.max_resumes}, max_resumes)")
         subprocess.run(["scontrol", "requeue", job], check=False)  # noqa: S607 - SLURM's own, from PATH
 
 
@@ -245,7 +211,7 @@ def _refuse_waiting_job(path: Path) -> None:
 
 
 def _write_secrets(folder: Path, env_vars: Mapping[str, str]) -> None:
-    """What the job's processes must know and no config may hold, readable for this user only."""
+    """Writes what the job's processes need and no config may hold, readable for this user only."""
     if not (folder / _KEY_FILE).exists():
         write_atomically(folder / _KEY_FILE, secrets.token_hex(16).encode(), private=True)
     write_atomically(folder / _ENVIRONMENT_FILE, json.dumps(dict(env_vars)).encode(), private=True)
@@ -263,7 +229,7 @@ def _read_key(path: Path) -> str:
     try:
         return path.read_text(encoding="ascii")
     except OSError as error:
-        raise LaunchError(f"{path} can not be read ({error.strerror}): submit runs with `pointillist rl`") from None
+        raise LaunchError(f"{path} cannot be read ({error.strerror}): submit runs with `pointillist rl`") from None
 
 
 def _variable(name: str) -> str:

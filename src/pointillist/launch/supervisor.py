@@ -158,7 +158,7 @@ class Supervisor:
         running = [each for each in some if each.child is not None and each.child.exit_code is None]
         for each in running:
             assert each.child is not None  # noqa: S101 - as just selected
-            # torchrun would give its ranks 30 s and then kill them; so the ranks are told themselves.
+            # torchrun would give its ranks 30 s and then kill them; so the ranks get the signal themselves.
             ranks = [beat for beat in self._beats(each) if beat.pid != each.child.process.pid]
             for beat in ranks:
                 kill_process(beat.pid, beat.process_start, signal.SIGTERM)

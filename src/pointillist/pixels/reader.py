@@ -24,11 +24,12 @@ from numpy.typing import NDArray
 
 from pointillist.assets.cache import FetchedImages
 from pointillist.assets.configured import fetched_images
-from pointillist.config import MultimodalConfig
+from pointillist.base.image_limits import ImageLimits
+from pointillist.config.shared import ReadingConfig
 from pointillist.errors import ImageError, LayoutError, MissingImageError, RefError
 from pointillist.families.base import Family, ImageLayout
 from pointillist.families.layout_record import first_difference
-from pointillist.images.decode import ImageLimits, OpenedImage, is_nearly_constant, read_header
+from pointillist.images.decode import OpenedImage, is_nearly_constant, read_header
 from pointillist.images.store import StoredImage, read_intact, resolve_roots, stored_name
 from pointillist.pixels.cache import ImageCache, LoadedImage
 from pointillist.pixels.join import PatchJoiner
@@ -96,14 +97,14 @@ class RawImageMaterializer:
         ]
 
     @classmethod
-    def for_run(cls, family: Family, multimodal: MultimodalConfig, output_dir: Path) -> "RawImageMaterializer":
+    def for_run(cls, family: Family, config: ReadingConfig) -> "RawImageMaterializer":
         """The reader of a run's images: its own store and the configured roots.
 
         Args:
             family: The model's adapter.
-            multimodal: The run's settings.
-            output_dir: The run's folder.
+            config: Config of the process that reads.
         """
+        multimodal, output_dir = config.multimodal, config.output_dir
         own = resolve_image_dir(multimodal, output_dir, os.environ)
         return cls(
             family,
@@ -111,8 +112,8 @@ class RawImageMaterializer:
             multimodal.limits.image_limits(),
             fetched=fetched_images(multimodal, output_dir),
             missing_image_retries=multimodal.missing_image_retries,
-            threads=multimodal.materialize_threads,
-            cache_bytes=multimodal.cache_bytes,
+            threads=config.reader.threads,
+            cache_bytes=config.reader.cache_bytes,
         )
 
     def materialize(self, refs: Sequence[MMImageRef], dtype: PixelDtype = "float32") -> dict[str, NDArray[np.generic]]:

@@ -19,10 +19,11 @@ from typing import Final
 
 from pydantic import ValidationError
 
-from pointillist.config import OrchestratorConfig, load_toml
+from pointillist.base.image_limits import STORED_LIMITS, ImageLimits
+from pointillist.config import OrchestratorConfig
 from pointillist.config.shared import CARRIER, LIMITS_CARRIER, LimitsConfig, MultimodalConfig
 from pointillist.errors import ConfigError
-from pointillist.images.decode import STORED_LIMITS, ImageLimits
+from pointillist.runs.config_files import load_toml
 from pointillist.runs.paths import RunPaths
 
 _VARIABLE: Final = re.compile(r"\$(?:(?P<dollar>\$)|\{(?P<braced>\w+)\}|(?P<plain>\w+))")

@@ -108,6 +108,10 @@ class RunPaths:
         """Folder of one checkpoint."""
         return self.checkpoints / f"step_{step}"
 
+    def checkpoint_note(self, step: int) -> Path:
+        """Note of the launcher for the trainer that a checkpoint is whole."""
+        return self.checkpoints / f".step_{step}.whole"
+
 
 def number_of(text: str) -> int | None:
     """A step or version as names and ids write it; None for anything else.

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_into
 from torch.distributed.checkpoint.state_dict_saver import save as save_from
 from torch.optim.lr_scheduler import LRScheduler
 
-from pointillist.base.digests import fault_in, move_sealed, seal_folder
+from pointillist.base.digests import fault_in, move_sealed, seal_folder, take_note
 from pointillist.errors import TrainingError
 from pointillist.runs.paths import ORCHESTRATOR_STATE, RunPaths, remove, steps_in
 from pointillist.trainer.parallel import Ranks
@@ -77,7 +77,9 @@ class Checkpoints:
             TrainingError: No such checkpoint, a damaged one, or one of another model.
         """
         folder = self._paths.checkpoint_step(step)
-        fault = fault_in(folder) if self._ranks.is_main else None
+        fault = None
+        if self._ranks.is_main and not take_note(self._paths.checkpoint_note(step), folder):
+            fault = fault_in(folder)  # all of it is read: the launcher has not just done so
         if self._ranks.max({"fault": float(fault is not None)})["fault"]:  # all ranks end together
             raise TrainingError(f"no whole checkpoint at {folder}: {fault or 'the main rank says why'}")
         state = _state_of(policy, optimizer, scheduler)

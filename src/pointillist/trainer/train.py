@@ -101,7 +101,7 @@ class Trainer:
         self.checkpoints = Checkpoints(self.paths, self.ranks, config.ckpt.keep_last)
         self.loader = RowLoader(
             loaded,
-            RawImageMaterializer.for_run(loaded.family, config.multimodal, config.output_dir),
+            RawImageMaterializer.for_run(loaded.family, config),
             config.multimodal.missing_image_policy,
             always_images=self.ranks.world_size > 1,
         )
@@ -130,7 +130,7 @@ class Trainer:
         enter("broadcast_weights")
         self._broadcast(start)
         steps = range(start + 1, self.config.max_steps + 1)
-        feed = RowFeed(self.receiver, self.loader, steps, self.config.multimodal.inflight_bytes)
+        feed = RowFeed(self.receiver, self.loader, steps, self.config.reader.inflight_bytes)
         self.stop.at_once = False
         self.saved_at = time.monotonic()
         for step in steps:

@@ -30,9 +30,9 @@ import msgspec
 import tomli_w
 
 from pointillist.base.files import open_regular
+from pointillist.base.image_limits import ImageLimits
 from pointillist.base.jsonl import MAX_LINE_BYTES, JsonObject
 from pointillist.errors import PointillistError
-from pointillist.images.decode import ImageLimits
 from pointillist.images.inventory import list_store
 from pointillist.images.store import STORED_NAME, ImageStore, local_path
 from pointillist.runs.image_dir import own_image_dir

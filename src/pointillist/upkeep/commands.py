@@ -10,14 +10,15 @@ import click
 from rich.console import Console
 from rich.progress import track
 
+from pointillist.base.image_limits import STORED_LIMITS, ImageLimits
 from pointillist.base.logs import plain
-from pointillist.config import OrchestratorConfig, load_toml
+from pointillist.config import OrchestratorConfig
 from pointillist.errors import PointillistError
 from pointillist.families import Family, load_family
-from pointillist.images.decode import STORED_LIMITS, ImageLimits
 from pointillist.images.inventory import StoreEntry, check_is_store, collect_garbage, list_store, users_of, verify_store
 from pointillist.pixels import RawImageMaterializer
 from pointillist.refs import MMImageRef
+from pointillist.runs.config_files import load_toml
 from pointillist.runs.image_dir import image_dir_of, limits_of
 from pointillist.runs.lock import live_holder
 from pointillist.runs.paths import RunPaths

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import BinaryIO, Final, TypeAlias
 
 from pointillist.base.files import open_regular
+from pointillist.base.image_limits import ImageLimits
 from pointillist.base.jsonl import complete_lines
 from pointillist.errors import ConfigError, MissingImageError, RecordError, RefError
-from pointillist.images.decode import ImageLimits
 from pointillist.images.inventory import list_store
 from pointillist.images.store import read_intact
 from pointillist.runs.paths import RunPaths

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Final
 
 from pointillist.base.files import open_regular
+from pointillist.base.image_limits import ImageLimits
 from pointillist.base.jsonl import Follower
 from pointillist.errors import ConfigError, MissingImageError, PointillistError, RecordError
-from pointillist.images.decode import ImageLimits
 from pointillist.images.store import STORED_NAME
 from pointillist.runs.image_dir import image_dir_of, limits_of
 from pointillist.runs.paths import RunPaths

@@ -14,7 +14,8 @@ from typing import Final
 from PIL import Image
 
 from pointillist.base.files import write_atomically
-from pointillist.images.decode import ImageLimits, decode_rgb, to_pillow
+from pointillist.base.image_limits import ImageLimits
+from pointillist.images.decode import decode_rgb, to_pillow
 from pointillist.images.store import read_intact
 
 SIZES: Final = (96, 640)

@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 from urllib.parse import quote
 
+from pointillist.base.image_limits import ImageLimits
 from pointillist.base.logs import plain
 from pointillist.errors import PointillistError, RefError
-from pointillist.images.decode import ImageLimits
 from pointillist.images.store import read_intact
 from pointillist.runs.image_dir import image_dir_of, limits_of
 from pointillist.runs.paths import RunPaths

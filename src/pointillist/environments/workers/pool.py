@@ -17,7 +17,7 @@ import zmq.asyncio
 
 from pointillist.base.channel import secure_listener
 from pointillist.base.pools import READING
-from pointillist.config import EnvWorkerConfig, OrchestratorConfig, write_toml
+from pointillist.config import EnvWorkerConfig, OrchestratorConfig
 from pointillist.environments.executor import RolloutRequest, RolloutResult, Split
 from pointillist.environments.failures import RolloutFailure
 from pointillist.environments.workers.protocol import (
@@ -34,6 +34,7 @@ from pointillist.environments.workers.protocol import (
     encode,
 )
 from pointillist.errors import EnvironmentLoadError, PointillistError, TransportError
+from pointillist.runs.config_files import write_toml
 from pointillist.runs.paths import RunPaths
 
 logger = logging.getLogger(__name__)

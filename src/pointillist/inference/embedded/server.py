@@ -63,7 +63,7 @@ class EmbeddedServer:
         self.materializer = materializer
         vocab_size = loaded.model.get_input_embeddings().weight.shape[0]
         self.bounds = ServerBounds(config.seq_len, vocab_size, config.engine.max_batch_size)
-        self.budget = ByteBudget(config.multimodal.inflight_bytes)
+        self.budget = ByteBudget(config.reader.inflight_bytes)
         self.metrics = EngineMetrics()
         self.folders = WeightFolders(config)
         self._updating = asyncio.Lock()
@@ -253,9 +253,7 @@ def serve(config: InferenceConfig) -> None:
         http_server.should_exit = http_server.force_exit = True
 
     _refuse_other_caches(loaded)
-    server = EmbeddedServer(
-        config, loaded, RawImageMaterializer.for_run(loaded.family, config.multimodal, config.output_dir), end_process
-    )
+    server = EmbeddedServer(config, loaded, RawImageMaterializer.for_run(loaded.family, config), end_process)
     limits = http_limits(config.seq_len, config.multimodal.limits.max_images_per_request)
     door = Door(loopback=config.server.is_loopback, key=key, run_key=os.environ.get(RUN_KEY))
 

@@ -29,7 +29,7 @@ from pointillist.base.budget import ByteBudget
 from pointillist.base.http_errors import answer_json
 from pointillist.base.http_guard import Guard, guarded_protocol, release_body
 from pointillist.base.net import is_loopback, key_from_environment
-from pointillist.config import RUN_KEY, InferenceConfig, MultimodalConfig, load_toml
+from pointillist.config import RUN_KEY, InferenceConfig, MultimodalConfig
 from pointillist.config.shared import CARRIER, ModelConfig
 from pointillist.errors import RequestError
 from pointillist.families import load_family, resolve_model_dir
@@ -41,6 +41,7 @@ from pointillist.inference.vllm.serve import CONFIG_VARIABLE
 from pointillist.inference.vllm.serving import ItemMaker, RawServingTokens
 from pointillist.inference.vllm.versions import check_vllm
 from pointillist.pixels import RawImageMaterializer
+from pointillist.runs.config_files import load_toml
 from pointillist.weights.fetch import WeightFolders
 from pointillist.weights.vllm import WeightUpdates
 from pointillist.weights.vllm_interface import EngineControl
@@ -83,7 +84,7 @@ class _Shared:
         self.config = _config(args)
         self.engine = engine
         family = load_family(self.config.model.name)
-        self.materializer = RawImageMaterializer.for_run(family, self.config.multimodal, self.config.output_dir)
+        self.materializer = RawImageMaterializer.for_run(family, self.config)
         self.serving = RawServingTokens(
             engine,
             state.openai_serving_models,
@@ -100,7 +101,7 @@ class _Shared:
         self.metrics = ImageMetrics(REGISTRY)
         scheduler, model = engine.vllm_config.scheduler_config, engine.vllm_config.model_config
         self.bounds = ServerBounds(model.max_model_len, model.get_vocab_size(), scheduler.max_num_seqs)
-        self.budget = ByteBudget(self.config.multimodal.inflight_bytes)
+        self.budget = ByteBudget(self.config.reader.inflight_bytes)
         self.limits = http_limits(model.max_model_len, self.config.multimodal.limits.max_images_per_request)
         variable = self.config.server.api_key_var
         self.door = Door(

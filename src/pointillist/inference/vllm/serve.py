@@ -9,8 +9,8 @@ import torch
 
 from pointillist.base.net import key_from_environment
 from pointillist.config import InferenceConfig
-from pointillist.config.base import write_toml
 from pointillist.inference.vllm.versions import check_vllm
+from pointillist.runs.config_files import write_toml
 
 CONFIG_VARIABLE: Final = "POINTILLIST_INFERENCE_CONFIG"
 """Environment variable by which the plugin finds the path of the server's config."""

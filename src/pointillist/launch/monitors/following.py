@@ -4,9 +4,10 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from pointillist.base.image_limits import ImageLimits
 from pointillist.base.jsonl import Follower, JsonObject, is_number, parse_line
 from pointillist.errors import RefError
-from pointillist.images.decode import ImageLimits, read_header
+from pointillist.images.decode import read_header
 from pointillist.images.store import read_intact
 from pointillist.launch.monitors.interface import Row, RowImage
 from pointillist.launch.run_dir import METRIC_FILES

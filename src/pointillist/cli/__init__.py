@@ -8,13 +8,16 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import click
+from click.shell_completion import CompletionItem, get_completion_class
 
 from pointillist import PointillistError, __version__
 from pointillist.base.logs import set_up_logging
+from pointillist.cli.options import help_of, options_of, parse_cli
 from pointillist.config import (
     AssetServerConfig,
     EnvWorkerConfig,
@@ -23,20 +26,15 @@ from pointillist.config import (
     OrchestratorConfig,
     RLConfig,
     TrainerConfig,
-    parse_cli,
 )
+from pointillist.config.base import Config, ConfigT
+from pointillist.config.shared import ProcessConfig
+
+ProcessT = TypeVar("ProcessT", bound=ProcessConfig)
 
 _NAME = "pointillist"
-_ProcessT = TypeVar(
-    "_ProcessT",
-    InferenceConfig,
-    OrchestratorConfig,
-    EnvWorkerConfig,
-    GatewayServerConfig,
-    AssetServerConfig,
-    TrainerConfig,
-)
 # Arguments go to the config parser as they are.
+_HELP = {"--help", "-h"}
 _PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 
@@ -134,54 +132,83 @@ def doctor(run_folder: Path) -> None:
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print the script that completes commands in SHELL; for bash: `source <(pointillist completion bash)`."""
-    from click.shell_completion import get_completion_class
-
     maker = get_completion_class(shell)
     assert maker is not None  # noqa: S101 - click has these three
     click.echo(maker(cli, {}, _NAME, f"_{_NAME.upper()}_COMPLETE").source())
 
 
-def _command(name: str, text: str) -> Callable[[Callable[[list[str]], int]], Callable[[list[str]], int]]:
-    def register(function: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
-        @cli.command(name, context_settings=_PASS_THROUGH, help=text, short_help=text)
-        @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-        def command(arguments: tuple[str, ...]) -> None:
-            sys.exit(_guarded(function, list(arguments)))
+class _ConfigCommand(click.Command):
+    """A command whose options are the keys of a config class; `cli.options` reads and lists them."""
 
+    def __init__(self, name: str, config_class: type[Config], text: str, callback: Callable[..., None]) -> None:
+        arguments = click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)
+        super().__init__(
+            name, context_settings=_PASS_THROUGH, params=[arguments], help=text, short_help=text, callback=callback
+        )
+        self._config_class = config_class
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Shows the help where it is asked for, and leaves the words to the config's parser."""
+        if _HELP & set(args):
+            ctx.exit(_guarded(partial(self._show_help, ctx.command_path), args))
+        return super().parse_args(ctx, args)
+
+    def _show_help(self, command: str, args: list[str]) -> int:
+        """Shows the help, with a word after `--help` that of one key or table."""
+        key = args[1].replace("-", "_") if args[0] in _HELP and len(args) > 1 else ""
+        click.echo(help_of(command, str(self.help), self._config_class, key))
+        return 0
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Keys of the config that begin as what was typed."""
+        flags = {option.flag for option in options_of(self._config_class) if option.table is None}
+        return [CompletionItem(flag) for flag in sorted(flags) if flag.startswith(incomplete.replace("_", "-"))]
+
+
+def _command(
+    name: str, config_class: type[ConfigT], text: str
+) -> Callable[[Callable[[ConfigT], int | None]], Callable[[ConfigT], int | None]]:
+    """A command that takes a config; the function's return value is its exit code, None is 0."""
+
+    def register(function: Callable[[ConfigT], int | None]) -> Callable[[ConfigT], int | None]:
+        def run(words: list[str]) -> int:
+            return function(parse_cli(config_class, words)) or 0
+
+        def command(arguments: tuple[str, ...]) -> None:
+            sys.exit(_guarded(run, list(arguments)))
+
+        cli.add_command(_ConfigCommand(name, config_class, text, command))
         return function
 
     return register
 
 
-def _process(name: str, config_class: type[_ProcessT], text: str) -> Callable[[Callable[[_ProcessT], None]], None]:
+def _process(name: str, config_class: type[ProcessT], text: str) -> Callable[[Callable[[ProcessT], None]], None]:
     """A command that is one process of a run: its config, its log, and then what the function does."""
 
-    def register(function: Callable[[_ProcessT], None]) -> None:
-        @_command(name, text)
-        def run(arguments: list[str]) -> int:
-            config = parse_cli(config_class, arguments)
+    def register(function: Callable[[ProcessT], None]) -> None:
+        @_command(name, config_class, text)
+        def run(config: ProcessT) -> None:
             set_up_logging(config.log_level)
             function(config)
-            return 0
 
     return register
 
 
-@_command("rl", "Run everything: inference server, trainer, orchestrator and environment.")
-def rl(arguments: list[str]) -> int:
+@_command("rl", RLConfig, "Run everything: inference server, trainer, orchestrator and environment.")
+def rl(config: RLConfig) -> int:
     """Runs everything."""
     from pointillist.launch.rl import run_rl
 
-    return run_rl(parse_cli(RLConfig, arguments))
+    return run_rl(config)
 
 
-@_command("slurm-node", "Run one node's part of a SLURM job, which `pointillist rl` submits.")
-def slurm_node(arguments: list[str]) -> int:
+@_command("slurm-node", RLConfig, "Run one node's part of a SLURM job, which `pointillist rl` submits.")
+def slurm_node(config: RLConfig) -> int:
     """Runs one node's part."""
-    from pointillist.launch.rl import console
     from pointillist.launch.slurm import run_node
 
-    return run_node(parse_cli(RLConfig, arguments), console)
+    return run_node(config)
 
 
 @_process("inference", InferenceConfig, "Serve a model: tokens and image references in, tokens and logprobs out.")
@@ -269,9 +296,10 @@ def _text(error: BaseException) -> str:
     return f"{error.strerror}: {os.fsencode(error.filename).decode(errors='backslashreplace')}"
 
 
-def _first(error: BaseException) -> BaseException:
+def _first(error: BaseException | None) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
+    assert error is not None  # noqa: S101 - what was split off holds one
     return error
 
 
