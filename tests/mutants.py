@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src/pointillist"
 TIMEOUT_SECONDS = 900
 
 
@@ -31,7 +32,7 @@ class Mutant:
     """Text that stands once in the file."""
     new: str
     tests: str
-    """Below `tests/unit`."""
+    """Files below `tests/unit`, with spaces between."""
 
 
 MUTANTS = [
@@ -185,13 +186,13 @@ def run_tests(copy: Path, names: list[str]) -> bool:
 
 def is_noticed(mutant: Mutant, copy: Path) -> bool:
     """Whether a test fails where the fault is in the source."""
-    file = copy / "src/pointillist" / mutant.file
+    file = copy / SOURCE.relative_to(ROOT) / mutant.file
     text = file.read_text()
     if text.count(mutant.old) != 1:
         raise SystemExit(f"{mutant.fault}: {mutant.file} holds {mutant.old!r} {text.count(mutant.old)} times, not once")
     file.write_text(text.replace(mutant.old, mutant.new))
     try:
-        return not run_tests(copy, [mutant.tests])
+        return not run_tests(copy, mutant.tests.split())
     finally:
         file.write_text(text)
 
@@ -207,7 +208,7 @@ def main() -> int:
         copy = Path(scratch) / "copy"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "outputs", "build", "__pycache__"))
         # The control: a test that fails by itself notices everything.
-        if not run_tests(copy, sorted({mutant.tests for mutant in chosen})):
+        if not run_tests(copy, sorted({name for mutant in chosen for name in mutant.tests.split()})):
             raise SystemExit("the tests fail without any fault in the source")
         task = progress.add_task("mutants", total=len(chosen))
         for mutant in chosen:

@@ -290,7 +290,7 @@ server.serve_forever()
 
 
 def _supervisor(tmp_path: Path, deaths: str, work: str, **config: float) -> tuple[Supervisor, list[str], Path]:
-    from tests.integration.conftest import free_port
+    from tests.helpers.processes import free_port
 
     marks = tmp_path / "marks"
     marks.mkdir()

@@ -29,7 +29,7 @@ from pointillist.launch.rl import Interrupted, Signals, begin, environment, inte
 from pointillist.launch.run_dir import check_fresh, make_fresh, wait_for_survivors
 from pointillist.runs.lock import RunLock
 from pointillist.runs.paths import RunPaths
-from tests.conftest import encoded, picture
+from tests.helpers.pictures import encoded, picture
 
 
 def _config(model_dir: Path, run: Path, **fields: Any) -> RLConfig:

@@ -31,7 +31,7 @@ from pointillist.orchestrator.samples import make_sample
 from pointillist.render import FolderTokenizer
 from pointillist.runs.records import BranchRecord, RolloutRecord, write_rollouts
 from pointillist.sessions import Completion, Sampling, Session
-from tests.conftest import ROOT
+from tests.helpers.files import ROOT
 
 BAD_TEXT = "x" * 5_000_000 + "\x1b[2J\ud800"
 Behaviour = Callable[[Any], Awaitable[Any]]

@@ -13,7 +13,7 @@ from pointillist.orchestrator.samples import make_sample
 from pointillist.refs import encode_features
 from pointillist.render import RawRenderer, RenderedPrompt
 from pointillist.sessions import Completion, Sampling, Session, Turn
-from tests.conftest import picture
+from tests.helpers.pictures import picture
 
 TOOLS = [{"type": "function", "function": {"name": "move", "parameters": {"type": "object", "properties": {}}}}]
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageCms, ImageOps
 from pointillist.errors import ImageError, PointillistError, SourceError, StorageError
 from pointillist.images import ImageLimits, ImageStore, Sources, StoredImage, decode_rgb, normalize_images
 from pointillist.images.store import file_uri, local_path
-from tests.conftest import encoded, picture
+from tests.helpers.pictures import encoded, picture
 
 DATA = encoded(picture(8, 6))
 DATA_URL = "data:image/png;base64," + base64.b64encode(DATA).decode()

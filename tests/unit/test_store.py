@@ -20,7 +20,8 @@ from pointillist.images import ImageLimits, ImageStore, inventory, read_verified
 from pointillist.images.decode import STORED_LIMITS
 from pointillist.images.inventory import StoreEntry, list_store, verify_store
 from pointillist.images.store import file_uri, local_path, write_image
-from tests.conftest import encoded, open_files, picture
+from tests.helpers.files import open_files
+from tests.helpers.pictures import encoded, picture
 
 LIMITS = ImageLimits()
 

@@ -26,7 +26,7 @@ from pointillist.trainer.rows import RowLoader
 from pointillist.transport import TrainingSample
 from pointillist.weights.load import copy_weights, read_weights
 from pointillist.weights.publish import write_weights
-from tests.made_samples import trained_sample
+from tests.helpers.made_samples import trained_sample
 
 
 @pytest.fixture(scope="module")

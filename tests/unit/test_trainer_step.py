@@ -19,7 +19,7 @@ from pointillist.trainer.loss import policy_gradient_loss
 from pointillist.trainer.parallel import Ranks
 from pointillist.trainer.train import Trainer, _schedule
 from pointillist.transport import FilesystemSender, RankBatch, TrainingSample
-from tests.made_samples import trained_sample
+from tests.helpers.made_samples import trained_sample
 
 
 def _trainer(model_dir: Path, run: Path, store: ImageStore, samples: list[TrainingSample], **fields: object) -> Trainer:

@@ -27,7 +27,7 @@ from pointillist.view.run import ViewedRun
 from pointillist.view.terminal import show_rollout
 from pointillist.view.transcript import write_transcript
 from pointillist.view.web.app import create_app
-from tests.made_run import MadeRun
+from tests.helpers.made_run import MadeRun
 
 PAGES = [
     "/", "/runs/0/rollouts", "/runs/0/rollouts?step=2&sort=longest", "/runs/0/group?id=2.0",

@@ -23,7 +23,7 @@ from pointillist.errors import TransportError
 from pointillist.images import Sources
 from pointillist.render import RawRenderer
 from pointillist.sessions import Branch, Completion, Sampling, Session
-from tests.conftest import picture
+from tests.helpers.pictures import picture
 
 
 class Silent:

@@ -7,7 +7,7 @@ from typing import Any
 from pointillist.images import ImageLimits, ImageStore, StoredImage
 from pointillist.images.store import local_path
 from pointillist.runs.paths import RunPaths
-from tests.conftest import encoded, picture
+from tests.helpers.pictures import encoded, picture
 
 HOSTILE = "<script>window.hacked=1</script><img src=x onerror='window.hacked=1'>\"'javascript:window.hacked=1{{7*7}}"
 LINK = "javascript:window.hacked=1"
