@@ -354,6 +354,7 @@ with beating(Path(sys.argv[1]), "trainer"):
 """
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("what", "cause"),
     [

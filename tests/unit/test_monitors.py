@@ -154,6 +154,7 @@ def test_one_that_can_not_begin_is_left_out(run: Run) -> None:
     assert "tensorboard failed" in said[0]
 
 
+@pytest.mark.integration
 def test_no_monitor_is_the_default_and_imports_nothing() -> None:
     code = (
         "import sys, pointillist.launch.rl, pointillist.launch.monitors.weights_and_biases, "
@@ -209,6 +210,7 @@ assert "torch" not in sys.modules
 """
 
 
+@pytest.mark.integration
 def test_wandb_offline_shows_each_picture_but_has_it_once(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()

@@ -32,6 +32,7 @@ TINY = {
 CLIP14 = {"patch_size": 14}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [QWEN3, TINY, CLIP14], ids=["qwen3", "tiny", "clip14"])
 def test_layout_equals_smart_resize_for_every_size(config: dict, tmp_path: Path) -> None:
     family = _family(tmp_path, **config)

@@ -252,6 +252,7 @@ ANSWERS = [
 ]
 
 
+@pytest.mark.slow
 async def test_random_conversations_are_never_re_tokenised(opened: Any, say: Any, renderer: RawRenderer) -> None:
     """1,000 conversations: every prompt and completion stands in the record as it was; unedited ones are one stream."""
     random_ = random.Random(0)

@@ -198,6 +198,7 @@ def test_errors_name_the_file(sources: Sources, tmp_path: Path) -> None:
 _ENCODED = st.sampled_from([DATA, encoded(picture(9, 5), "JPEG"), encoded(picture(7, 7), "GIF")])
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     data=_ENCODED,

@@ -136,6 +136,7 @@ def _put_all(root: Path, seeds: list[int]) -> None:
         store.put(encoded(picture(16, 16, seed)))
 
 
+@pytest.mark.integration
 def test_many_processes_put_the_same_images(store: ImageStore) -> None:
     context = multiprocessing.get_context("spawn")
     seeds = list(range(20))

@@ -243,6 +243,7 @@ def test_weights_travel_whole_or_not_at_all(loaded: LoadedModel, model_dir: Path
         read_weights(tmp_path / "step_1")
 
 
+@pytest.mark.slow
 def test_checkpoints_restore_everything(model_dir: Path, tmp_path: Path) -> None:
     ranks = Ranks(torch.device("cpu"))
     checkpoints = Checkpoints(RunPaths(tmp_path), ranks, keep_last=1)

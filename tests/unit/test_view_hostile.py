@@ -149,6 +149,7 @@ def _put(record: dict[str, Any], place: tuple[Any, ...], value: Any) -> Any:
     return changed
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.data())
 def test_no_record_makes_a_reader_fail(made: MadeRun, tmp_path: Path, data: st.DataObject) -> None:
@@ -173,6 +174,7 @@ def test_no_record_makes_a_reader_fail(made: MadeRun, tmp_path: Path, data: st.D
             pass
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.dictionaries(st.sampled_from(["step", "loss", "reward/mean", "time/x", "eval/accuracy"]), ODD))
 def test_no_metric_makes_a_reader_fail(made: MadeRun, tmp_path: Path, odd: dict[str, Any]) -> None:

@@ -45,6 +45,7 @@ async def branch(renderer: RawRenderer, sources: Sources, turns: int, side: int)
     return only
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [64, 992])
 async def test_an_image_a_turn_costs_few_bytes_whatever_its_size(
     renderer: RawRenderer, sources: Sources, side: int
