@@ -12,8 +12,8 @@ from rich.table import Table
 
 from tests.mutants import ROOT, SOURCE
 
-FLOOR = 80.0
-"""Percent of all lines; a little below what was measured."""
+FLOOR = 82.0
+"""Percent of all lines; the unit tests alone run 85.2%."""
 
 
 def main() -> int:
@@ -26,7 +26,7 @@ def main() -> int:
         _, statements, _, absent, _ = data.analysis2(str(path))
         lines[room] += len(statements)
         missed[room] += len(absent)
-    table = Table("room", "lines", "run", title="coverage of the tests' own process")
+    table = Table("room", "lines", "run", title="run in the tests' own process")
     for room, count in lines.items():
         table.add_row(room, str(count), _percent(count, missed[room]))
     total, absent_in_all = sum(lines.values()), sum(missed.values())
