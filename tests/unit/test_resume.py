@@ -27,9 +27,9 @@ from pointillist.launch.changes import config_changes, model_changes, record_sta
 from pointillist.launch.placement import write_configs
 from pointillist.launch.rl import Interrupted, Signals, begin, environment, interruptible
 from pointillist.launch.run_dir import check_fresh, make_fresh, wait_for_survivors
-from pointillist.orchestrator.records import write_records
 from pointillist.runs.lock import RunLock
 from pointillist.runs.paths import RunPaths
+from pointillist.runs.records import BranchRecord, RolloutRecord, write_rollouts
 from tests.helpers.pictures import encoded, picture
 
 
@@ -290,8 +290,8 @@ def test_gc_keeps_what_a_live_run_has_stored(model_dir: Path, tmp_path: Path) ->
         add_user(store.root, run)
     old, again, recorded = (_aged(store, seed) for seed in (1, 2, 4))
     part = {"type": "image_url", "image_url": {"url": file_uri(recorded)}}
-    record = {"id": "1.0.0", "branches": [{"images": [], "messages": [{"role": "user", "content": [part]}]}]}
-    write_records(RunPaths(live).rollouts_file(1), [record])
+    branch = BranchRecord(messages=[{"role": "user", "content": [part]}])
+    write_rollouts(RunPaths(live).rollouts_file(1), [RolloutRecord(id="1.0.0", branches=[branch])])
     with RunLock.take(live):
         store.put(encoded(picture(8, 8, 2)))
         fresh = local_path(store.put(encoded(picture(8, 8, 3))).uri)
