@@ -12,7 +12,7 @@ DOCS := .venv-docs
 HUNT := outputs/hunt
 
 .PHONY: setup demo demo-hunt docs test test-vllm test-verifiers test-slurm test-view test-unit lint format fuzz hostile \
-	faults faults-run walk mutants bench lock lock-vllm lock-verifiers lock-docs clean
+	faults faults-run walk mutants coverage bench lock lock-vllm lock-verifiers lock-docs clean
 
 setup: $(VENV)/.ready
 
@@ -36,7 +36,11 @@ demo-hunt: setup
 
 test: setup $(VENV)/torchvision-reference
 	PYTHONPATH=$(VENV)/torchvision-reference $(BIN)/python -m pytest tests/torchvision_reference
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --cov --cov-report=
+
+# What part of each room the last `make test` has run.
+coverage: setup
+	$(BIN)/python -m tests.coverage_table
 
 # The Kimi processor that we compare with needs torchvision, which the project does not: only its tests see it.
 $(VENV)/torchvision-reference: | setup
@@ -84,9 +88,9 @@ $(VENV)/view-test: tests/view/requirements.txt | setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $@ --requirement $<
 	touch $@
 
-# Seconds instead of minutes: no processes are started.
+# A minute instead of many: no process is started (a guard in tests/unit/conftest.py), and what is slow is left out.
 test-unit: setup
-	$(BIN)/python -m pytest -m "not integration"
+	$(BIN)/python -m pytest tests/unit -m "not integration and not slow"
 
 # The documentation site, in build/site; a link that leads nowhere is an error (with --quiet mkdocs would not count it).
 docs: $(DOCS)/.ready

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests.helpers.files import ROOT
 
 # Made by a program from a run.
 _NOT_WRITTEN_BY_HAND = {"hunt-transcript.md"}

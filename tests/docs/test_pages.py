@@ -37,8 +37,9 @@ from pointillist.config import (
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.inference.protocol import GenerateRequest, decode_body
 from pointillist.runs.config_files import load_toml
-from tests.conftest import ROOT, encoded, picture
 from tests.docs.blocks import Block, blocks, commands, pages
+from tests.helpers.files import ROOT
+from tests.helpers.pictures import encoded, picture
 
 BLOCKS = list(blocks())
 # Blocks with a marker -> the test that uses them.

@@ -33,7 +33,7 @@ from typing import Any
 
 from pointillist.base.jsonl import read_jsonl
 from pointillist.runs.paths import RunPaths, steps_in
-from tests.conftest import ROOT
+from tests.helpers.files import ROOT
 
 VICTIMS = ("inference", "trainer", "orchestrator", "env_worker")
 _GC_SECONDS = 3.0

@@ -21,7 +21,7 @@ from rich.progress import track
 
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.images.inventory import list_store, verify_entry
-from tests.conftest import encoded, picture
+from tests.helpers.pictures import encoded, picture
 
 LIMITS = ImageLimits()
 

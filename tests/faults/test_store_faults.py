@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from tests.conftest import encoded, picture
 from tests.faults.store_faults import count_damage, count_found_flips, kill_round
+from tests.helpers.pictures import encoded, picture
 
 
 def test_killed_writers_leave_nothing_half_written(tmp_path: Path) -> None:

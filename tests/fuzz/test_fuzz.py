@@ -31,7 +31,7 @@ from pointillist.inference.prompt import ServerBounds, check_prompt, check_sizes
 from pointillist.inference.protocol import GenerateRequest, SamplingParams, decode_body
 from pointillist.pixels import RawImageMaterializer
 from pointillist.refs import build_mm_refs, decode_ref, encode_ref, parse_descriptor
-from tests.conftest import encoded, picture, stored_ref
+from tests.helpers.pictures import encoded, picture, stored_ref
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "300"))
 fuzzed = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))

@@ -21,7 +21,7 @@ import zmq
 
 from pointillist.base.channel import secure_client, secure_listener
 from pointillist.config import RUN_KEY
-from tests.conftest import ROOT
+from tests.helpers.files import ROOT
 from tests.hostile import gateway_inputs, generate_inputs, http_inputs, peer_inputs, prober, reader_inputs
 from tests.hostile.peer_inputs import Peer
 from tests.hostile.services import Service, Services

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from tests.conftest import encoded, picture
+from tests.helpers.pictures import encoded, picture
 from tests.hostile import odd
 from tests.hostile.wire import SESSION, Http, request
 

@@ -16,7 +16,7 @@ from pointillist.images import ImageLimits, ImageStore, Sources, normalize_image
 from pointillist.refs import encode_features
 from pointillist.render import FolderTokenizer, RawRenderer
 from pointillist.runs.paths import WEIGHTS_FILE, RunPaths
-from tests.conftest import encoded, picture
+from tests.helpers.pictures import encoded, picture
 from tests.hostile import odd
 from tests.hostile.wire import Http, request
 

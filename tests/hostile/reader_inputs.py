@@ -12,10 +12,10 @@ from typing import Any
 from urllib.parse import quote
 
 from pointillist.config import RUN_KEY
-from tests.conftest import encoded, picture
+from tests.helpers.made_run import MadeRun
+from tests.helpers.pictures import encoded, picture
 from tests.hostile import odd
 from tests.hostile.wire import Http, request
-from tests.made_run import MadeRun
 
 _QUERY = ["step", "page", "sort", "id", "env", "task", "outcome", "fault", "error", "min_reward", "max_reward", "split",
           "images", "descending", "token", "min_tokens", "max_tokens", "q"]  # fmt: skip

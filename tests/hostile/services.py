@@ -21,13 +21,13 @@ from pointillist.config import EnvConfig, OrchestratorConfig, WorkersConfig
 from pointillist.config.orchestrator import ClientConfig
 from pointillist.config.shared import ModelConfig
 from pointillist.runs.config_files import load_toml, write_toml
-from tests.conftest import ROOT
+from tests.helpers.files import ROOT
+from tests.helpers.made_run import MadeRun
 from tests.hostile import prober
 from tests.hostile.gateway_inputs import GOOD
 from tests.hostile.generate_inputs import GENERATE, Prompts
 from tests.hostile.odd import write
 from tests.hostile.wire import SESSION, request
-from tests.made_run import MadeRun
 
 START_SECONDS: Final = 180.0
 SEQ_LEN: Final = 256

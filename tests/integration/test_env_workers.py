@@ -16,7 +16,7 @@ from pointillist.environments.workers import WorkerPool
 from pointillist.errors import EnvironmentLoadError
 from pointillist.orchestrator.runner import RolloutRunner
 from pointillist.sessions import Sampling
-from tests.integration.conftest import Digits, RunningServer
+from tests.helpers.processes import Digits, RunningServer
 
 pytestmark = pytest.mark.integration
 
@@ -167,7 +167,7 @@ def test_a_run_with_workers_trains_and_leaves_no_process(digits_run: Digits) -> 
 def test_a_killed_orchestrator_leaves_no_worker(digits_run: Digits) -> None:
     from pointillist.base.jsonl import read_jsonl
     from pointillist.runs.paths import RunPaths
-    from tests.integration.conftest import processes_of, wait_for
+    from tests.helpers.processes import processes_of, wait_for
 
     process = digits_run.start("--orchestrator.workers.count", 1, "--max-steps", 500)
     wait_for(lambda: read_jsonl(RunPaths(digits_run.output_dir).metrics / "trainer.jsonl"), process)

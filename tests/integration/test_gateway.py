@@ -22,9 +22,10 @@ from pointillist.images import ImageLimits, ImageStore, Sources
 from pointillist.render import RawRenderer
 from pointillist.sessions import InferenceClient, Sampling, Session
 from pointillist.sessions.gateway import Gateway
-from tests.conftest import ROOT, encoded, picture
-from tests.integration.conftest import RunningServer, free_port, pointillist, wait_for
-from tests.integration.scripted import ScriptedPolicy, call
+from tests.helpers.files import ROOT
+from tests.helpers.pictures import encoded, picture
+from tests.helpers.processes import RunningServer, free_port, pointillist, wait_for
+from tests.helpers.scripted import ScriptedPolicy, call
 
 pytestmark = pytest.mark.integration
 

@@ -21,7 +21,7 @@ from pointillist.images import ImageLimits, ImageStore, Sources
 from pointillist.render import RawRenderer, RenderedPrompt
 from pointillist.sessions import Completion, Sampling, Session
 from pointillist.sessions.gateway import Gateway
-from tests.conftest import encoded, picture
+from tests.helpers.pictures import encoded, picture
 
 pytestmark = pytest.mark.integration
 

@@ -1,8 +1,6 @@
 """What every inference server must do: the same tests for any server behind the same wire."""
 
 import asyncio
-import base64
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -15,54 +13,30 @@ import pytest
 import torch
 
 from pointillist.errors import InferenceError
-from pointillist.images import normalize_images
 from pointillist.images.store import local_path
 from pointillist.models import load_model
-from pointillist.refs import encode_features
-from pointillist.render import RenderedPrompt
 from pointillist.runs.paths import WEIGHTS_FILE
 from pointillist.sessions import InferenceClient, Sampling, Session
 from pointillist.weights.follow import update_weights
 from pointillist.weights.publish import write_weights
-from tests.conftest import picture
-from tests.integration.conftest import BACKEND, RunningServer
-from tests.integration.reference import Reference
+from tests.helpers.generate import (
+    GENERATE,
+    generate_body,
+    post_generate,
+    rendered,
+    sampled_logprobs,
+    served_choices,
+    with_entry,
+    with_ref,
+)
+from tests.helpers.pictures import picture
+from tests.helpers.processes import BACKEND, RunningServer
+from tests.helpers.reference import Reference
 
 pytestmark = pytest.mark.integration
 
 # What only one server has, or counts in metrics of its own.
 only_embedded = pytest.mark.skipif(BACKEND != "embedded", reason="about the embedded server")
-
-GENERATE = "/inference/v1/generate"
-
-
-def _prompt(server: RunningServer, *seeds: int) -> RenderedPrompt:
-    """A prompt with one picture a seed."""
-    parts = [{"type": "image", "image": picture(64, 64 + 32 * (seed % 3), seed)} for seed in seeds]
-    images: list[Any] = []
-    message = {"role": "user", "content": [*parts, {"type": "text", "text": "What digit?"}]}
-    return server.renderer.render([normalize_images(message, server.sources, images)], images)
-
-
-def _body(server: RunningServer, *seeds: int, **sampling: Any) -> dict[str, Any]:
-    """A request with one picture a seed."""
-    prompt = _prompt(server, *seeds)
-    params = {"max_tokens": 5, "logprobs": 0, "seed": 1, "ignore_eos": True, **sampling}
-    return {"token_ids": prompt.token_ids, "features": encode_features(prompt.images), "sampling_params": params}
-
-
-def _post(server: RunningServer, body: dict[str, Any]) -> httpx.Response:
-    return httpx.post(server.url + GENERATE, json=body, timeout=60)
-
-
-def _choices(server: RunningServer, body: dict[str, Any]) -> list[dict[str, Any]]:
-    response = _post(server, body)
-    assert response.status_code == 200, response.text
-    return response.json()["choices"]
-
-
-def _logprobs(choice: dict[str, Any]) -> torch.Tensor:
-    return torch.tensor([entry["logprob"] for entry in choice["logprobs"]["content"]])
 
 
 def _huggingface(
@@ -74,17 +48,17 @@ def _huggingface(
 
 def test_logprobs_equal_huggingface_and_the_picture_is_seen(server: RunningServer, model_dir: Path) -> None:
     for seeds in ((1,), (2, 3), (4, 5, 6, 7)):
-        body = _body(server, *seeds)
-        (choice,) = _choices(server, body)
+        body = generate_body(server, *seeds)
+        (choice,) = served_choices(server, body)
         expected = _huggingface(server, model_dir, body, choice["token_ids"], blank=False)
-        assert (_logprobs(choice) - expected).abs().max() < 1e-5
+        assert (sampled_logprobs(choice) - expected).abs().max() < 1e-5
         blank = _huggingface(server, model_dir, body, choice["token_ids"], blank=True)
-        assert (_logprobs(choice) - blank).abs().max() > 0.01
+        assert (sampled_logprobs(choice) - blank).abs().max() > 0.01
 
 
 def test_response_has_vllms_fields(server: RunningServer) -> None:
-    body = _body(server, 1, n=3, logprobs=2)
-    answer = _post(server, {**body, "request_id": "mine", "return_token_ids": True}).json()
+    body = generate_body(server, 1, n=3, logprobs=2)
+    answer = post_generate(server, {**body, "request_id": "mine", "return_token_ids": True}).json()
     assert answer["request_id"].endswith("mine")  # vLLM puts a prefix before it
     assert answer["prompt_token_ids"] == body["token_ids"]
     assert answer["mm_placeholders"] == body["features"]["mm_placeholders"]
@@ -99,42 +73,26 @@ def test_response_has_vllms_fields(server: RunningServer) -> None:
 
 
 def test_text_only_and_seeds(server: RunningServer) -> None:
-    body = _body(server)
+    body = generate_body(server)
     assert body["features"] is None
     first, again, other = (
-        _choices(server, {**body, "sampling_params": {**body["sampling_params"], "seed": seed}}) for seed in (5, 5, 6)
+        served_choices(server, {**body, "sampling_params": {**body["sampling_params"], "seed": seed}})
+        for seed in (5, 5, 6)
     )
     assert first == again
     assert first != other
 
 
 def test_concurrent_requests(server: RunningServer) -> None:
-    bodies = [_body(server, seed, seed + 50) for seed in range(24)]
-    alone = [_choices(server, body)[0]["token_ids"] for body in bodies[:4]]
+    bodies = [generate_body(server, seed, seed + 50) for seed in range(24)]
+    alone = [served_choices(server, body)[0]["token_ids"] for body in bodies[:4]]
     with ThreadPoolExecutor(24) as pool:
-        together = [choices[0]["token_ids"] for choices in pool.map(lambda body: _choices(server, body), bodies)]
+        together = [choices[0]["token_ids"] for choices in pool.map(lambda body: served_choices(server, body), bodies)]
     assert together[:4] == alone
 
 
-def _encoded(value: dict[str, Any]) -> str:
-    return "mmraw:" + base64.urlsafe_b64encode(json.dumps(value).encode()).rstrip(b"=").decode()
-
-
-def _with_ref(body: dict[str, Any], **change: Any) -> dict[str, Any]:
-    """The body with fields of its first reference changed."""
-    text = body["features"]["kwargs_data"]["image"][0].removeprefix("mmraw:")
-    value = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
-    return _with_entry(body, _encoded({**value, **change}))
-
-
-def _with_entry(body: dict[str, Any], entry: Any) -> dict[str, Any]:
-    changed = json.loads(json.dumps(body))
-    changed["features"]["kwargs_data"]["image"][0] = entry
-    return changed
-
-
 def _faults(server: RunningServer) -> dict[str, tuple[dict[str, Any], str]]:
-    body = _body(server, 1, 2)
+    body = generate_body(server, 1, 2)
     sha = body["features"]["mm_hashes"]["image"][0]
 
     def features(**change: Any) -> dict[str, Any]:
@@ -142,19 +100,19 @@ def _faults(server: RunningServer) -> dict[str, tuple[dict[str, Any], str]]:
 
     places = body["features"]["mm_placeholders"]["image"]
     return {
-        "none": (_with_entry(body, None), "every image needs its mmraw"),
-        "processed tensor": (_with_entry(body, "gASVdGVuc29y"), "expected an mmraw: string"),
-        "inline image": (_with_entry(body, "data:image/png;base64,aaaa"), "inline"),
-        "not a string": (_with_entry(body, {"pixel_values": [1]}), "Expected `str"),
-        "malformed": (_with_entry(body, "mmraw:@@"), "base64url"),
-        "unknown family": (_with_ref(body, family="kimi_k25"), "served by"),
-        "wrong modality": (_with_ref(body, modality="video"), "modality"),
-        "other hash": (_with_ref(body, hash="0" * 64), "different hashes"),
-        "fingerprint": (_with_ref(body, layout_fingerprint="0" * 32), "image processor configuration"),
-        "grid": (_with_ref(body, payload={"image_grid_thw": [1, 2, 2]}), "image_grid_thw"),
-        "outside": (_with_ref(body, raw_image_uri=f"file:///etc/{sha[:2]}/{sha}.png"), "allowed root"),
-        "passwd": (_with_ref(body, raw_image_uri="file:///etc/passwd"), "allowed root"),
-        "http": (_with_ref(body, raw_image_uri="http://127.0.0.1/a.png"), "file://"),
+        "none": (with_entry(body, None), "every image needs its mmraw"),
+        "processed tensor": (with_entry(body, "gASVdGVuc29y"), "expected an mmraw: string"),
+        "inline image": (with_entry(body, "data:image/png;base64,aaaa"), "inline"),
+        "not a string": (with_entry(body, {"pixel_values": [1]}), "Expected `str"),
+        "malformed": (with_entry(body, "mmraw:@@"), "base64url"),
+        "unknown family": (with_ref(body, family="kimi_k25"), "served by"),
+        "wrong modality": (with_ref(body, modality="video"), "modality"),
+        "other hash": (with_ref(body, hash="0" * 64), "different hashes"),
+        "fingerprint": (with_ref(body, layout_fingerprint="0" * 32), "image processor configuration"),
+        "grid": (with_ref(body, payload={"image_grid_thw": [1, 2, 2]}), "image_grid_thw"),
+        "outside": (with_ref(body, raw_image_uri=f"file:///etc/{sha[:2]}/{sha}.png"), "allowed root"),
+        "passwd": (with_ref(body, raw_image_uri="file:///etc/passwd"), "allowed root"),
+        "http": (with_ref(body, raw_image_uri="http://127.0.0.1/a.png"), "file://"),
         "counts": (features(mm_hashes={"image": [sha]}), "1 mm_hashes, 2 mm_placeholders"),
         "no data": (features(kwargs_data=None), "0 kwargs_data"),
         "video": (features(mm_hashes={"video": [sha, sha]}), "modality"),
@@ -187,14 +145,14 @@ FAULTS = [
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faulty_references_are_structured_400s(server: RunningServer, fault: str) -> None:
     body, message = _faults(server)[fault]
-    response = _post(server, body)
+    response = post_generate(server, body)
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert error["type"] == "invalid_mm_image_ref"
     assert error["code"] == 400
     assert error["param"].startswith("features.")
     assert re.search(message, error["message"]), error["message"]
-    assert len(_choices(server, _body(server, 1))) == 1  # the others go on
+    assert len(served_choices(server, generate_body(server, 1))) == 1  # the others go on
 
 
 def test_every_fault_is_tested(server: RunningServer) -> None:
@@ -202,20 +160,20 @@ def test_every_fault_is_tested(server: RunningServer) -> None:
 
 
 def test_missing_and_corrupt_files(server: RunningServer) -> None:
-    body = _body(server, 900)
+    body = generate_body(server, 900)
     (sha,) = body["features"]["mm_hashes"]["image"]
     path = server.store.root / sha[:2] / f"{sha}.png"
     data = path.read_bytes()
     path.write_bytes(data[:-20])
-    error = _post(server, body).json()["error"]
+    error = post_generate(server, body).json()["error"]
     assert error["type"] == "invalid_mm_image_ref"
     assert error["param"] == "features.kwargs_data.image[0]"
     path.unlink()
-    response = _post(server, body)
+    response = post_generate(server, body)
     assert response.status_code == 400
     assert response.json()["error"]["type"] == "missing_mm_image"
     path.write_bytes(data)
-    assert len(_choices(server, body)) == 1
+    assert len(served_choices(server, body)) == 1
 
 
 @pytest.mark.parametrize(
@@ -245,20 +203,22 @@ def test_missing_and_corrupt_files(server: RunningServer) -> None:
     ],
 )
 def test_other_bad_requests_are_structured_400s(server: RunningServer, change: dict[str, Any], message: str) -> None:
-    response = _post(server, {**_body(server), **change})
+    response = post_generate(server, {**generate_body(server), **change})
     assert response.status_code == 400, response.text
     assert message in response.json()["error"]["message"]
 
 
 @only_embedded
 def test_parameters_that_are_not_served_are_refused(server: RunningServer) -> None:
-    response = _post(server, {**_body(server), "sampling_params": {"repetition_penalty": 1.5}})
+    response = post_generate(server, {**generate_body(server), "sampling_params": {"repetition_penalty": 1.5}})
     assert response.status_code == 400
     assert "repetition_penalty" in response.json()["error"]["message"]
 
 
 def test_neutral_parameters_of_other_clients_are_accepted(server: RunningServer) -> None:
-    assert _choices(server, _body(server, top_k=-1, min_p=0.0, repetition_penalty=1.0, skip_special_tokens=False))
+    assert served_choices(
+        server, generate_body(server, top_k=-1, min_p=0.0, repetition_penalty=1.0, skip_special_tokens=False)
+    )
 
 
 @pytest.mark.parametrize("path", [GENERATE, "/update_weights", "/pause"])
@@ -291,23 +251,23 @@ def test_bodies_and_headers_are_bounded_and_others_go_on(server: RunningServer) 
         assert response.status_code == 413
         assert response.json()["error"]["type"] == "RequestTooLarge"
     assert httpx.get(server.url + "/health", headers={"X": "y" * 200_000}).status_code == 431
-    assert len(_choices(server, _body(server, 1))) == 1
+    assert len(served_choices(server, generate_body(server, 1))) == 1
 
 
 def test_images_that_touch_are_served(server: RunningServer) -> None:
     """Whether or not the model's own code knows where one ends: in the other order they give other numbers."""
 
     def asked(*seeds: int) -> torch.Tensor:
-        body = _body(server, *seeds)
+        body = generate_body(server, *seeds)
         ids = body["token_ids"]
         pads = [i for i, token in enumerate(ids) if token == server.family.image_token_id]
         body["token_ids"] = [*ids[: pads[0]], *(ids[i] for i in pads), *ids[pads[-1] + 1 :]]
         first, second = body["features"]["mm_placeholders"]["image"]
         second["offset"] = first["offset"] + first["length"]
-        return _logprobs(_choices(server, body)[0])
+        return sampled_logprobs(served_choices(server, body)[0])
 
     assert (asked(1, 2) - asked(2, 1)).abs().max() > 1e-3
-    assert len(_choices(server, _body(server, 1))) == 1
+    assert len(served_choices(server, generate_body(server, 1))) == 1
 
 
 def test_health_models_metrics_pause(server: RunningServer) -> None:
@@ -316,9 +276,9 @@ def test_health_models_metrics_pause(server: RunningServer) -> None:
     assert httpx.post(server.url + "/pause").status_code == 200
     assert httpx.get(server.url + "/is_paused").json() == {"is_paused": True}
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(server.url + GENERATE, json=_body(server), timeout=0.5)
+        httpx.post(server.url + GENERATE, json=generate_body(server), timeout=0.5)
     assert httpx.post(server.url + "/resume").status_code == 200
-    assert len(_choices(server, _body(server))) == 1
+    assert len(served_choices(server, generate_body(server))) == 1
     metrics = httpx.get(server.url + "/metrics").text
     running = re.search(r"^(?:pointillist_running|vllm:num_requests_running\{.*\}) 0.0$", metrics, re.MULTILINE)
     assert running is not None  # the request whose client hung up is gone
@@ -328,8 +288,8 @@ def test_health_models_metrics_pause(server: RunningServer) -> None:
 def test_new_weights_while_requests_run(server: RunningServer, model_dir: Path) -> None:
     weights = load_model(str(model_dir), device="cpu", dtype="float32").model.state_dict()
     broadcasts = server.output_dir / "broadcasts"
-    body = _body(server, 1)
-    before = _choices(server, body)[0]
+    body = generate_body(server, 1)
+    before = served_choices(server, body)[0]
     base = int(httpx.get(server.url + "/health").json()["weight_version"])  # other tests may have been here
 
     async def load() -> list[str]:
@@ -356,14 +316,14 @@ def test_new_weights_while_requests_run(server: RunningServer, model_dir: Path) 
         return [span["version"] for answer in answers for span in answer["choices"][0]["weight_versions"]]
 
     assert f"{base + 3}" in asyncio.run(load())
-    after = _choices(server, body)[0]
+    after = served_choices(server, body)[0]
     assert after["weight_versions"][0]["version"] == f"{base + 3}"
-    assert (_logprobs(after) - _logprobs(before)).abs().max() > 1e-4
+    assert (sampled_logprobs(after) - sampled_logprobs(before)).abs().max() > 1e-4
     write_weights(weights, broadcasts / f"step_{base + 4}")
     request = {"weight_dir": str(broadcasts / f"step_{base + 4}"), "weight_version": base + 4}
     response = httpx.post(server.url + "/update_weights", json=request)
     assert response.status_code == 200
-    assert _logprobs(_choices(server, body)[0]).tolist() == _logprobs(before).tolist()
+    assert sampled_logprobs(served_choices(server, body)[0]).tolist() == sampled_logprobs(before).tolist()
 
 
 def _as_parts(server: RunningServer, body: dict[str, Any]) -> dict[str, Any]:
@@ -379,13 +339,13 @@ def _as_parts(server: RunningServer, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_content_parts_are_the_same_prompt(server: RunningServer) -> None:
-    body = _body(server, 31, 32)
-    answer = _post(server, _as_parts(server, body)).json()
+    body = generate_body(server, 31, 32)
+    answer = post_generate(server, _as_parts(server, body)).json()
     assert answer["prompt_token_ids"] == body["token_ids"]
     assert answer["mm_placeholders"] == body["features"]["mm_placeholders"]
-    (expected,) = _choices(server, body)
+    (expected,) = served_choices(server, body)
     assert answer["choices"][0]["token_ids"] == expected["token_ids"]
-    torch.testing.assert_close(_logprobs(answer["choices"][0]), _logprobs(expected), rtol=0, atol=1e-6)
+    torch.testing.assert_close(sampled_logprobs(answer["choices"][0]), sampled_logprobs(expected), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -402,7 +362,7 @@ def test_content_parts_are_the_same_prompt(server: RunningServer) -> None:
     ],
 )
 def test_faulty_content_parts_are_structured_400s(server: RunningServer, change: Any, kind: str, message: str) -> None:
-    whole = _body(server, 33)
+    whole = generate_body(server, 33)
     body = _as_parts(server, whole)
     (part,) = body["content_parts"]
     if isinstance(change, dict):
@@ -414,7 +374,7 @@ def test_faulty_content_parts_are_structured_400s(server: RunningServer, change:
         body["content_parts"] = [part, part]
     else:
         body["features"] = whole["features"]
-    response = _post(server, body)
+    response = post_generate(server, body)
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert error["type"] == kind
@@ -423,22 +383,22 @@ def test_faulty_content_parts_are_structured_400s(server: RunningServer, change:
 
 
 def test_a_group_of_16_and_a_prompt_of_32_images(server: RunningServer) -> None:
-    group = _choices(server, _body(server, 40, n=16, max_tokens=2))
+    group = served_choices(server, generate_body(server, 40, n=16, max_tokens=2))
     assert [choice["index"] for choice in group] == list(range(16))
-    alone = _choices(server, _body(server, 40, max_tokens=2, seed=4))[0]
+    alone = served_choices(server, generate_body(server, 40, max_tokens=2, seed=4))[0]
     assert group[3]["token_ids"] == alone["token_ids"]  # choice i is sampled with seed + i
-    many = _body(server, *range(41, 73), max_tokens=1)
+    many = generate_body(server, *range(41, 73), max_tokens=1)
     assert len(many["features"]["mm_hashes"]["image"]) == 32
-    assert len(_choices(server, many)) == 1
+    assert len(served_choices(server, many)) == 1
 
 
 def test_stop_tokens_and_top_logprobs(server: RunningServer) -> None:
-    body = _body(server, 1, max_tokens=20, temperature=0, logprobs=3)
-    free = _choices(server, body)[0]
+    body = generate_body(server, 1, max_tokens=20, temperature=0, logprobs=3)
+    free = served_choices(server, body)[0]
     stop = free["token_ids"][4]
     first = free["token_ids"].index(stop)
     params = {**body["sampling_params"], "stop_token_ids": [stop]}
-    stopped = _choices(server, {**body, "sampling_params": params})[0]
+    stopped = served_choices(server, {**body, "sampling_params": params})[0]
     assert stopped["token_ids"] == free["token_ids"][: first + 1]
     assert stopped["finish_reason"] == "stop"
     top = stopped["logprobs"]["content"][0]["top_logprobs"]
@@ -479,7 +439,7 @@ async def test_sessions_record_what_was_read_and_sampled(server: RunningServer, 
 @only_embedded
 async def test_a_groups_first_requests_travel_as_one(server: RunningServer) -> None:
     client = InferenceClient([server.url])
-    prompt = _prompt(server, 1)
+    prompt = rendered(server, 1)
     params = {"max_tokens": 5, "logprobs": 0, "ignore_eos": True}
 
     def prompts() -> float:
@@ -500,7 +460,7 @@ def test_weights_come_in_order_and_cannot_be_what_cannot_serve(server: RunningSe
     weights = load_model(str(model_dir), device="cpu", dtype="float32").model.state_dict()
     broadcasts = server.output_dir / "broadcasts"
     first = int(httpx.get(server.url + "/health").json()["weight_version"])
-    before = _logprobs(_choices(server, _body(server, 1))[0]).tolist()
+    before = sampled_logprobs(served_choices(server, generate_body(server, 1))[0]).tolist()
 
     def update(name: str, version: int, **more: Any) -> httpx.Response:
         body = {"weight_dir": str(broadcasts / name), "weight_version": version, **more}
@@ -520,7 +480,7 @@ def test_weights_come_in_order_and_cannot_be_what_cannot_serve(server: RunningSe
         assert f"version {first} serves on" in response.json()["error"]["message"]
     assert update("good", 10**400).status_code == 400  # type: ignore[arg-type]
     assert httpx.get(server.url + "/health").json()["weight_version"] == first
-    assert _logprobs(_choices(server, _body(server, 1))[0]).tolist() == before
+    assert sampled_logprobs(served_choices(server, generate_body(server, 1))[0]).tolist() == before
     assert update("good", first + 50).status_code == 200
     late = update("good", first + 49)
     assert (late.status_code, late.json()["error"]["type"]) == (409, "ConflictError")

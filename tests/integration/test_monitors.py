@@ -5,8 +5,8 @@ import json
 import pytest
 
 from pointillist.launch.run_dir import METRIC_FILES
-from tests.integration.conftest import Digits
-from tests.unit.test_monitors import tensorboard_values, wandb_history
+from tests.helpers.monitored import tensorboard_values, wandb_history
+from tests.helpers.processes import Digits
 
 pytestmark = pytest.mark.integration
 

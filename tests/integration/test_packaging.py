@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pointillist import __version__
-from tests.conftest import ROOT
+from tests.helpers.files import ROOT
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 

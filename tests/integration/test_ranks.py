@@ -20,7 +20,7 @@ from pointillist.orchestrator.packing import pack
 from pointillist.runs.config_files import write_toml
 from pointillist.runs.paths import RunPaths, latest_checkpoint
 from pointillist.transport import FilesystemSender, RankBatch, TrainingSample
-from tests.made_samples import trained_sample
+from tests.helpers.made_samples import trained_sample
 
 pytestmark = pytest.mark.integration
 

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pointillist.base.jsonl import read_jsonl
 from pointillist.runs.paths import RunPaths, latest_checkpoint
-from tests.integration.conftest import Digits, free_port, kill_leftovers, pointillist, processes_of, wait_for
+from tests.helpers.processes import Digits, free_port, kill_leftovers, pointillist, processes_of, wait_for
 
 pytestmark = pytest.mark.integration
 

@@ -15,7 +15,7 @@ from pointillist.runs.paths import WEIGHTS_FILE, RunPaths
 from pointillist.sessions import InferenceClient
 from pointillist.sessions.servers import InferenceServers
 from pointillist.weights.follow import WeightWatcher, update_weights
-from tests.integration.conftest import free_port
+from tests.helpers.processes import free_port
 
 pytestmark = pytest.mark.integration
 

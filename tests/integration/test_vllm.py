@@ -36,10 +36,10 @@ from pointillist.render import FolderTokenizer, RawRenderer
 from pointillist.sessions import Sampling, Session
 from pointillist.sessions.factory import SessionFactory
 from pointillist.weights.publish import write_weights
-from tests.conftest import encoded, picture, stored_ref
-from tests.integration.conftest import RunningServer, free_port, wait_for
-from tests.integration.reference import Reference
-from tests.integration.test_inference_server import GENERATE, _body, _choices, _logprobs, _post, _with_ref
+from tests.helpers.generate import GENERATE, generate_body, post_generate, sampled_logprobs, served_choices, with_ref
+from tests.helpers.pictures import encoded, picture, stored_ref
+from tests.helpers.processes import RunningServer, free_port, wait_for
+from tests.helpers.reference import Reference
 
 pytestmark = pytest.mark.integration
 
@@ -107,9 +107,9 @@ async def test_items_are_vllms_own_and_the_trainers_pixels(vllm_config: Any, mod
 
 def _difference(reference: Reference, body: dict[str, Any], *, blank: bool = False) -> float:
     """Largest difference between the server's logprobs and the reference's."""
-    (choice,) = _choices(reference.server, body)
+    (choice,) = served_choices(reference.server, body)
     expected = reference.logprobs(body, choice["token_ids"], blank=blank)
-    return float((_logprobs(choice) - expected).abs().max())
+    return float((sampled_logprobs(choice) - expected).abs().max())
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def reference(server: RunningServer, model_dir: Path) -> Reference:
 def test_logprobs_equal_huggingface_over_many_prompts(reference: Reference) -> None:
     largest, smallest_blank = 0.0, float("inf")
     for number in range(PROMPTS):
-        body = _body(reference.server, *range(1000 + 4 * number, 1001 + 4 * number + number % 4), seed=number)
+        body = generate_body(reference.server, *range(1000 + 4 * number, 1001 + 4 * number + number % 4), seed=number)
         largest = max(largest, _difference(reference, body))
         smallest_blank = min(smallest_blank, _difference(reference, body, blank=True))
     print(f"{PROMPTS} prompts: largest difference {largest:.2e}, smallest with blank pictures {smallest_blank:.3f}")
@@ -146,18 +146,18 @@ def _hostile(server: RunningServer, good: dict[str, Any], random: random.Random)
         image[0] = image[0][:place] + random.choice("ABCabc019-_@") + image[0][place + 1 :]
     elif kind == 3:  # the right file under a wrong hash: what would poison a cache
         body["features"]["mm_hashes"]["image"][0] = other
-        body = _with_ref(body, hash=other)
+        body = with_ref(body, hash=other)
     elif kind == 4:
-        body = _with_ref(body, raw_image_uri=(server.store.root / other[:2] / f"{other}.png").as_uri(), hash=other)
+        body = with_ref(body, raw_image_uri=(server.store.root / other[:2] / f"{other}.png").as_uri(), hash=other)
         body["features"]["mm_hashes"]["image"][0] = other
     elif kind == 5:
         places[0]["length"] += random.choice((-1, 1))
     elif kind == 6:
         places[0]["offset"] += random.choice((-1, 1, 1000))
     elif kind == 7:
-        body = _with_ref(body, family=random.choice(("kimi_k25", "gemma3", "")))
+        body = with_ref(body, family=random.choice(("kimi_k25", "gemma3", "")))
     elif kind == 8:
-        body = _with_ref(body, payload={"image_grid_thw": [1, 2, random.randrange(1, 99)]})
+        body = with_ref(body, payload={"image_grid_thw": [1, 2, random.randrange(1, 99)]})
     else:
         body["features"]["mm_hashes"]["image"] = [sha] * random.randrange(2, 5)
     return body
@@ -165,8 +165,8 @@ def _hostile(server: RunningServer, good: dict[str, Any], random: random.Random)
 
 async def test_hostile_requests_hurt_nobody(server: RunningServer) -> None:
     chance = random.Random(0)
-    good = [_body(server, 2000 + number, 2100 + number) for number in range(8)]
-    before = [_choices(server, body)[0]["logprobs"] for body in good]
+    good = [generate_body(server, 2000 + number, 2100 + number) for number in range(8)]
+    before = [served_choices(server, body)[0]["logprobs"] for body in good]
     counts: dict[int, int] = {}
     limit = asyncio.Semaphore(32)
     async with httpx.AsyncClient(base_url=server.url, timeout=120) as http:
@@ -186,7 +186,7 @@ async def test_hostile_requests_hurt_nobody(server: RunningServer) -> None:
     # A changed letter can leave the same meaning (base64 ignores spare bits): then, and only then, the answer is 200.
     assert set(counts) <= {200, 400}
     assert counts[400] > 0.95 * HOSTILE
-    after = [_choices(server, body)[0]["logprobs"] for body in good]
+    after = [served_choices(server, body)[0]["logprobs"] for body in good]
     for left, right in zip(before, after, strict=True):
         torch.testing.assert_close(
             torch.tensor([entry["logprob"] for entry in left["content"]]),
@@ -197,16 +197,16 @@ async def test_hostile_requests_hurt_nobody(server: RunningServer) -> None:
 def test_a_wrong_hash_never_changes_a_later_answer(reference: Reference) -> None:
     """The first request with a picture's hash brings another picture's file; later ones see the right picture."""
     server = reference.server
-    body, other = _body(server, 3001), _body(server, 3004)
+    body, other = generate_body(server, 3001), generate_body(server, 3004)
     text = other["features"]["kwargs_data"]["image"][0].removeprefix("mmraw:")
     uri = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))["raw_image_uri"]
-    assert _post(server, _with_ref(body, raw_image_uri=uri)).status_code == 400
+    assert post_generate(server, with_ref(body, raw_image_uri=uri)).status_code == 400
     assert _difference(reference, body) <= 1e-5
 
 
 def test_weights_follow_and_no_embedding_is_stale(reference: Reference, model_dir: Path) -> None:
     """Language weights alone leave the encoder cache; vision weights empty it. Either way the answer is the model's."""
-    server, body = reference.server, _body(reference.server, 4001)
+    server, body = reference.server, generate_body(reference.server, 4001)
     assert _difference(reference, body) <= 1e-5
     original = {name: tensor.clone() for name, tensor in reference.model.state_dict().items()}
     resets = []
@@ -256,7 +256,7 @@ async def _load_and_update(server: RunningServer) -> tuple[list[str], list[list[
 
         async def ask(number: int) -> None:
             while not stop.is_set():
-                body = _body(server, 5000 + number, max_tokens=60, seed=number)
+                body = generate_body(server, 5000 + number, max_tokens=60, seed=number)
                 response = await http.post(GENERATE, json=body)
                 if response.status_code != 200:
                     failures.append(response.text)
@@ -278,7 +278,7 @@ async def _load_and_update(server: RunningServer) -> tuple[list[str], list[list[
 
 
 def test_weights_that_do_not_fit_change_nothing(reference: Reference, model_dir: Path) -> None:
-    server, body = reference.server, _body(reference.server, 6001)
+    server, body = reference.server, generate_body(reference.server, 6001)
     weights = {k: v for k, v in reference.model.state_dict().items() if k != "lm_head.weight"}
     name = "model.language_model.norm.weight"
     for number, wrong in enumerate(({**weights, name: weights[name][:-1]}, {"x": weights[name]}, None)):

@@ -1,5 +1,5 @@
 """The runs of the integration tests, here as jobs."""
 
-from tests.integration.conftest import digits_run
+from tests.helpers.processes import digits_run
 
 __all__ = ["digits_run"]

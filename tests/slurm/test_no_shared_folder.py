@@ -15,7 +15,7 @@ import pytest
 
 from pointillist.base.jsonl import read_jsonl
 from pointillist.runs.paths import RunPaths
-from tests.integration.conftest import Digits, wait_for
+from tests.helpers.processes import Digits, wait_for
 
 pytestmark = pytest.mark.integration
 

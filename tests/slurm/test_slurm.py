@@ -13,7 +13,7 @@ import pytest
 
 from pointillist.base.jsonl import read_jsonl
 from pointillist.runs.paths import RunPaths
-from tests.integration.conftest import Digits, processes_of
+from tests.helpers.processes import Digits, processes_of
 from tests.slurm.cluster import Cluster
 
 pytestmark = pytest.mark.integration

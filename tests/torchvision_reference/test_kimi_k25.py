@@ -18,8 +18,8 @@ from pointillist.families import ModelFiles
 from pointillist.families.kimi_k25 import KimiK25Family
 from pointillist.images import ImageStore
 from pointillist.models import load_model
-from tests.conftest import check_pixels, joined, picture, save_scaled
-from tests.unit.test_family_models import check_against_huggingface
+from tests.helpers.models import check_against_huggingface, save_scaled
+from tests.helpers.pictures import check_pixels, joined, picture
 
 TOKENS = {"image_token_id": 6, "video_token_id": 7, "vision_start_token_id": 3, "vision_end_token_id": 4}
 SMALL = {"max_patches": 64, "size": {"max_height": 12, "max_width": 12}, "image_mean": [0.48, 0.46, 0.41]}

@@ -27,7 +27,7 @@ from pointillist.images import ImageLimits, ImageStore
 from pointillist.pixels import RawImageMaterializer
 from pointillist.runs.paths import WEIGHTS_FILE, RunPaths
 from pointillist.weights.fetch import WeightFolders
-from tests.conftest import encoded, picture
+from tests.helpers.pictures import encoded, picture
 
 KEY = "the run's own word"
 LIMITS = ImageLimits()

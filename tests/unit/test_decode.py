@@ -18,7 +18,7 @@ from pointillist.images.blank import blank_image
 from pointillist.images.decode import color_planes, is_nearly_constant, to_pillow
 from pointillist.images.sniff import describe, format_of
 from pointillist.images.structure import check_structure
-from tests.conftest import encoded, picture
+from tests.helpers.pictures import encoded, picture
 
 LIMITS = ImageLimits()
 

@@ -20,6 +20,8 @@ from pointillist.cli import cli
 from pointillist.launch.doctor import Finding, folder, libraries, machine, probe
 from pointillist.launch.doctor.folder import check_folder
 
+pytestmark = pytest.mark.integration
+
 SpawnedMemory = namedtuple("SpawnedMemory", "available total")
 
 

@@ -20,7 +20,7 @@ from pointillist.models import LoadedModel, load_model
 from pointillist.pixels.on_device import PixelNormalizer
 from pointillist.refs import mm_token_type_ids
 from pointillist.weights.publish import write_weights
-from tests.conftest import joined, picture
+from tests.helpers.pictures import joined, picture
 
 END = 2
 

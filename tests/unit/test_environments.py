@@ -18,7 +18,7 @@ from pointillist.environments.hunt import HuntEnvironment
 from pointillist.environments.tasks import read_tasks
 from pointillist.errors import EnvironmentLoadError
 from pointillist.sessions import Completion, Turn
-from tests.conftest import encoded, picture
+from tests.helpers.pictures import encoded, picture
 
 
 class Scripted:

@@ -28,7 +28,7 @@ from pointillist.errors import (
     StorageError,
     shown,
 )
-from tests.conftest import ROOT
+from tests.helpers.files import ROOT
 
 SOURCE = ROOT / "src"
 PAGE = ROOT / "docs" / "errors.md"

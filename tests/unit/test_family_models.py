@@ -6,12 +6,9 @@ from types import ModuleType
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 import torch
 from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageTextToText,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Qwen2_5_VLConfig,
@@ -22,7 +19,6 @@ from transformers import (
     Qwen3_5ForConditionalGeneration,
 )
 
-from pointillist.families import place_image
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.inference.embedded.batch import Prompt, prefill
 from pointillist.models import LoadedModel, load_model, sample_positions
@@ -30,11 +26,11 @@ from pointillist.orchestrator.packing import pack
 from pointillist.pixels import RawImageMaterializer
 from pointillist.pixels.on_device import PixelNormalizer, as_tensors
 from pointillist.refs import MMRefs, mm_token_type_ids
-from pointillist.trainer.packing_check import PackingProof, check_packing
+from pointillist.trainer.packing_check import check_packing
 from pointillist.trainer.policy_model import PolicyModel
 from pointillist.trainer.rows import RowLoader
 from pointillist.transport import TrainingSample
-from tests.conftest import encoded, picture
+from tests.helpers.models import check_against_huggingface, small_sample
 
 TEXT = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -120,45 +116,6 @@ def loaded(folder: Path) -> LoadedModel:
     return load_model(str(folder), device="cpu", dtype="float32")
 
 
-def _sample(loaded: LoadedModel, store: ImageStore, sizes: list[tuple[int, int]], seed: int) -> TrainingSample:
-    random, family = np.random.default_rng(seed), loaded.family
-    ids: list[int] = random.integers(20, 280, 4).tolist()
-    refs = []
-    for index, (width, height) in enumerate(sizes):
-        stored, layout = store.put(encoded(picture(width, height, seed + index))), family.layout(width, height)
-        refs.append(place_image(family, stored, layout, len(ids) + 1))
-        ids += [3, *[family.image_token_id] * layout.num_tokens, 4]
-    ids += random.integers(20, 280, 6).tolist()
-    trained = [index >= len(ids) - 4 for index in range(len(ids))]
-    return TrainingSample(
-        token_ids=ids, loss_mask=trained, logprobs_sampled=[0.0] * len(ids), advantages=[float(on) for on in trained],
-        weight_versions=[0] * len(ids), temperatures=[1.0] * len(ids),
-            mm_refs=MMRefs(refs) if refs else None, sample_id=str(seed),
-        mm_token_type_ids=mm_token_type_ids(ids, family.image_token_id),
-    )  # fmt: skip
-
-
-def _huggingface(folder: Path, loaded: LoadedModel, sample: TrainingSample, *, blank: bool) -> torch.Tensor:
-    from PIL import Image
-
-    model, ids = AutoModelForImageTextToText.from_pretrained(folder).eval(), torch.tensor([sample.token_ids])
-    kwargs: dict[str, Any] = {}
-    if sample.mm_refs is not None:
-        pictures = [Image.open(image.uri.removeprefix("file://")).convert("RGB") for image in sample.mm_refs.images]
-        if blank:
-            pictures = [Image.new("RGB", each.size) for each in pictures]
-        kwargs = dict(AutoImageProcessor.from_pretrained(folder)(images=pictures, return_tensors="pt"))
-        kwargs.pop("num_crops", None)
-        policy = loaded.family.forward_args
-        if policy.requires_mm_token_type_ids:
-            kwargs[policy.token_types_argument] = torch.tensor([sample.mm_token_type_ids]).int()
-    with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False, **kwargs).logits[0]
-    logits[:, loaded.unsampleable] = float("-inf")
-    where = torch.tensor([index for index, on in enumerate(sample.loss_mask) if on])
-    return logits.log_softmax(-1)[where - 1].gather(1, ids[0, where, None])[:, 0]
-
-
 def test_rows_of_references_equal_the_processors_way(folder: Path, loaded: LoadedModel, store: ImageStore) -> None:
     proof = check_against_huggingface(folder, loaded, store)
     # Linear attention (Qwen3.5) carries its state from one packed sample into the next, and Gemma 3's mask of image
@@ -166,36 +123,9 @@ def test_rows_of_references_equal_the_processors_way(folder: Path, loaded: Loade
     assert proof.can_pack == folder.name.startswith("qwen2")
 
 
-def check_against_huggingface(folder: Path, loaded: LoadedModel, store: ImageStore) -> PackingProof:
-    """Forward and backward from references, compared with each sample alone by the model's own processor."""
-    policy = PolicyModel(loaded)
-    proof = check_packing(policy, loaded)
-    assert proof.padded < 1e-4
-    sizes = [[(64, 64)], [], [(100, 70), (300, 84)]]
-    samples = [_sample(loaded, store, each, seed) for seed, each in enumerate(sizes)]
-    ((row,),) = pack(samples, seq_len=256, num_workers=1)
-    loader = RowLoader(loaded, RawImageMaterializer(loaded.family, [store.root], ImageLimits()))
-    loader.packed = proof.can_pack
-    stats = policy(loader.load(row))
-    by_id = {sample.sample_id: sample for sample in samples}
-    order = [by_id[name] for name in row.sample_ids]
-    expected = torch.cat([_huggingface(folder, loaded, sample, blank=False) for sample in order])
-    assert (stats.logprobs - expected).abs().max() < 1e-5
-    blank = torch.cat([_huggingface(folder, loaded, sample, blank=True) for sample in order])
-    assert (stats.logprobs - blank).abs().max() > 0.01  # the control
-    stats.logprobs.sum().backward()
-    # The family's vision modules are all of the model but the language model; each takes part.
-    modules = loaded.family.vision_modules
-    assert {*modules, "language_model"} == {name for name, _ in loaded.model.model.named_children()}
-    for name in modules:
-        gradients = [each.grad for each in loaded.model.model.get_submodule(name).parameters()]
-        assert any(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in gradients), name
-    return proof
-
-
 def test_a_reference_of_a_wrong_length_costs_its_own_sample_only(loaded: LoadedModel, store: ImageStore) -> None:
     """Gemma 3 has no image of another length, so nothing can hold its place: the row goes on without it."""
-    good, bad = (_sample(loaded, store, [(64, 64)], seed) for seed in (1, 2))
+    good, bad = (small_sample(loaded, store, [(64, 64)], seed) for seed in (1, 2))
     assert bad.mm_refs is not None
     (image,) = bad.mm_refs.images
     cut = {
@@ -224,7 +154,7 @@ def test_a_reference_of_a_wrong_length_costs_its_own_sample_only(loaded: LoadedM
 
 def _touching(loaded: LoadedModel, store: ImageStore, order: tuple[int, int]) -> TrainingSample:
     """A sample whose two images have no token between them, the first or the second one first."""
-    both = _sample(loaded, store, [(64, 64), (96, 64)], 3)
+    both = small_sample(loaded, store, [(64, 64), (96, 64)], 3)
     assert both.mm_refs is not None
     first, second = (both.mm_refs.images[index] for index in order)
     pad, start = loaded.family.image_token_id, 5

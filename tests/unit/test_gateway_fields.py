@@ -154,6 +154,7 @@ FIELDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("api", APIS)
 @settings(max_examples=300, deadline=None)
 @given(fields=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3))

@@ -13,7 +13,7 @@ from pointillist.errors import ConfigError, LayoutError
 from pointillist.families import ModelFiles
 from pointillist.families.gemma3 import Gemma3Family
 from pointillist.pixels import LoadedImage, PatchJoiner
-from tests.conftest import check_pixels, picture
+from tests.helpers.pictures import check_pixels, picture
 
 TOKENS = {"boi_token": "<|vision_start|>", "eoi_token": "<|vision_end|>", "image_token": "<|image_pad|>"}
 TOKENS_PER_IMAGE = 6

@@ -296,7 +296,7 @@ server.serve_forever()
 
 
 def _supervisor(tmp_path: Path, deaths: str, work: str, **config: float) -> tuple[Supervisor, list[str], Path]:
-    from tests.integration.conftest import free_port
+    from tests.helpers.processes import free_port
 
     marks = tmp_path / "marks"
     marks.mkdir()
@@ -360,6 +360,7 @@ with beating(Path(sys.argv[1]), "trainer"):
 """
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("what", "cause"),
     [

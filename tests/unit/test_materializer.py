@@ -20,7 +20,8 @@ from pointillist.inference.prompt import request_error
 from pointillist.pixels import RawImageMaterializer
 from pointillist.pixels.levels import PixelDtype
 from pointillist.refs import MMImageRef
-from tests.conftest import joined, open_files, picture, stored_ref, with_item
+from tests.helpers.files import open_files
+from tests.helpers.pictures import joined, picture, stored_ref, with_item
 
 
 def _ref(family: Family, store: ImageStore, width: int = 64, height: int = 96, seed: int = 0) -> MMImageRef:

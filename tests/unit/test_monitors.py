@@ -2,56 +2,22 @@
 
 import json
 import os
-import struct
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from pointillist.base.jsonl import append_jsonl
 from pointillist.cli.options import parse_cli
 from pointillist.config import MonitorsConfig, RLConfig
 from pointillist.errors import ConfigError
-from pointillist.images import ImageLimits, ImageStore
 from pointillist.launch.monitors import Monitor, Row, Watching, check_monitors
 from pointillist.launch.monitors.following import MetricsFollower, rows_of
 from pointillist.launch.monitors.watching import make_monitors
 from pointillist.launch.run_dir import rewind
-from pointillist.runs.paths import RunPaths
-from tests.conftest import encoded, picture
-
-
-class Run:
-    """A run folder whose every step has three rollouts: of one picture, of another, of both."""
-
-    def __init__(self, root: Path) -> None:
-        self.paths = RunPaths(root)
-        store = ImageStore(root / "assets" / "images", ImageLimits())
-        self.images = [store.put(encoded(picture(32, 32, 0))), store.put(encoded(picture(32, 32, 1), "JPEG"))]
-
-    def step(self, step: int, loss: float = 0.5) -> None:
-        folder = self.paths.rollout_step(step)
-        folder.mkdir(parents=True, exist_ok=True)
-        shown = [self.images[:1], self.images[1:], self.images]
-        lines = [json.dumps(self._record(f"{step}.0.{n}", images)) for n, images in enumerate(shown)]
-        (folder / "rollouts.jsonl").write_text("\n".join(lines) + "\n")
-        append_jsonl(self.paths.metrics / "orchestrator.jsonl", {"step": step, "reward/mean": 0.25})
-        append_jsonl(self.paths.metrics / "trainer.jsonl", {"step": step, "loss": loss})
-
-    def _record(self, name: str, images: list[Any]) -> dict[str, Any]:
-        parts = [{"type": "image_url", "image_url": {"url": image.uri}} for image in images]
-        call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": '{"x": 1}'}}
-        messages = [
-            {"role": "user", "content": [*parts, {"type": "text", "text": "what | is this?"}]},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-            {"role": "tool", "tool_call_id": "c", "content": "nothing"},
-            {"role": "assistant", "content": "an <b>orange</b>"},
-        ]
-        return {"id": name, "task": "0", "reward": 1.0, "advantage": None, "branches": [{"messages": messages}]}
+from tests.helpers.monitored import Run, tensorboard_values, wandb_history, wandb_records
 
 
 @pytest.fixture
@@ -189,6 +155,7 @@ def test_one_that_can_not_begin_is_left_out(run: Run) -> None:
     assert "tensorboard failed" in said[0]
 
 
+@pytest.mark.integration
 def test_no_monitor_is_the_default_and_imports_nothing() -> None:
     code = (
         "import sys, pointillist.launch.rl, pointillist.launch.monitors.weights_and_biases, "
@@ -198,14 +165,6 @@ def test_no_monitor_is_the_default_and_imports_nothing() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     assert MonitorsConfig().wandb is None
     assert MonitorsConfig().tensorboard is False
-
-
-def tensorboard_values(folder: Path) -> list[tuple[int, Any]]:
-    """`(step, value)` of everything in the one event file of a folder."""
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-
-    (path,) = folder.iterdir()
-    return [(event.step, value) for event in EventFileLoader(str(path)).Load() for value in event.summary.value]
 
 
 def test_tensorboard_files_can_be_read_back(run: Run) -> None:
@@ -237,7 +196,7 @@ from pointillist.config import RLConfig
 from pointillist.cli.options import parse_cli
 from pointillist.runs import RunPaths
 from pointillist.launch.monitors import Watching
-from tests.unit.test_monitors import Run
+from tests.helpers.monitored import Run
 
 run = Run(Path(sys.argv[1]))
 said = []
@@ -253,35 +212,7 @@ assert "torch" not in sys.modules
 """
 
 
-def _wandb_records(path: Path) -> list[Any]:
-    """The library has no reader. The file is a log of LevelDB: 7 bytes, blocks of 32 KiB, records in parts."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, at, parts, records = path.read_bytes(), 7, b"", []
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:  # no room for a header: zeros up to the next block
-            at += 32768 - at % 32768
-            continue
-        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
-        parts += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or its last part
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(parts)
-            records.append(record)
-            parts = b""
-    return records
-
-
-def wandb_history(path: Path) -> list[dict[str, str]]:
-    """What was logged, each value as JSON."""
-    return [
-        {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
-        for record in _wandb_records(path)
-        if record.WhichOneof("record_type") == "history"
-    ]
-
-
+@pytest.mark.integration
 def test_wandb_offline_shows_each_picture_but_has_it_once(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
@@ -294,7 +225,7 @@ def test_wandb_offline_shows_each_picture_but_has_it_once(tmp_path: Path) -> Non
     folder = tmp_path / "run" / "monitors"
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     assert b"hush-hush" not in path.read_bytes()
-    records = _wandb_records(path)
+    records = wandb_records(path)
     history = wandb_history(path)
     losses = [(json.loads(line["trainer/step"]), json.loads(line["trainer/loss"]))
               for line in history if "trainer/loss" in line]  # fmt: skip

@@ -32,7 +32,8 @@ from pointillist.runs.paths import WEIGHTS_FILE, RunPaths
 from pointillist.sessions import Branch
 from pointillist.trainer.train import train
 from pointillist.transport import FilesystemSender, RankBatch
-from tests.conftest import ROOT, encoded, picture
+from tests.helpers.files import ROOT
+from tests.helpers.pictures import encoded, picture
 
 LEARNING_RATE = 1e-3
 BETAS = (0.9, 0.95)

@@ -25,8 +25,8 @@ from pointillist.render import FolderTokenizer, RawRenderer
 from pointillist.runs.records import ErrorRecord
 from pointillist.sessions import Branch, Completion
 from pointillist.sessions.trace import Trace
-from tests.conftest import picture
-from tests.unit.test_transport import sample
+from tests.helpers.pictures import picture
+from tests.helpers.transported import sample
 
 
 @given(st.lists(st.floats(-10, 10), min_size=2, max_size=16))

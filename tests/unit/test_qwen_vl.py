@@ -12,7 +12,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from pointillist.errors import ConfigError, LayoutError
 from pointillist.families import Family, ModelFiles
 from pointillist.families.qwen_vl import QwenVLFamily
-from tests.conftest import check_pixels, joined, picture
+from tests.helpers.pictures import check_pixels, joined, picture
 
 
 def _family(tmp_path: Path, **settings_: object) -> QwenVLFamily:
@@ -32,6 +32,7 @@ TINY = {
 CLIP14 = {"patch_size": 14}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [QWEN3, TINY, CLIP14], ids=["qwen3", "tiny", "clip14"])
 def test_layout_equals_smart_resize_for_every_size(config: dict, tmp_path: Path) -> None:
     family = _family(tmp_path, **config)

@@ -23,8 +23,8 @@ from pointillist.view.run import ViewedRun
 from pointillist.view.terminal import show_rollout
 from pointillist.view.transcript import write_transcript
 from pointillist.view.web.app import create_app
-from tests.conftest import encoded, picture
-from tests.made_run import MadeRun
+from tests.helpers.made_run import MadeRun
+from tests.helpers.pictures import encoded, picture
 
 Reader = Callable[[MadeRun, Path], bool]
 

@@ -39,7 +39,7 @@ from pointillist.view.queries import Filters, rollouts
 from pointillist.view.run import ViewedRun
 from pointillist.view.transcript import write_transcript
 from pointillist.view.web.app import create_app
-from tests.conftest import encoded, picture
+from tests.helpers.pictures import encoded, picture
 
 SHA = "ab" * 32
 URI = f"file:///images/ab/{SHA}.png"

@@ -111,6 +111,7 @@ def test_wire_refusals(text: object, message: str) -> None:
         decode_ref(text, 0, 1)
 
 
+@pytest.mark.slow
 @settings(max_examples=1000)
 @given(
     st.one_of(

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pointillist.errors import SourceError
 from pointillist.images import ImageStore, Sources, normalize_images
 from pointillist.images.remote import RemoteImages, is_public, public_address
-from tests.conftest import encoded, picture
+from tests.helpers.pictures import encoded, picture
 
 PNG = encoded(picture(8, 6))
 

@@ -12,7 +12,7 @@ from pointillist.errors import ConfigError, RenderError
 from pointillist.images import Sources, StoredImage, normalize_images
 from pointillist.refs import encode_features, mm_token_type_ids
 from pointillist.render import FolderTokenizer, RawRenderer, unsampleable_token_ids
-from tests.conftest import picture
+from tests.helpers.pictures import picture
 
 
 class _WithoutVideo(Qwen3VLProcessor):

@@ -30,7 +30,8 @@ from pointillist.launch.run_dir import check_fresh, make_fresh, wait_for_survivo
 from pointillist.launch.supervise import Interrupted, interruptible
 from pointillist.runs.lock import RunLock
 from pointillist.runs.paths import RunPaths
-from tests.conftest import encoded, picture
+from pointillist.runs.records import BranchRecord, RolloutRecord, write_rollouts
+from tests.helpers.pictures import encoded, picture
 
 
 def _config(model_dir: Path, run: Path, **fields: Any) -> RLConfig:
@@ -174,6 +175,7 @@ def test_a_second_job_does_not_begin_in_what_the_first_one_has_done(model_dir: P
         begin(_placed(config), lambda: False, is_job=True)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("answer", "refused"), [("echo PENDING", True), ("true", False), ("exit 1", False)])
 def test_a_folder_in_which_a_job_waits_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, refused: bool
@@ -287,21 +289,24 @@ def _aged(store: ImageStore, seed: int, seconds: float = 1e6) -> Path:
 
 
 def test_gc_keeps_what_a_live_run_has_stored(model_dir: Path, tmp_path: Path) -> None:
-    """A picture that lay there for long and is stored again by a live run is in no record yet."""
+    """Nor what it has recorded; a picture that lay there for long and is stored again by it is in no record yet."""
     store = ImageStore(tmp_path / "shared", ImageLimits())
     done, live = tmp_path / "done", tmp_path / "live"
     for run in (done, live):
         (run / "configs").mkdir(parents=True)
         add_user(store.root, run)
-    old, again = _aged(store, 1), _aged(store, 2)
+    old, again, recorded = (_aged(store, seed) for seed in (1, 2, 4))
+    part = {"type": "image_url", "image_url": {"url": recorded.as_uri()}}
+    branch = BranchRecord(messages=[{"role": "user", "content": [part]}])
+    write_rollouts(RunPaths(live).rollouts_file(1), [RolloutRecord(id="1.0.0", branches=[branch])])
     with RunLock.take(live):
         store.put(encoded(picture(8, 8, 2)))
         fresh = local_path(store.put(encoded(picture(8, 8, 3))).uri)
         output = _gc(store.root, "--keep-runs", done, "--older-than", 0)
         assert "is going on (process" in output
         assert "removed 1 files" in output
-        assert [path.exists() for path in (old, again, fresh)] == [False, True, True]
-    assert "removed 2 files" in _gc(store.root, "--keep-runs", done, "--older-than", 0)
+        assert [path.exists() for path in (old, again, fresh, recorded)] == [False, True, True, True]
+    assert "removed 3 files" in _gc(store.root, "--keep-runs", done, "--older-than", 0)
 
 
 def test_gc_takes_no_other_folder_for_a_store(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from pointillist.orchestrator.samples import make_sample
 from pointillist.render import FolderTokenizer
 from pointillist.runs.records import BranchRecord, RolloutRecord, write_rollouts
 from pointillist.sessions import Completion, Sampling, Session
-from tests.conftest import ROOT
+from tests.helpers.files import ROOT
 
 BAD_TEXT = "x" * 5_000_000 + "\x1b[2J\ud800"
 Behaviour = Callable[[Any], Awaitable[Any]]
@@ -514,6 +514,7 @@ def test_records_hold_what_json_can_not(tmp_path: Path) -> None:
         assert second["branches"][0]["messages"][0]["content"] == "?é"
 
 
+@pytest.mark.integration
 def test_a_process_survives_what_an_environment_leaves_on_its_loop() -> None:
     """A SystemExit of a task or a callback, a stopped loop, and at the end a task and a thread that never end."""
     code = """

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.integration
+
 ENVIRONMENT_SIDE = [
     "pointillist.cli",
     "pointillist.environments.digits",

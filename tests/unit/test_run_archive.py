@@ -19,7 +19,7 @@ from pointillist.launch.run_dir import resume_step
 from pointillist.runs.paths import RunPaths
 from pointillist.upkeep.archive import FORMAT, export_run, import_run
 from pointillist.upkeep.commands import store as commands
-from tests.made_run import MadeRun
+from tests.helpers.made_run import MadeRun
 
 MANIFEST = json.dumps({"format": FORMAT, "image_root": "file:///x/images", "images": 0}).encode()
 

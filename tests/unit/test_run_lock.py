@@ -39,6 +39,7 @@ def other(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
     process.wait()
 
 
+@pytest.mark.integration
 def test_a_second_launcher_is_told_who_has_the_folder(tmp_path: Path, other: "subprocess.Popen[str]") -> None:
     with pytest.raises(LaunchError, match=rf"is in use by process {other.pid} on \S+ since "):
         RunLock.take(tmp_path)
@@ -50,6 +51,7 @@ def test_a_second_launcher_is_told_who_has_the_folder(tmp_path: Path, other: "su
     assert holder.since_seconds > 1e9
 
 
+@pytest.mark.integration
 def test_the_lock_of_a_process_that_was_killed_is_taken_over_at_once(
     tmp_path: Path, other: "subprocess.Popen[str]"
 ) -> None:

@@ -13,7 +13,7 @@ from pointillist.orchestrator.samples import make_sample
 from pointillist.refs import encode_features
 from pointillist.render import RawRenderer, RenderedPrompt
 from pointillist.sessions import Completion, Sampling, Session, Turn
-from tests.conftest import picture
+from tests.helpers.pictures import picture
 
 TOOLS = [{"type": "function", "function": {"name": "move", "parameters": {"type": "object", "properties": {}}}}]
 
@@ -252,6 +252,7 @@ ANSWERS = [
 ]
 
 
+@pytest.mark.slow
 async def test_random_conversations_are_never_re_tokenised(opened: Any, say: Any, renderer: RawRenderer) -> None:
     """1,000 conversations: every prompt and completion stands in the record as it was; unedited ones are one stream."""
     random_ = random.Random(0)

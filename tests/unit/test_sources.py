@@ -16,7 +16,7 @@ from PIL import Image, ImageCms, ImageOps
 from pointillist.errors import ImageError, PointillistError, SourceError, StorageError
 from pointillist.images import ImageLimits, ImageStore, Sources, StoredImage, decode_rgb, normalize_images
 from pointillist.images.store import local_path
-from tests.conftest import encoded, picture
+from tests.helpers.pictures import encoded, picture
 
 DATA = encoded(picture(8, 6))
 DATA_URL = "data:image/png;base64," + base64.b64encode(DATA).decode()
@@ -198,6 +198,7 @@ def test_errors_name_the_file(sources: Sources, tmp_path: Path) -> None:
 _ENCODED = st.sampled_from([DATA, encoded(picture(9, 5), "JPEG"), encoded(picture(7, 7), "GIF")])
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     data=_ENCODED,

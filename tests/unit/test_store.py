@@ -20,7 +20,8 @@ from pointillist.errors import ConfigError, ImageError, MissingImageError, RefEr
 from pointillist.images import ImageLimits, ImageStore, inventory, read_verified
 from pointillist.images.inventory import StoreEntry, list_store, verify_store
 from pointillist.images.store import local_path, write_image
-from tests.conftest import encoded, open_files, picture
+from tests.helpers.files import open_files
+from tests.helpers.pictures import encoded, picture
 
 LIMITS = ImageLimits()
 
@@ -135,6 +136,7 @@ def _put_all(root: Path, seeds: list[int]) -> None:
         store.put(encoded(picture(16, 16, seed)))
 
 
+@pytest.mark.integration
 def test_many_processes_put_the_same_images(store: ImageStore) -> None:
     context = multiprocessing.get_context("spawn")
     seeds = list(range(20))

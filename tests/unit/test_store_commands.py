@@ -20,7 +20,7 @@ from pointillist.runs.paths import RunPaths
 from pointillist.runs.records import Fault, append_fault
 from pointillist.upkeep.commands import store as commands
 from pointillist.upkeep.references import run_hashes
-from tests.conftest import encoded, picture
+from tests.helpers.pictures import encoded, picture
 
 
 class Run:

@@ -26,7 +26,7 @@ from pointillist.trainer.rows import RowLoader
 from pointillist.transport import TrainingSample
 from pointillist.weights.load import copy_weights, read_weights
 from pointillist.weights.publish import write_weights
-from tests.made_samples import trained_sample
+from tests.helpers.made_samples import trained_sample
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +243,7 @@ def test_weights_travel_whole_or_not_at_all(loaded: LoadedModel, model_dir: Path
         read_weights(tmp_path / "step_1")
 
 
+@pytest.mark.slow
 def test_checkpoints_restore_everything(model_dir: Path, tmp_path: Path) -> None:
     ranks = Ranks(torch.device("cpu"))
     checkpoints = Checkpoints(RunPaths(tmp_path), ranks, keep_last=1)

@@ -36,7 +36,9 @@ from pointillist.trainer.train import Trainer
 from pointillist.transport import FilesystemSender, RankBatch
 from pointillist.weights.load import read_weights
 from pointillist.weights.publish import write_weights
-from tests.made_samples import trained_sample
+from tests.helpers.made_samples import trained_sample
+
+pytestmark = pytest.mark.slow
 
 LORA = LoRAConfig(rank=4, alpha=12.0)
 SIZES = [[(64, 64)], [], [(100, 70), (64, 96)]]

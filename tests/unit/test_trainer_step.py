@@ -19,7 +19,7 @@ from pointillist.trainer.loss import policy_gradient_loss
 from pointillist.trainer.parallel import Ranks
 from pointillist.trainer.train import Trainer, _schedule
 from pointillist.transport import FilesystemSender, RankBatch, TrainingSample
-from tests.made_samples import trained_sample
+from tests.helpers.made_samples import trained_sample
 
 
 def _trainer(model_dir: Path, run: Path, store: ImageStore, samples: list[TrainingSample], **fields: object) -> Trainer:
@@ -45,6 +45,36 @@ def test_gradients_are_clipped(model_dir: Path, family: Family, store: ImageStor
     )
     assert said["optim/grad_norm"] > 0.1  # the control: what came before the clipping, which is what is reported
     assert float(norm) == pytest.approx(0.01, rel=1e-3)
+
+
+def _steps(run: Path, trainer: Trainer, samples: list[TrainingSample]) -> list[dict[str, float]]:
+    """Metrics of two steps on the same batch."""
+    ((row,),) = pack(samples, seq_len=512, num_workers=1)
+    batch = RankBatch(step=2, micro_batches=[row], num_tokens=sum(row.loss_mask), orchestrator_state=b"{}")
+    FilesystemSender(RunPaths(run)).send([batch])
+    trainer.run()
+    return read_jsonl(RunPaths(run).metrics / "trainer.jsonl")
+
+
+def test_a_step_has_gradients_of_its_own_batch_alone(
+    model_dir: Path, family: Family, store: ImageStore, tmp_path: Path
+) -> None:
+    """With weights that hardly move, the same batch twice has the same gradient twice, and not its double."""
+    samples = [trained_sample(family, store, [], seed=1)]
+    trainer = _trainer(model_dir, tmp_path, store, samples, max_steps=2, optim={"lr": 1e-12, "weight_decay": 0.0})
+    first, second = _steps(tmp_path, trainer, samples)
+    assert second["optim/grad_norm"] == pytest.approx(first["optim/grad_norm"], rel=1e-3)
+
+
+def test_the_reference_is_the_model_that_training_began_with(
+    model_dir: Path, family: Family, store: ImageStore, tmp_path: Path
+) -> None:
+    samples = [trained_sample(family, store, [(64, 64)], seed=1)]
+    fields = {"optim": {"lr": 0.01}, "loss": {"kl_coef": 0.1}}
+    trainer = _trainer(model_dir, tmp_path, store, samples, max_steps=2, **fields)
+    first, second = _steps(tmp_path, trainer, samples)
+    assert first["kl"] == pytest.approx(0, abs=1e-6)
+    assert second["kl"] > 1e-3
 
 
 @pytest.mark.parametrize(("version", "stale"), [(0, 0.0), (-3, 3.0)])

@@ -13,7 +13,7 @@ from pointillist.base.channel import decompress, secure_client
 from pointillist.config import RUN_KEY, TransportConfig
 from pointillist.errors import ConfigError, TransportError
 from pointillist.orchestrator.packing import OverlongMultimodalSample, pack
-from pointillist.refs import MMImageRef, MMRefs, make_descriptor
+from pointillist.refs import MMRefs
 from pointillist.runs.paths import RunPaths
 from pointillist.transport import (
     FilesystemReceiver,
@@ -33,28 +33,7 @@ from pointillist.transport import (
 )
 from pointillist.transport.types import check_lists, encoded_image_bytes
 from pointillist.transport.zmq import _batch_of
-
-SHA = "ab" * 32
-URI = f"file:///data/outputs/run_20261124/assets/images/ab/{SHA}.png"
-ITEM = make_descriptor("qwen_vl", URI, "0" * 32, {"image_grid_thw": [1, 4, 4]})
-
-
-def sample(name: str = "s", text: int = 6, images: int = 1) -> TrainingSample:
-    """Images of two tokens each, then text, of which the second half is sampled."""
-    types = [1, 1, 0] * images + [0] * text
-    length = len(types)
-    trained = [index >= length - text // 2 for index in range(length)]
-    return TrainingSample(
-        token_ids=list(range(length)),
-        loss_mask=trained,
-        logprobs_sampled=[-0.5 if on else 0.0 for on in trained],
-        advantages=[1.0 if on else 0.0 for on in trained],
-        weight_versions=[3 if on else -1 for on in trained],
-        temperatures=[0.7 if on else 1.0 for on in trained],
-        mm_token_type_ids=types,
-        mm_refs=MMRefs([MMImageRef(ITEM, SHA, URI, 3 * i, 2) for i in range(images)]) if images else None,
-        sample_id=name,
-    )
+from tests.helpers.transported import ITEM, SHA, URI, sample
 
 
 def batch(*samples: TrainingSample, seq_len: int = 64) -> RankBatch:

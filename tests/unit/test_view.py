@@ -34,8 +34,8 @@ from pointillist.view.terminal_images import half_blocks, kitty, sixel
 from pointillist.view.transcript import write_transcript
 from pointillist.view.web.app import create_app
 from pointillist.view.web.charts import Line, line_chart
-from tests.conftest import encoded, picture
-from tests.made_run import HOSTILE, LINK, MadeRun
+from tests.helpers.made_run import HOSTILE, LINK, MadeRun
+from tests.helpers.pictures import encoded, picture
 
 
 @pytest.fixture(autouse=True)

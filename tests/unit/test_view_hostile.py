@@ -28,7 +28,7 @@ from pointillist.view.run import ViewedRun
 from pointillist.view.terminal import show_rollout
 from pointillist.view.transcript import write_transcript
 from pointillist.view.web.app import create_app
-from tests.made_run import MadeRun
+from tests.helpers.made_run import MadeRun
 
 PAGES = [
     "/", "/runs/0/rollouts", "/runs/0/rollouts?step=2&sort=longest", "/runs/0/group?id=2.0",
@@ -150,6 +150,7 @@ def _put(record: dict[str, Any], place: tuple[Any, ...], value: Any) -> Any:
     return changed
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.data())
 def test_no_record_makes_a_reader_fail(made: MadeRun, tmp_path: Path, data: st.DataObject) -> None:
@@ -174,6 +175,7 @@ def test_no_record_makes_a_reader_fail(made: MadeRun, tmp_path: Path, data: st.D
             pass
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.dictionaries(st.sampled_from(["step", "loss", "reward/mean", "time/x", "eval/accuracy"]), ODD))
 def test_no_metric_makes_a_reader_fail(made: MadeRun, tmp_path: Path, odd: dict[str, Any]) -> None:

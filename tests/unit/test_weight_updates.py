@@ -105,6 +105,7 @@ def test_a_file_that_is_too_long_is_not_read(tmp_path: Path) -> None:
         read_weights(tmp_path, max_bytes=1000)
 
 
+@pytest.mark.integration
 def test_what_happens_to_the_file_afterwards_does_not_reach_the_reader(weights: Weights, tmp_path: Path) -> None:
     """A mapped file that is cut kills whoever reads it."""
     write_weights(weights, tmp_path)

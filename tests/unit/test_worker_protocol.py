@@ -24,7 +24,7 @@ from pointillist.images import Sources
 from pointillist.render import RawRenderer
 from pointillist.runs.config_files import load_toml
 from pointillist.sessions import Branch, Completion, Sampling, Session
-from tests.conftest import picture
+from tests.helpers.pictures import picture
 
 
 class Silent:
@@ -46,6 +46,7 @@ async def branch(renderer: RawRenderer, sources: Sources, turns: int, side: int)
     return only
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [64, 992])
 async def test_an_image_a_turn_costs_few_bytes_whatever_its_size(
     renderer: RawRenderer, sources: Sources, side: int

@@ -22,8 +22,8 @@ from pointillist.orchestrator.samples import make_sample
 from pointillist.render import RawRenderer
 from pointillist.runs.paths import RunPaths
 from pointillist.sessions import Sampling
-from tests.integration.conftest import pointillist
-from tests.integration.scripted import ScriptedPolicy, call
+from tests.helpers.processes import pointillist
+from tests.helpers.scripted import ScriptedPolicy, call
 
 PLUGINS = Path(__file__).parent / "plugins"
 

@@ -1,11 +1,10 @@
 """A real viewer in a process of its own, and a real browser: `make test-view`."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,9 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
-from tests.integration.conftest import digits_run, wait_for  # noqa: F401 - one is a fixture
-from tests.made_run import MadeRun
-
-CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
-Viewer = Callable[..., str]
+from tests.helpers.made_run import MadeRun
+from tests.helpers.processes import digits_run, wait_for  # noqa: F401 - one is a fixture
+from tests.view.browser import CHROMIUM, Viewer
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from playwright.sync_api import Page, sync_playwright
 
-from tests.view.conftest import CHROMIUM
+from tests.view.browser import CHROMIUM
 
 
 def main() -> None:

@@ -9,9 +9,9 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect
 
 from pointillist.base.jsonl import read_jsonl
 from pointillist.runs.paths import RunPaths
-from tests.integration.conftest import Digits, wait_for
-from tests.made_run import HOSTILE, LINK, MadeRun
-from tests.view.conftest import Viewer
+from tests.helpers.made_run import HOSTILE, LINK, MadeRun
+from tests.helpers.processes import Digits, wait_for
+from tests.view.browser import Viewer
 
 PAGES = {
     "overview": "/",

@@ -7,7 +7,7 @@ from typing import Any
 from pointillist.images import ImageLimits, ImageStore, StoredImage
 from pointillist.images.store import local_path
 from pointillist.runs.paths import RunPaths
-from tests.conftest import encoded, picture
+from tests.helpers.pictures import encoded, picture
 
 HOSTILE = "<script>window.hacked=1</script><img src=x onerror='window.hacked=1'>\"'javascript:window.hacked=1{{7*7}}"
 LINK = "javascript:window.hacked=1"
@@ -81,7 +81,7 @@ class MadeRun:
         evaluated = outcome == "evaluated"
         return {
             "id": rollout_id, "group": "eval.t" if evaluated else rollout_id.rpartition(".")[0],
-            "split": "eval" if evaluated else "train", "env": "hunt", "task": f"task-{number % 7}",
+            "split": "eval" if evaluated else "train", "env": "hunt", "task": f"task-{number % 7}", "answer": "a cat",
             "reward": float(number % 2), "advantage": number % 2 - 0.5 if outcome == "sent" else None,
             "outcome": outcome, "error": None, "turns": 2, "versions": [0, 1], "branches": [branch],
         }  # fmt: skip

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from pointillist.render import RawRenderer
-from tests.integration.conftest import free_port
+from tests.helpers.processes import free_port
 
 
 class ScriptedPolicy:

@@ -6,7 +6,7 @@ from pointillist.families import Family, place_image
 from pointillist.images import ImageStore
 from pointillist.refs import MMRefs, mm_token_type_ids
 from pointillist.transport import TrainingSample
-from tests.conftest import encoded, picture
+from tests.helpers.pictures import encoded, picture
 
 
 def trained_sample(family: Family, store: ImageStore, sizes: list[tuple[int, int]], seed: int) -> TrainingSample:

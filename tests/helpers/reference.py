@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText
 
 from pointillist.models import load_model
-from tests.integration.conftest import RunningServer
+from tests.helpers.processes import RunningServer
 
 
 class Reference:
