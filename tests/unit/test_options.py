@@ -151,6 +151,7 @@ def test_shells_complete_commands_and_keys(words: list[str], incomplete: str, ex
     assert [item.value for item in complete.get_completions(words, incomplete)] == expected
 
 
+@pytest.mark.integration  # click asks bash for its version
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_the_script_for_a_shell(shell: str) -> None:
     result = CliRunner().invoke(cli, ["completion", shell])

@@ -57,7 +57,7 @@ class Host:
     async def run(self, request: RolloutRequest) -> RolloutResult:
         self.requests.append(request)
         branch = Branch(
-            token_ids=[8, 9, 10], sampled=[False, True, True], logprobs=[0.0, -1.0, -1.0],
+            token_ids=[8, 9, 10], loss_mask=[False, True, True], logprobs_sampled=[0.0, -1.0, -1.0],
             weight_versions=[-1, self.weights.version, self.weights.version], temperatures=[1.0] * 3, images=[],
             messages=[],
         )  # fmt: skip
