@@ -142,6 +142,7 @@ class Tormentor:
         self._wanted, self._seconds = kills, seconds
         self._chance = random.Random(seed)
         self._over = threading.Event()
+        self._stopping = threading.Event()
         self._started = time.monotonic()
 
     def torment(self) -> int:
@@ -250,6 +251,7 @@ class Tormentor:
         if self.run.is_over or launcher is None or self.run.last_step >= self.run.steps - 1:
             return
         way = self._chance.choice(["SIGINT", "SIGTERM", "SIGKILL"])
+        self._stopping.set()
         launcher.send_signal(getattr(signal, way))
         with contextlib.suppress(subprocess.TimeoutExpired):
             launcher.wait(_START_SECONDS)
@@ -262,6 +264,7 @@ class Tormentor:
         damage = self._damage(self.run.paths.checkpoint_step(steps[-1])) if len(steps) > 1 else "none"
         self._note(self.told.stops, by=way, processes_left=left, checkpoints=steps, damage=damage)
         self.run.launcher = self.run.start(resume=True)
+        self._stopping.clear()
 
     def _damage(self, folder: Path) -> str:
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
@@ -286,7 +289,7 @@ class Tormentor:
             if not store.is_dir():
                 continue
             before = {path for path in store.glob("??/*") if not path.name.startswith(".")}
-            live = self.run.launcher if self.run.everybody() else None
+            live = self.run.launcher if self.run.everybody() and not self._stopping.is_set() else None
             named = ["--keep-runs", str(self.run.paths.output_dir)] if self.told.gc_calls % 3 else []
             done = subprocess.run(
                 [sys.executable, "-m", "pointillist", "store", "gc", str(store), *named, "--older-than", "0"],
@@ -294,8 +297,9 @@ class Tormentor:
             )  # fmt: skip
             self.told.gc_calls += 1
             self.told.gc_refusals += done.returncode != 0
-            # Between a stop and the next start it may remove what no record names.
-            if live is not None and live is self.run.launcher and not self.run.is_over:
+            # Between a stop, when the lock is released, and the next start it may remove what no record names.
+            going_on = live is not None and live is self.run.launcher and not self.run.is_over
+            if "is going on" in done.stdout or (going_on and not self._stopping.is_set()):
                 self.told.gc_removed += [path.name for path in before if not path.exists()]
 
     def _note(self, where: list[dict[str, Any]], **what: Any) -> None:

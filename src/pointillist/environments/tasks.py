@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pointillist.environments import Task
 from pointillist.errors import EnvironmentLoadError, ImageError
-from pointillist.images.decode import read_header
+from pointillist.images.decode import decode_rgb
 from pointillist.runs.image_dir import writer_limits
 
 T = TypeVar("T")
@@ -25,15 +25,15 @@ def read_tasks(path: Path, hint: str) -> list[Task]:
         Tasks whose data has `image` (a path) and `answer` (a text).
 
     Raises:
-        EnvironmentLoadError: The list is missing or malformed, or a picture is missing or none that the run
-            accepts.
+        EnvironmentLoadError: The list is missing or malformed, or a picture is missing, corrupt, or not one that
+            the run accepts.
     """
     limits = writer_limits(os.environ)
 
     def task(record: Mapping[str, Any]) -> Task:
         image = path.parent / record["image"]
         try:
-            read_header(image.read_bytes(), limits)  # pixels are decoded once, when the image is stored
+            decode_rgb(image.read_bytes(), limits)
         except (OSError, ImageError) as error:
             raise EnvironmentLoadError(f"picture {record['image']} of {path}: {error}") from None
         return Task(f"{path.stem}-{record['image']}", {"image": image, "answer": str(record["answer"])})
