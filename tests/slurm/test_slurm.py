@@ -78,12 +78,15 @@ def test_a_run_on_two_nodes(cluster: Cluster, digits_run: Digits) -> None:
     summary = json.loads((paths.output_dir / "summary.json").read_text())
     assert summary["steps"] == 3
     assert summary["max_logprob_mismatch"] < 1e-5
+    # Both nodes serve metrics, and the head shows the progress, as a run on one machine does.
+    assert _log(digits_run, job).count("metrics of all processes: http://") == 2
+    assert "step 3/3" in _log(digits_run, job)
     # One resolution of the image folder: submission, both nodes and all their processes.
     assert list((paths.output_dir / "assets" / "images").rglob("*.png"))
     assert not Path("/nowhere").exists()
     logs = {log.name for log in paths.logs.glob("*.log")}
     assert logs == {"inference_0.log", "inference_1.log", "trainer.log", "orchestrator.log", f"slurm-{job}.log"}
-    # What the run's processes know each other by is for their user only, and in no config or script.
+    # The secret that the run's processes share is for their user only, and in no config or script.
     key = paths.output_dir / ".run_key"
     assert key.stat().st_mode & 0o777 == 0o600
     assert not any(
