@@ -384,6 +384,7 @@ def dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.integration  # the compiler starts a C++ compiler
 @pytest.mark.parametrize("extra", [{}, {"activation_checkpointing": True, "lora": LORA}])
 def test_compiled_layers_compute_the_same(
     extra: dict[str, Any], model_dir: Path, tmp_path: Path, store: ImageStore, dynamo: None
