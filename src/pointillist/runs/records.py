@@ -11,11 +11,14 @@ Records of older runs lack what was not recorded yet, and those of newer runs ma
 a default, and unknown keys are ignored. A line that holds no record (a disk that failed, a foreign archive) is a
 `RecordError`; each reader decides whether it passes over the line or stops.
 
-Example:
-    >>> record = RolloutRecord(id="3.0.1", task="7", reward=1.0, outcome="sent", advantage=0.5)
-    >>> write_rollouts(paths.rollouts_file(3), [record])
-    >>> [(read.id, read.step, read.group) for read in read_rollouts(paths.rollouts_file(3))]
-    [('3.0.1', 3, '3.0')]
+For example, a record and what a reader sees of it:
+
+```python
+record = RolloutRecord(id="3.0.1", task="7", reward=1.0, outcome="sent", advantage=0.5)
+write_rollouts(paths.rollouts_file(3), [record])
+(read,) = read_rollouts(paths.rollouts_file(3))
+assert (read.id, read.step, read.group) == ("3.0.1", 3, "3.0")
+```
 """
 
 import json
