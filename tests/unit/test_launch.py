@@ -518,6 +518,29 @@ def test_a_node_of_a_job_serves_metrics_as_a_machine_alone_does(
     assert ("pointillist_trainer_loss 0.5" in answers[0]) == (index == 1)
 
 
+@pytest.mark.integration
+@pytest.mark.parametrize(("steps", "resumes"), [([6, 6, 6, 6, 6, 6], 3), ([6, 6, 7, 7, 8, 8], 6)])
+def test_a_run_that_ends_the_same_way_again_and_again_is_not_resumed_for_ever(
+    tmp_path: Path, steps: list[int], resumes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placement = Placement.of(_config("--output-dir", tmp_path), [_machine(0, 1)])
+    work = {"trainer": "import time; time.sleep(600)", "orchestrator": "raise SystemExit(1)"}
+    specs = [Spec(name, [sys.executable, "-c", code], {}, tmp_path / f"{name}.log") for name, code in work.items()]
+    monkeypatch.setattr(Placement, "processes", lambda *_: specs)
+    went_back: list[int] = []
+    saved = iter([*steps, 9])
+    monkeypatch.setattr("pointillist.launch.supervise.resume_step", lambda *_, **__: next(saved))
+    monkeypatch.setattr("pointillist.launch.supervise.go_back", lambda _, step: went_back.append(step))
+    said: list[str] = []
+    monkeypatch.setattr("pointillist.launch.supervise.say", said.append)
+    with interruptible() as signals:
+        part = Part(placement, 0, {"POINTILLIST_RUN_KEY": "k"}, signals, None)
+        assert supervise(part, max_resumes=6) == 1
+    assert sum("going back (" in text for text in said) == resumes
+    assert any("going back again does not help" in text for text in said) == (resumes == 3)
+    assert went_back == steps[: resumes - (resumes == 3)]
+
+
 def _until(done: Callable[[], bool]) -> None:
     while not done():
         time.sleep(0.01)

@@ -17,7 +17,8 @@ class SupervisionConfig(Config):
 
     max_resumes: int = Field(0, ge=0)
     """How often the launcher takes the run back to its last checkpoint by itself when trainer or orchestrator die; 0
-    ends the run with them. In a SLURM job of several nodes, how often the job is requeued for it."""
+    ends the run with them. One that ends by itself three times in a row after the same step ends the run at once. In a
+    SLURM job of several nodes, how often the job is requeued for it."""
 
     backoff: float = Field(1.0, ge=0)
     """Seconds before the first restart; doubled at each further one in a row, up to a minute."""

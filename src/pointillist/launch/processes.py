@@ -34,6 +34,11 @@ class Child:
         """None while it runs."""
         return self.process.poll()
 
+    @property
+    def was_killed(self) -> bool:
+        """Whether a signal ended it, from outside or from the watchdog."""
+        return self.verdict is not None or (self.exit_code or 0) < 0
+
     def cause(self) -> str:
         """How it ended, in words."""
         code = self.process.returncode

@@ -30,6 +30,8 @@ from pointillist.runs.paths import RunPaths, steps_in
 
 _LOG_LINES: Final = 15
 _WORK: Final = ("trainer", "orchestrator")
+_SAME_ENDS: Final = 3
+"""A process that has ended by itself so often in a row, each time after the same step, would do so again."""
 
 
 class Interrupted(PointillistError):
@@ -147,6 +149,7 @@ def supervise(part: Part, *, is_over: Callable[[], bool] = lambda: True, max_res
     )
     progress = ProgressLine(console, paths, config.max_steps) if part.is_head else None
     watching = Watching.of(config, paths, say)
+    ends: list[tuple[str, int | None, int]] = []  # equal ones in a row
 
     def poll() -> None:
         part.check_lock()
@@ -164,7 +167,13 @@ def supervise(part: Part, *, is_over: Callable[[], bool] = lambda: True, max_res
                 max_resumes, resumes = max_resumes - 1, resumes + 1
                 say(f"{dead.cause()}; going back ({resumes} of {config.supervision.max_resumes}, max_resumes)")
                 supervisor.end(_WORK, part.hurry)
-                go_back(placement, resume_step(paths, for_trainer=True))
+                step = resume_step(paths, for_trainer=True)
+                end = (dead.name, dead.exit_code, step)
+                ends = [*ends, end] if end in ends else [end]
+                if len(ends) == _SAME_ENDS and not dead.was_killed:
+                    say(f"{dead.name} ended {_SAME_ENDS} times after step {step}: going back again does not help")
+                    break
+                go_back(placement, step)
                 supervisor.start_again(_WORK)
     except Interrupted as interrupt:
         if part.trains:
