@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from pointillist.base import net
 from pointillist.families import Family
 from pointillist.images import ImageLimits, ImageStore, Sources
 from pointillist.render import RawRenderer
@@ -24,9 +24,8 @@ BACKEND = os.environ.get("POINTILLIST_TEST_BACKEND", "embedded")
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of this machine that nothing listens on now."""
+    return net.free_port("127.0.0.1")
 
 
 def pointillist(*arguments: object, **options: object) -> subprocess.Popen[str]:
@@ -107,7 +106,9 @@ def digits_run(digits: tuple[Path, Path], tmp_path: Path) -> Iterator[Digits]:
         "@", "examples/digits/rl.toml", "--model.name", model, "--output-dir", tmp_path / "run",
         "--env.args.data_dir", data,
         "--orchestrator.batch_size", 32, "--orchestrator.group_size", 8, "--max-steps", 3,
-        "--trainer.optim.scheduler.warmup_steps", 0, "--trainer.optim.scheduler.decay_steps", 1,
+        # A rate at which so small a batch does not ruin the policy, however many steps a fast machine does meanwhile.
+        "--trainer.optim.lr", 5e-5, "--trainer.optim.scheduler.warmup_steps", 0,
+        "--trainer.optim.scheduler.decay_steps", 1,
         "--trainer.num_threads", 1, "--inference.engine.num_threads", 1,
     ]  # fmt: skip
     yield Digits(tmp_path, [str(argument) for argument in arguments])

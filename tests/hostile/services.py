@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ from pointillist.config.shared import ModelConfig
 from pointillist.runs.config_files import load_toml, write_toml
 from tests.helpers.files import ROOT
 from tests.helpers.made_run import MadeRun
+from tests.helpers.processes import free_port
 from tests.hostile import prober
 from tests.hostile.gateway_inputs import GOOD
 from tests.hostile.generate_inputs import GENERATE, Prompts
@@ -33,13 +33,6 @@ START_SECONDS: Final = 180.0
 SEQ_LEN: Final = 256
 MOST_MEMORY: Final = 6 * 2**30
 """Resident bytes at which a process is killed, so that it does not take the machine with it."""
-
-
-def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass(slots=True)

@@ -2,25 +2,43 @@
 
 import ipaddress
 import os
+import random
 import socket
+from contextlib import suppress
 from typing import Final
 
 from pointillist.errors import ConfigError
 
 LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 """Addresses that only this machine can reach."""
+_FIRST_PORT: Final = 20_000
+_FIRST_OUTGOING_PORT: Final = 32_768
+"""Linux gives ports from here on to outgoing connections, unless it is configured otherwise."""
+_ATTEMPTS: Final = 20
 
 
 def free_port(host: str, port: int = 0) -> int:
     """A port of this machine that can be listened on.
 
+    Any port is one below those that the system gives to outgoing connections: one of those could take it in the
+    seconds until the process for which it was chosen listens.
+
     Args:
         host: Address to listen on.
-        port: The one that is wanted; 0 is any.
+        port: Wanted port; 0 is any.
 
     Raises:
-        OSError: It is taken.
+        OSError: The wanted port, or every one that was tried, is taken.
     """
+    if port:
+        return _bound(host, port)
+    for _ in range(_ATTEMPTS):
+        with suppress(OSError):
+            return _bound(host, random.randrange(_FIRST_PORT, _FIRST_OUTGOING_PORT))
+    return _bound(host, 0)
+
+
+def _bound(host: str, port: int) -> int:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((host, port))
