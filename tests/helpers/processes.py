@@ -87,6 +87,8 @@ class Digits:
             *self.arguments,
             *overrides,
             start_new_session=True,
+            # Whoever runs the tests below nohup ignores it, and a launcher leaves it ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
             env={**os.environ, "COLUMNS": "200", **(environ or {})},
         )
 
