@@ -11,11 +11,11 @@ from click.testing import CliRunner, Result
 
 from pointillist.cli import cli
 from pointillist.config import OrchestratorConfig
-from pointillist.errors import PointillistError
+from pointillist.errors import ConfigError, PointillistError
 from pointillist.families import Family, place_image
 from pointillist.images import ImageLimits, ImageStore
 from pointillist.images.store import local_path
-from pointillist.runs.config_files import write_toml
+from pointillist.runs.config_files import load_toml, write_toml
 from pointillist.runs.paths import RunPaths
 from pointillist.runs.records import Fault, append_fault
 from pointillist.upkeep.commands import store as commands
@@ -63,6 +63,22 @@ def test_a_clean_run_verifies(run: Run) -> None:
     result = _store("verify", "--run", run.paths.output_dir)
     assert result.exit_code == 0, result.output
     assert "4 good" in result.output
+    assert "2 references of samples checked" in result.output
+
+
+def test_a_run_of_another_version_verifies(run: Run, tmp_path: Path) -> None:
+    """Its config has keys that no component takes any more, and its images lie elsewhere."""
+    store = tmp_path / "elsewhere"
+    run.store.root.rename(store)
+    config = run.paths.configs / "orchestrator.toml"
+    table = f'[multimodal]\ncache_bytes = 268435456\nof_tomorrow = 1\noffload_dir = "{store}"'
+    config.write_text(config.read_text().replace("[multimodal]", table, 1))
+    with pytest.raises(ConfigError, match=r"inference\.reader\.cache_bytes"):
+        load_toml(OrchestratorConfig, config)
+    rollouts = run.rollouts.read_text().replace(run.store.root.as_uri(), store.as_uri())
+    run.rollouts.write_text(rollouts)
+    result = _store("verify", "--run", run.paths.output_dir)
+    assert result.exit_code == 0, result.output
     assert "2 references of samples checked" in result.output
 
 

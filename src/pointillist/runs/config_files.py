@@ -34,6 +34,19 @@ def read_table(path: Path) -> dict[str, object]:
         raise ConfigError(f"config {path} cannot be read as TOML ({error})") from None
 
 
+def recorded_table(path: Path, name: str) -> dict[str, object]:
+    """One table of a config that a run has written; empty if the config has no such table.
+
+    A reader of what a run left takes the keys that it needs: a run of another version may have others beside them that
+    no component of this version takes.
+
+    Raises:
+        ConfigError: As `read_table`.
+    """
+    table = read_table(path).get(name)
+    return table if isinstance(table, dict) else {}
+
+
 def write_toml(config: Config, path: Path) -> None:
     """Writes a config so that `load_toml` gives it back; keys that are None are left out.
 

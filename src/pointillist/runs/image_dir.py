@@ -20,10 +20,10 @@ from typing import Final
 from pydantic import ValidationError
 
 from pointillist.base.image_limits import STORED_LIMITS, ImageLimits
-from pointillist.config import OrchestratorConfig
+from pointillist.config.base import validated
 from pointillist.config.shared import CARRIER, LIMITS_CARRIER, LimitsConfig, MultimodalConfig
 from pointillist.errors import ConfigError
-from pointillist.runs.config_files import load_toml
+from pointillist.runs.config_files import recorded_table
 from pointillist.runs.paths import RunPaths
 
 _VARIABLE: Final = re.compile(r"\$(?:(?P<dollar>\$)|\{(?P<braced>\w+)\}|(?P<plain>\w+))")
@@ -111,8 +111,12 @@ def limits_of(*runs: RunPaths) -> ImageLimits:
 
 
 def _multimodal_of(paths: RunPaths) -> MultimodalConfig | None:
+    """Where a run's config says that its images lie, and what they may be; None if it has no config."""
     config = paths.configs / "orchestrator.toml"
-    return load_toml(OrchestratorConfig, config).multimodal if config.is_file() else None
+    if not config.is_file():
+        return None
+    table = recorded_table(config, "multimodal")
+    return validated(MultimodalConfig, {key: table[key] for key in ("offload_dir", "limits") if key in table})
 
 
 def _expand(text: str, environ: Mapping[str, str]) -> str:

@@ -12,13 +12,14 @@ from rich.progress import track
 
 from pointillist.base.image_limits import STORED_LIMITS, ImageLimits
 from pointillist.base.logs import plain
-from pointillist.config import OrchestratorConfig
+from pointillist.config.base import validated
+from pointillist.config.shared import ModelConfig
 from pointillist.errors import PointillistError
 from pointillist.families import Family, load_family
 from pointillist.images.inventory import StoreEntry, check_is_store, collect_garbage, list_store, users_of, verify_store
 from pointillist.pixels import RawImageMaterializer
 from pointillist.refs import MMImageRef
-from pointillist.runs.config_files import load_toml
+from pointillist.runs.config_files import recorded_table
 from pointillist.runs.image_dir import image_dir_of, limits_of
 from pointillist.runs.lock import live_holder
 from pointillist.runs.paths import RunPaths
@@ -130,8 +131,8 @@ def _verify_files(root: Path, limits: ImageLimits) -> list[str]:
 
 def _verify_references(paths: RunPaths, root: Path, limits: ImageLimits) -> list[str]:
     """Every image that a sample names is there and unchanged, and its span fits its layout."""
-    family = load_family(load_toml(OrchestratorConfig, paths.configs / "orchestrator.toml").model.name)
-    problems, checked = _check_all(run_references(paths), family, root, limits)
+    model = validated(ModelConfig, recorded_table(paths.configs / "orchestrator.toml", "model"))
+    problems, checked = _check_all(run_references(paths), load_family(model.name), root, limits)
     click.echo(f"{paths.output_dir}: {checked} references of samples checked")
     return problems
 
