@@ -25,12 +25,13 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 
 from pointillist.base.files import open_regular, write_atomically
-from pointillist.base.jsonl import JsonObject, append_line, complete_lines
+from pointillist.base.json_types import JsonObject
+from pointillist.base.jsonl import append_line, complete_lines
 from pointillist.errors import RecordError, RefError
 from pointillist.images.store import STORED_NAME, local_path
 from pointillist.runs.paths import RunPaths, evals_in, number_of, steps_in
@@ -165,7 +166,7 @@ class Fault(msgspec.Struct, frozen=True):
 
 
 _STRUCTS: Final = (RolloutRecord, BranchRecord, ImageSpan, SampledPiece, ErrorRecord)
-_DAMAGE: Final = (msgspec.MsgspecError, RecursionError, ValueError, OverflowError)
+RecordT = TypeVar("RecordT")
 _rollout_decoder: Final = msgspec.json.Decoder(RolloutRecord)
 _fault_decoder: Final = msgspec.json.Decoder(Fault)
 
@@ -176,10 +177,7 @@ def decode_rollout(line: bytes) -> RolloutRecord:
     Raises:
         RecordError: The line is not a rollout's record.
     """
-    try:
-        return _rollout_decoder.decode(line)
-    except _DAMAGE as error:
-        raise RecordError(f"not a rollout's record ({error})") from None
+    return decode_line(_rollout_decoder, line, "a rollout's record")
 
 
 def decode_fault(line: bytes) -> Fault:
@@ -188,10 +186,24 @@ def decode_fault(line: bytes) -> Fault:
     Raises:
         RecordError: The line is not a fault's record.
     """
+    return decode_line(_fault_decoder, line, "a fault's record")
+
+
+def decode_line(decoder: msgspec.json.Decoder[RecordT], line: bytes, what: str) -> RecordT:
+    """The record that a decoder finds in a line.
+
+    Args:
+        decoder: Of the record's type.
+        line: One line of a file.
+        what: The record's name, for the error.
+
+    Raises:
+        RecordError: The line is not such a record.
+    """
     try:
-        return _fault_decoder.decode(line)
-    except _DAMAGE as error:
-        raise RecordError(f"not a fault's record ({error})") from None
+        return decoder.decode(line)
+    except (msgspec.MsgspecError, RecursionError, ValueError, OverflowError) as error:
+        raise RecordError(f"not {what} ({error})") from None
 
 
 def write_rollouts(path: Path, records: Iterable[RolloutRecord]) -> None:

@@ -6,15 +6,23 @@ is an error, where the viewer would show what there is.
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import msgspec
 
-from pointillist.base.jsonl import JsonObject
+from pointillist.base.json_types import JsonObject
 from pointillist.errors import PointillistError, RecordError, RefError
 from pointillist.refs.mm_refs import MMImageRef, check_image
 from pointillist.runs.paths import RunPaths, steps_in
-from pointillist.runs.records import BranchRecord, ImageSpan, RolloutRecord, decode_fault, hashes_in, rollout_files
+from pointillist.runs.records import (
+    BranchRecord,
+    ImageSpan,
+    RolloutRecord,
+    decode_fault,
+    decode_line,
+    hashes_in,
+    rollout_files,
+)
 from pointillist.transport.types import decode_rank_batch
 
 T = TypeVar("T")
@@ -34,6 +42,9 @@ class _WholeRecord(RolloutRecord, frozen=True, kw_only=True):
     """Where records of the oldest runs have their one conversation."""
 
 
+_decoder: Final = msgspec.json.Decoder(_WholeRecord)
+
+
 def run_references(paths: RunPaths) -> Iterator[tuple[str, MMImageRef]]:
     """Images of all samples of a run, each with the file and record that holds it.
 
@@ -41,15 +52,9 @@ def run_references(paths: RunPaths) -> Iterator[tuple[str, MMImageRef]]:
         RecordError: A record cannot be read; nothing may be deleted or proved on the strength of it.
         PointillistError: A batch cannot be read.
     """
-    for path in rollout_files(paths):
-        for where, record in _records(path, _decode_whole):
-            for span in (span for branch in record.branches for span in branch.images):
-                yield where, _checked(span, where)
-    for step in steps_in(paths.rollouts):
-        for batch in sorted(paths.rollout_step(step).glob("rank_*.bin")):
-            for micro_batch in decode_rank_batch(batch.read_bytes()).micro_batches:
-                for image in micro_batch.mm_refs.images if micro_batch.mm_refs else ():
-                    yield str(batch), image
+    for where, record in _rollouts(paths):
+        yield from ((where, image) for image in _images(record, where))
+    yield from _untrained(paths)
 
 
 def run_hashes(paths: RunPaths) -> frozenset[str]:
@@ -58,25 +63,33 @@ def run_hashes(paths: RunPaths) -> frozenset[str]:
     Raises:
         PointillistError: As `run_references`.
     """
-    hashes = {image.hash for _, image in run_references(paths)}
-    for path in rollout_files(paths):
-        for where, record in _records(path, _decode_whole):
-            try:
-                hashes.update(hashes_in([record.messages, *(branch.messages for branch in record.branches)]))
-            except RecursionError:
-                raise RecordError(f"{where} has messages that are nested too deep") from None
+    hashes = {image.hash for _, image in _untrained(paths)}
+    for where, record in _rollouts(paths):
+        hashes.update(image.hash for image in _images(record, where))
+        try:
+            hashes.update(hashes_in([record.messages, *(branch.messages for branch in record.branches)]))
+        except RecursionError:
+            raise RecordError(f"{where} has messages that are nested too deep") from None
     corrupt = (fault for _, fault in _records(paths.faults, decode_fault) if fault.kind == "corrupt")
     return frozenset(hashes.union(fault.sha256 for fault in corrupt))
 
 
-_decoder = msgspec.json.Decoder(_WholeRecord)
+def _rollouts(paths: RunPaths) -> Iterator[tuple[str, _WholeRecord]]:
+    for path in rollout_files(paths):
+        yield from _records(path, lambda line: decode_line(_decoder, line, "a whole rollout's record"))
 
 
-def _decode_whole(line: bytes) -> _WholeRecord:
-    try:
-        return _decoder.decode(line)
-    except (msgspec.MsgspecError, RecursionError, ValueError, OverflowError) as error:
-        raise RecordError(f"not a whole rollout's record ({error})") from None
+def _images(record: _WholeRecord, where: str) -> Iterator[MMImageRef]:
+    return (_checked(span, where) for branch in record.branches for span in branch.images)
+
+
+def _untrained(paths: RunPaths) -> Iterator[tuple[str, MMImageRef]]:
+    """Images of batches that are not trained yet, each with its file."""
+    for step in steps_in(paths.rollouts):
+        for batch in sorted(paths.rollout_step(step).glob("rank_*.bin")):
+            for micro_batch in decode_rank_batch(batch.read_bytes()).micro_batches:
+                for image in micro_batch.mm_refs.images if micro_batch.mm_refs else ():
+                    yield str(batch), image
 
 
 def _records(path: Path, decode: Callable[[bytes], T]) -> Iterator[tuple[str, T]]:
