@@ -33,7 +33,7 @@ import verifiers.v1 as vf
 from pydantic import BaseModel
 from verifiers.v1.serve import EnvClient, env_config_data
 
-from pointillist.base.jsonl import JsonObject
+from pointillist.base.json_types import JsonObject
 from pointillist.config.shared import CARRIER
 from pointillist.environments import Task
 from pointillist.errors import EnvironmentLoadError, Fault, PointillistError

@@ -6,14 +6,12 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Final, TypeAlias, TypeGuard
+from typing import BinaryIO, Final, TypeGuard
 
 from pointillist.base.files import open_regular
+from pointillist.base.json_types import JsonObject
 
 logger = logging.getLogger(__name__)
-
-JsonObject: TypeAlias = dict[str, Any]
-"""An object of JSON; each reader checks what it takes from one."""
 
 MAX_LINE_BYTES: Final = 64 * 1024**2
 """Longest line of a JSONL file that is read. Images travel as references, so a rollout's record is far shorter."""

@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Final, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from pointillist.base.jsonl import JsonObject
+from pointillist.base.json_types import JsonObject
 from pointillist.config.sampling import BOUNDS, MAX_SEQUENCE, MAX_STOP_TOKEN_IDS, check_sampling_number
 from pointillist.errors import FieldError, RequestError
 from pointillist.refs import MMImageRef

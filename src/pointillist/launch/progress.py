@@ -7,7 +7,8 @@ from typing import Final
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pointillist.base.jsonl import JsonObject, read_jsonl
+from pointillist.base.json_types import JsonObject
+from pointillist.base.jsonl import read_jsonl
 from pointillist.base.logs import plain
 from pointillist.runs.paths import RunPaths
 

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pointillist.base.files import write_atomically
-from pointillist.base.jsonl import JsonObject, read_jsonl
+from pointillist.base.json_types import JsonObject
+from pointillist.base.jsonl import read_jsonl
 from pointillist.config import RLConfig
 from pointillist.runs.paths import RunPaths
 from pointillist.view.curve import draw_curve

@@ -31,7 +31,8 @@ import tomli_w
 
 from pointillist.base.files import open_regular
 from pointillist.base.image_limits import ImageLimits
-from pointillist.base.jsonl import MAX_LINE_BYTES, JsonObject
+from pointillist.base.json_types import JsonObject
+from pointillist.base.jsonl import MAX_LINE_BYTES
 from pointillist.errors import PointillistError
 from pointillist.images.inventory import list_store
 from pointillist.images.store import STORED_NAME, ImageStore, local_path

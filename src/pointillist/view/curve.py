@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pointillist.base.jsonl import JsonObject
+from pointillist.base.json_types import JsonObject
 
 
 def draw_curve(orchestrator: list[JsonObject], evals: list[JsonObject], path: Path, *, title: str) -> None:

@@ -8,7 +8,8 @@ from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pointillist.base.jsonl import Follower, JsonObject, is_number, parse_line
+from pointillist.base.json_types import JsonObject
+from pointillist.base.jsonl import Follower, is_number, parse_line
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ from typing import Final
 
 import msgspec
 
-from pointillist.base.jsonl import JsonObject
+from pointillist.base.json_types import JsonObject
 from pointillist.runs.records import BranchRecord, Fault, ImageSpan, RolloutRecord, SampledPiece, name_in_store
 
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pointillist.base.image_limits import ImageLimits
-from pointillist.base.jsonl import Follower, JsonObject, is_number, parse_line
+from pointillist.base.json_types import JsonObject
+from pointillist.base.jsonl import Follower, is_number, parse_line
 from pointillist.errors import RefError
 from pointillist.images.decode import read_header
 from pointillist.images.store import read_intact
