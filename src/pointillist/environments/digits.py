@@ -19,13 +19,13 @@ class DigitsEnvironment:
     """Environment of this module's docstring."""
 
     def __init__(self, data_dir: str) -> None:
-        """Reads the task lists and the header of every picture.
+        """Reads the task lists and decodes every picture once.
 
         Args:
             data_dir: Path of the folder that `prepare.py` wrote.
 
         Raises:
-            EnvironmentLoadError: A list is missing or malformed, or a picture is missing or none.
+            EnvironmentLoadError: A list is missing or malformed, or a picture is missing or corrupt.
         """
         folder = Path(data_dir)
         self._train = read_tasks(folder / "train.jsonl", _HINT)

@@ -43,7 +43,7 @@ class HuntEnvironment:
     """Environment of this module's docstring."""
 
     def __init__(self, data_dir: str, window: int = 32, max_moves: int = 3) -> None:
-        """Reads the task lists and the header of every picture.
+        """Reads the task lists and decodes every picture once.
 
         Args:
             data_dir: Path of the folder with task lists and pictures.
@@ -51,7 +51,7 @@ class HuntEnvironment:
             max_moves: Number of tool calls in one rollout, at most.
 
         Raises:
-            EnvironmentLoadError: A list is missing or malformed, or a picture is missing or none.
+            EnvironmentLoadError: A list is missing or malformed, or a picture is missing or corrupt.
         """
         hint = "run examples/hunt/prepare.py"
         self._train = read_tasks(Path(data_dir) / "train.jsonl", hint)

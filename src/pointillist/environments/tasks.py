@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def read_tasks(path: Path, hint: str) -> list[Task]:
-    """Tasks of a list whose lines have an `image` and an `answer`; every picture must be there with a good header.
+    """Tasks of a list whose lines have an `image` and an `answer`; every picture must be there and decode.
 
     Args:
         path: Path of the list.
