@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -539,6 +540,23 @@ def test_a_run_that_ends_the_same_way_again_and_again_is_not_resumed_for_ever(
     assert sum("going back (" in text for text in said) == resumes
     assert any("going back again does not help" in text for text in said) == (resumes == 3)
     assert went_back == steps[: resumes - (resumes == 3)]
+
+
+@pytest.mark.integration
+def test_a_trainer_that_saves_for_long_is_ended_at_the_second_signal(tmp_path: Path) -> None:
+    ignoring = "import pathlib, signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    ignoring += "pathlib.Path(sys.argv[1]).touch(); time.sleep(3600)"
+    up = tmp_path / "up"
+    spec = Spec("trainer", [sys.executable, "-c", ignoring, str(up)], {}, tmp_path / "log", saves=True)
+    supervisor = Supervisor([spec], SupervisionConfig(stop_grace=3600), lambda _: None)
+    supervisor.start()
+    _until(up.exists)
+    asked: list[bool] = []
+    supervisor.stop(lambda: asked.append(True) or len(asked) > 3)
+    child = supervisor.watched["trainer"].child
+    assert child is not None
+    assert child.exit_code == -signal.SIGKILL
+    assert len(asked) > 3
 
 
 def _until(done: Callable[[], bool]) -> None:

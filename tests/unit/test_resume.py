@@ -192,6 +192,24 @@ def test_a_folder_in_which_a_job_waits_is_refused(
         _refuse_waiting_job(tmp_path / ".job")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_second_signal_hurries_and_interrupts_nothing(number: signal.Signals) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with interruptible() as signals:
+            with pytest.raises(Interrupted) as raised:
+                os.kill(os.getpid(), number)
+                time.sleep(120)
+            assert raised.value.exit_code == 128 + number
+            assert not signals.hurry()
+            os.kill(os.getpid(), number)
+            while signals.count < 2:  # the handler runs between two instructions
+                time.sleep(0.01)
+            assert signals.hurry()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_nohup_survives_its_terminal() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
