@@ -92,7 +92,7 @@ def test_other_bytes_in_another_process_are_found_out(tmp_path: Path, monkeypatc
         write_atomically(path, data[1:] if path.name == probe.FROM_DOCTOR else data, durable=durable)
 
     monkeypatch.setattr(folder, "write_atomically", cut)
-    monkeypatch.setattr(probe, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(probe, "PATIENCE_SECONDS", 4.0)
     assert _by_name(check_folder(tmp_path))["coherence"].state == "problem"
 
 

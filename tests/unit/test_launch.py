@@ -26,6 +26,7 @@ from pointillist.launch.devices import gpu_shares
 from pointillist.launch.metrics import MetricsEndpoint
 from pointillist.launch.placement import Machine, Placement
 from pointillist.launch.prepare import complete, environment
+from pointillist.launch.processes import start
 from pointillist.launch.rendezvous import Rendezvous
 from pointillist.launch.run_dir import resume_step, rewind
 from pointillist.launch.slurm import render
@@ -540,6 +541,16 @@ def test_a_run_that_ends_the_same_way_again_and_again_is_not_resumed_for_ever(
     assert sum("going back (" in text for text in said) == resumes
     assert any("going back again does not help" in text for text in said) == (resumes == 3)
     assert went_back == steps[: resumes - (resumes == 3)]
+
+
+@pytest.mark.integration
+def test_lines_of_an_earlier_start_are_not_shown(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    for word in ("earlier", "later"):
+        child = start("trainer", [sys.executable, "-c", f"print('the {word} error')"], {}, log)
+        child.process.wait()
+    assert log.read_text() == "the earlier error\nthe later error\n"
+    assert child.last_lines(15) == ["the later error"]
 
 
 @pytest.mark.integration
